@@ -1,0 +1,1 @@
+"""What the jobs are made of: recipe, data, loop, objective, checkpoints, tracking."""

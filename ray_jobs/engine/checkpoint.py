@@ -1,0 +1,203 @@
+"""Checkpoints in LeRobot's own layout, written so that a kill at any moment leaves a whole one or none.
+
+    checkpoints/000200/{pretrained_model,training_state}/    by LeRobot's `save_checkpoint`
+    checkpoints/last, checkpoints/best                       links, replaced atomically
+
+A checkpoint is written under a hidden name, flushed to the disk, and renamed.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from lerobot.common.train_utils import get_step_checkpoint_dir, load_training_state, save_checkpoint
+from lerobot.configs.train import TRAIN_CONFIG_NAME
+from lerobot.utils.constants import (
+    CHECKPOINTS_DIR,
+    LAST_CHECKPOINT_LINK,
+    OPTIMIZER_PARAM_GROUPS,
+    OPTIMIZER_STATE,
+    PRETRAINED_MODEL_DIR,
+    RNG_STATE,
+    TRAINING_STATE_DIR,
+    TRAINING_STEP,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+
+BEST_CHECKPOINT_LINK = "best"
+RAW_WEIGHTS = "raw_model.safetensors"  # in training_state: the trained weights behind a saved average
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None. Does not trust the `last` link alone: a kill may have
+    come between the checkpoint's rename and the link's."""
+    steps = checkpoint_steps(output_dir)
+    return steps[max(steps)] if steps else None
+
+
+def checkpoint_steps(output_dir: Path) -> dict[int, Path]:
+    """All whole checkpoints of a run by training step."""
+    folder = output_dir / CHECKPOINTS_DIR
+    if not folder.is_dir():
+        return {}
+    return {int(path.name): path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()}
+
+
+def fault(checkpoint_dir: Path, policy_type: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, in one line; None if it can be resumed from.
+
+    Reads headers only: a safetensors file states its own length, so a torn one is noticed at once.
+    """
+    pretrained, state = checkpoint_dir / PRETRAINED_MODEL_DIR, checkpoint_dir / TRAINING_STATE_DIR
+    for path in (
+        pretrained / "config.json",
+        pretrained / TRAIN_CONFIG_NAME,
+        state / TRAINING_STEP,
+        state / OPTIMIZER_PARAM_GROUPS,
+        state / OPTIMIZER_STATE,
+        state / RNG_STATE,
+    ):
+        if not path.is_file():
+            return f"{path} is missing: not a whole LeRobot training checkpoint"
+        if path.suffix == ".json":
+            try:
+                content = json.loads(path.read_text())
+            except ValueError:
+                return f"{path} is not JSON: the checkpoint is damaged"
+            if path.name == "config.json" and policy_type not in (None, content.get("type")):
+                return f"{checkpoint_dir} holds a {content.get('type')} policy, the command asks for {policy_type}"
+    weights = list(pretrained.glob("*model.safetensors"))
+    if not weights:
+        return f"{pretrained} holds no weights (model.safetensors)"
+    for path in (*weights, *checkpoint_dir.glob("*/*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path} is damaged ({error})"
+    return None
+
+
+def save(
+    step: int,
+    *,
+    cfg,
+    policy: torch.nn.Module,
+    averaged: Callable[[], AbstractContextManager] | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler,
+    preprocessor,
+    postprocessor,
+    accelerator: Accelerator,
+) -> Path:
+    """Write the checkpoint of `step`; call on the main process only.
+
+    Args:
+        cfg: LeRobot's `TrainPipelineConfig`, saved as `train_config.json`.
+        policy: The unwrapped policy.
+        averaged: Makes the context in which `policy` holds averaged weights, if an average is kept. The
+            average is then saved as the policy, the trained weights beside the optimizer.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    target = get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, step)
+    scratch = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    with averaged() if averaged else nullcontext():
+        save_checkpoint(
+            checkpoint_dir=scratch,
+            step=step,
+            cfg=cfg,
+            policy=policy,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            preprocessor=preprocessor,
+            postprocessor=postprocessor,
+            num_processes=accelerator.num_processes,
+            batch_size=cfg.batch_size,
+            optim_state_dict=_plain_state_dict(optimizer),
+        )
+    if averaged:
+        save_model(policy, str(scratch / TRAINING_STATE_DIR / RAW_WEIGHTS))
+    for path in scratch.rglob("*"):
+        _flush(path)
+    if target.exists():  # the same step again, after a resume from an earlier one
+        shutil.rmtree(target)
+    scratch.rename(target)
+    _flush(target.parent)
+    link(target, LAST_CHECKPOINT_LINK)
+    return target
+
+
+def load(checkpoint_dir: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler) -> int:
+    """Bring optimizer, schedule, RNG and raw weights back to a checkpoint; returns its training step.
+
+    The policy's own weights were loaded by LeRobot's `make_policy`.
+    """
+    step, _, _ = load_training_state(checkpoint_dir, optimizer, scheduler)
+    raw_weights = checkpoint_dir / TRAINING_STATE_DIR / RAW_WEIGHTS
+    if raw_weights.is_file():
+        load_model(policy, str(raw_weights))
+    return step
+
+
+def link(checkpoint_dir: Path, name: str) -> None:
+    """Point `checkpoints/<name>` at a checkpoint, in one step: there is no moment without the link."""
+    scratch = checkpoint_dir.parent / f".{name}.tmp"
+    scratch.unlink(missing_ok=True)
+    scratch.symlink_to(checkpoint_dir.name)
+    scratch.replace(checkpoint_dir.parent / name)
+
+
+def prune(output_dir: Path, keep: Iterable[int]) -> None:
+    """Remove all checkpoints but those of the steps in `keep`; the newest always stays."""
+    steps = checkpoint_steps(output_dir)
+    for step in set(steps) - set(keep) - {max(steps, default=None)}:
+        # Renamed first: a checkpoint half removed must not look whole.
+        doomed = steps[step].with_name(f".{steps[step].name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        steps[step].rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep(output_dir: Path) -> None:
+    """Remove what a killed writer left behind."""
+    for leftover in (output_dir / CHECKPOINTS_DIR).glob(".*"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def _plain_state_dict(optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer's state as a stock LeRobot run has it: contiguous, without our choice of kernel.
+
+    Stock LeRobot refuses to load groups whose `fused` differs from its own, and safetensors takes
+    contiguous tensors only.
+    """
+    state = optimizer.state_dict()
+    groups = copy.deepcopy(state["param_groups"])
+    for group in groups:
+        if "fused" in group:
+            group["fused"] = None
+    contiguous = {
+        index: {k: v.contiguous() if torch.is_tensor(v) else v for k, v in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {"state": contiguous, "param_groups": groups}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,172 @@
+"""Ray for the jobs: start or join a cluster, see what it can give, talk to the workers of a run.
+
+Only light imports at the top: jobs start Ray while they are still importing torch and LeRobot.
+"""
+
+import asyncio
+import math
+import os
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from ray_jobs.engine.errors import InputError
+
+# Ray Train hands these to its workers. A worker process that was started ahead with the very same variables
+# is taken over by Ray Train.
+TRAIN_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # its 2 s would hold up the end of every run
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
+
+
+def start(address: str | None) -> Future:
+    """Start or join Ray in the background.
+
+    Args:
+        address: `local`, `auto`, an address, or None: `RAY_ADDRESS` (set inside `ray job submit`), else a
+            cluster running on this machine, else a new one.
+
+    Returns:
+        A future of None; its `result()` raises InputError if the cluster cannot be reached.
+    """
+    done: Future = Future()
+
+    def connect() -> None:
+        os.environ.update(TRAIN_ENV)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
+        import ray
+
+        try:
+            ray.init(
+                address=address,
+                logging_level="CRITICAL",
+                log_to_driver=bool(os.environ.get("RAY_JOBS_DEBUG")),
+            )
+            if len(ray.nodes()) == 1:  # a worker process imports torch and LeRobot while the driver does
+                ray.remote(num_cpus=0, runtime_env={"env_vars": TRAIN_ENV})(_import_training).remote()
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            done.set_exception(InputError(f"cannot reach Ray at --ray.address={address}: {reason}"))
+        else:
+            done.set_result(None)
+            # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
+            threading.Event().wait()
+
+    threading.Thread(target=connect, daemon=True).start()
+    return done
+
+
+def leave(ready: Future) -> None:
+    """Disconnect from Ray, once connecting has ended one way or the other; ends a cluster of our own."""
+    ready.exception()
+    import ray
+
+    ray.shutdown()
+
+
+def _import_training() -> None:
+    from ray_jobs.engine.console import quiet
+
+    quiet()
+    import ray_jobs.engine.loop  # noqa: F401
+
+
+@dataclass
+class Share:
+    """Resources of each training worker."""
+
+    cpus: int
+    gpus: float
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPUs, {self.gpus:g} GPUs"
+
+
+def share(num_workers: int, cpus: int | None, gpus: float | None, device: str | None) -> Share:
+    """Decide what each worker reserves, and refuse what the cluster can never give.
+
+    Args:
+        num_workers: Workers of the run, at least 1.
+        cpus, gpus: What the user asked for per worker, or None.
+        device: The recipe's `--policy.device`, or None.
+
+    Raises:
+        InputError: Not even an empty cluster has room; lists what there is.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    node_cpus = [int(node.get("CPU", 0)) for node in nodes]
+    node_gpus = [node.get("GPU", 0) for node in nodes]
+    if gpus is None:
+        allowed = device is None or device.startswith("cuda")
+        gpus = 1.0 if allowed and sum(node_gpus) else 0.0
+    if cpus is None:
+        hosts = [n for n, have in enumerate(node_gpus) if have >= gpus] or list(range(len(nodes)))
+        per_host = math.ceil(num_workers / len(hosts))
+        cpus = max(1, min(node_cpus[n] for n in hosts) // per_host)
+        if gpus:
+            cpus = min(cpus, 8)
+    room = sum(
+        int(min(c // cpus, g // gpus if gpus else math.inf))
+        for c, g in zip(node_cpus, node_gpus, strict=True)
+    )
+    if room < num_workers and not _may_grow():
+        have = "; ".join(f"{c} CPUs, {g:g} GPUs" for c, g in zip(node_cpus, node_gpus, strict=True))
+        raise InputError(
+            f"--ray.num_workers={num_workers} with {cpus} CPUs and {gpus:g} GPUs each: this cluster has room for "
+            f"{room}. It has {len(nodes)} node(s): {have}."
+        )
+    return Share(cpus, gpus)
+
+
+def _may_grow() -> bool:
+    """Whether an autoscaler may add nodes. Ray 2.60 publishes its node groups through this call only."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config else ()
+    return any(group.max_count == -1 or group.max_count > 1 for group in groups)
+
+
+class Line:
+    """Actor between a run's driver and its workers: events one way, the wish to stop the other way."""
+
+    def __init__(self) -> None:
+        self.events: asyncio.Queue = asyncio.Queue()
+        self.stop = asyncio.Event()
+
+    async def tell(self, event: dict) -> None:
+        await self.events.put(event)
+
+    async def hear(self, timeout_s: float) -> list[dict]:
+        """Events since the last call; waits up to `timeout_s` for the first."""
+        heard = []
+        try:
+            heard.append(await asyncio.wait_for(self.events.get(), timeout_s))
+        except TimeoutError:
+            return heard
+        while not self.events.empty():
+            heard.append(self.events.get_nowait())
+        return heard
+
+    async def ask_to_stop(self) -> None:
+        self.stop.set()
+
+    async def stop_asked(self) -> None:
+        """Returns once somebody asked to stop."""
+        await self.stop.wait()
+
+
+def open_line():
+    """A handle of a new `Line`, on the driver's node."""
+    import ray
+
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, max_concurrency=1000, label_selector=here)(Line).remote()

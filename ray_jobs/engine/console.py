@@ -1,0 +1,148 @@
+"""What reaches the user's terminal: progress, notices and one-line errors; not the noise of dependencies.
+
+Importing this module is cheap, and `quiet()` must come before LeRobot is imported.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from ray_jobs.engine.errors import InputError, RunError
+
+OUTPUT_EVERY_S = 10  # how often a log file (no terminal) hears of the progress between log steps
+
+
+def quiet() -> None:
+    """Keep warnings and logs of dependencies away from the terminal (`RAY_JOBS_DEBUG=1` shows them)."""
+    if os.environ.get("RAY_JOBS_DEBUG"):
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    warnings.simplefilter("ignore")
+    # Without FFmpeg, LeRobot logs 150 lines of torchcodec's traceback before it falls back to PyAV.
+    logging.basicConfig(level=logging.CRITICAL, force=True)
+
+
+def run_job(main: Callable[[list[str]], int]) -> None:
+    """Run a job's main and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
+    # `ray job stop` and process managers send SIGTERM: the same as Ctrl-C here.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status = main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except RunError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 05 min, 1 d 4 h."""
+    seconds = int(seconds)
+    for unit, name, lesser, lesser_name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if seconds >= unit:
+            return f"{seconds // unit} {name} {seconds % unit // lesser:02d} {lesser_name}"
+    return f"{seconds} s"
+
+
+class Display:
+    """Shows a run's events (see `loop.train`): a bar on a terminal, plain lines in a log file."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.facts: dict = {}
+        self.bar: Progress | None = None
+        self.step = 0
+        self.values = ""
+        self.rate_from: tuple[float, int] | None = None  # (time, step) the time left is estimated from
+        self.last_line = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def show(self, event: dict) -> None:
+        getattr(self, f"_{event['kind']}", lambda event: None)(event)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def _notice(self, event: dict) -> None:
+        self.say(event["text"])
+
+    def _start(self, event: dict) -> None:
+        self.facts, self.step = event, event["start_step"]
+        self.rate_from = None
+        held_out = f", {event['eval_episodes']} held out" if event["eval_episodes"] else ""
+        accumulated = f" x {event['grad_accumulation']} accumulated" if event["grad_accumulation"] > 1 else ""
+        self.say(
+            f"{event['policy']}: {event['learnable_parameters'] / 1e6:.1f} M learnable of "
+            f"{event['parameters'] / 1e6:.1f} M parameters, {event['device']}, precision {event['precision']}\n"
+            f"{event['dataset']}: {event['episodes']} episodes, {event['frames']} frames{held_out}\n"
+            f"effective batch {event['num_workers']} worker(s) x {event['batch_size']}{accumulated} = "
+            f"{event['global_batch_size']}; {event['steps']} steps = {event['epochs']:.1f} epochs"
+        )
+        if self.step:
+            self.say(f"goes on from the checkpoint of step {self.step}")
+        if self.console.is_terminal and self.bar is None:
+            columns = (BarColumn(30), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.task = self.bar.add_task("", total=event["steps"])
+            self.bar.start()
+
+    def _step(self, event: dict) -> None:
+        self.step = event["step"]
+        now = time.monotonic()
+        if self.rate_from is None or self.rate_from[1] > self.step:
+            self.rate_from = (now, self.step)  # the first step compiles and warms up: not counted
+        if self.bar:
+            self.bar.update(self.task, completed=self.step, description=self._progress())
+        elif now - self.last_line > OUTPUT_EVERY_S:
+            self._line()
+
+    def _log(self, event: dict) -> None:
+        self._step(event)
+        self.values = (
+            f"loss {event['train/loss']:.4g}  {event['train/samples_per_s']:.3g} samples/s  "
+            f"{event['train/step_s']:.3g} s/step"
+        )
+        self._line()
+
+    def _eval(self, event: dict) -> None:
+        self.say(
+            f"step {event['step']}: val/loss {event['val/loss']:.4g}  "
+            f"val/action_error {event['val/action_error']:.4g} std"
+        )
+        self.last_line = time.monotonic()
+
+    def _line(self) -> None:
+        self.say(self._progress())
+        self.last_line = time.monotonic()
+
+    def _progress(self) -> str:
+        left = ""
+        begin, first = self.rate_from
+        if self.step > first:
+            rate = (time.monotonic() - begin) / (self.step - first)
+            left = f"  left {duration(rate * (self.facts['steps'] - self.step))}"
+        return f"step {self.step}/{self.facts['steps']}  {self.values}{left}"

@@ -1,0 +1,146 @@
+"""Validation: `val/loss` and `val/action_error`, a number that means the same for every policy.
+
+For frames t of held-out episodes the policy predicts its action chunk from the observation at t, as it
+would at run time (full denoising, with a fixed seed). The first H actions are compared with the recorded
+a[t..t+H-1]: absolute error in units of the action's standard deviation per dimension, averaged over
+dimensions, then over the steps inside the episode, then over episodes. Dimensions that never move are left
+out. The value does not depend on `n_action_steps`, the batch size, the number of workers, or how much longer
+than H the chunk is.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lerobot.datasets import LeRobotDataset
+from lerobot.policies import PreTrainedPolicy
+from lerobot.utils.constants import ACTION
+
+from ray_jobs.engine.data import FrameReader, to_device
+from ray_jobs.engine.errors import InputError
+
+# Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising
+# policy then depends on the group alone.
+GROUP = 16
+
+
+def chunk_length(policy_cfg) -> int:
+    """Actions a policy predicts from now on: all of the chunk, whatever `n_action_steps` executes of it."""
+    if policy_cfg.type == "diffusion":
+        return policy_cfg.horizon - policy_cfg.n_obs_steps + 1
+    return getattr(policy_cfg, "chunk_size", None) or len(policy_cfg.action_delta_indices)
+
+
+class Validation:
+    """Scores a policy on held-out episodes.
+
+    Args:
+        dataset: The held-out data set, with the policy's own delta timestamps.
+        horizon: H, the number of predicted actions that are compared; None for the whole chunk.
+        max_frames: Frames to score in total, spread evenly over episodes and time; 0 scores all.
+        threads: Threads that decode videos.
+
+    Raises:
+        InputError: H is longer than the policy's chunk.
+    """
+
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        policy_cfg,
+        *,
+        horizon: int | None,
+        max_frames: int = 0,
+        threads: int = 0,
+    ):
+        self.dataset = dataset
+        longest = chunk_length(policy_cfg)
+        self.horizon = longest if horizon is None else horizon
+        if self.horizon > longest:
+            raise InputError(
+                f"--data.eval_horizon={horizon}: the policy predicts {longest} actions from now on."
+            )
+        self.reader = FrameReader(dataset, threads) if FrameReader.can_read(dataset) else self._items
+        table = dataset.hf_dataset.with_format("numpy")
+        self.actions = torch.from_numpy(np.stack(table[ACTION][:]).astype(np.float32))  # (frames, dims)
+        episode = torch.from_numpy(np.asarray(table["episode_index"][:]))
+        self.episodes = episode.unique().tolist()
+        stats = dataset.meta.stats[ACTION]
+        self.std = torch.as_tensor(np.asarray(stats["std"]), dtype=torch.float32)
+        self.moving = torch.as_tensor(np.asarray(stats["max"]) > np.asarray(stats["min"])) & (self.std > 0)
+        self.last_row = torch.empty_like(episode)
+        self.groups: list[tuple[int, list[int]]] = []  # (position of the episode, rows)
+        per_episode = max(1, max_frames // len(self.episodes)) if max_frames else None
+        for position, index in enumerate(self.episodes):
+            rows = (episode == index).nonzero()[:, 0]
+            self.last_row[rows] = rows[-1]
+            if per_episode is not None and per_episode < len(rows):
+                rows = rows[torch.linspace(0, len(rows) - 1, per_episode).round().long()]
+            self.groups += [(position, group.tolist()) for group in rows.split(GROUP)]
+
+    def __call__(
+        self, policy: PreTrainedPolicy, preprocessor, postprocessor, accelerator: Accelerator
+    ) -> dict:
+        """Score the unwrapped `policy`; call on every rank. Leaves the random state as it was.
+
+        Returns:
+            `val/loss`, `val/action_error`, and `val/action_error_raw`: the error per dimension, averaged the
+            same way, in the units of the data set (list of floats, action_dim long).
+        """
+        device = accelerator.device
+        dims = self.actions.shape[1]
+        # Per episode: summed absolute error of each dimension, number of compared actions; then the loss.
+        errors = torch.zeros(len(self.episodes), dims + 1, dtype=torch.float64)
+        loss = torch.zeros(2, dtype=torch.float64)  # summed over frames, frames
+        cuda = [device] if device.type == "cuda" else []
+        training = policy.training
+        policy.eval()
+        with torch.no_grad(), torch.random.fork_rng(cuda), accelerator.autocast(), _whole_chunk(policy):
+            for number in range(accelerator.process_index, len(self.groups), accelerator.num_processes):
+                position, rows = self.groups[number]
+                batch = to_device(self.reader(rows), self.dataset.meta.camera_keys, device)
+                batch = preprocessor(batch)
+                torch.manual_seed(number)
+                group_loss, _ = policy.forward(dict(batch))
+                loss += torch.tensor([group_loss.item() * len(rows), len(rows)], dtype=torch.float64)
+                policy.reset()  # a policy with an observation history takes it from the batch, not its queues
+                torch.manual_seed(number)
+                chunk = postprocessor(policy.predict_action_chunk(batch)).float().cpu()[:, : self.horizon]
+                wanted = torch.tensor(rows)[:, None] + torch.arange(self.horizon)  # (B, H)
+                inside = wanted <= self.last_row[rows][:, None]
+                recorded = self.actions[wanted.clamp(max=len(self.actions) - 1)]  # (B, H, dims)
+                error = ((chunk - recorded).abs() * inside[..., None]).double()
+                errors[position, :dims] += error.sum((0, 1))
+                errors[position, dims] += inside.sum()
+        policy.train(training)
+        policy.reset()
+        errors, loss = accelerator.reduce(errors.to(device)).cpu(), accelerator.reduce(loss.to(device)).cpu()
+        raw = (errors[:, :dims] / errors[:, dims:]).mean(0)  # (dims,)
+        in_std = raw[self.moving] / self.std[self.moving]
+        return {
+            "val/loss": (loss[0] / loss[1]).item(),
+            "val/action_error": in_std.mean().item() if len(in_std) else 0.0,
+            "val/action_error_raw": raw.tolist(),
+        }
+
+    def _items(self, rows: list[int]) -> dict:
+        from lerobot.utils.collate import lerobot_collate_fn
+        from torch.utils.data import default_collate
+
+        collate = lerobot_collate_fn if self.dataset.meta.has_language_columns else default_collate
+        return collate([self.dataset[row] for row in rows])
+
+
+@contextlib.contextmanager
+def _whole_chunk(policy: PreTrainedPolicy) -> Iterator[None]:
+    """Let a diffusion policy return all actions from now on: it cuts its output to `n_action_steps`."""
+    config = policy.config
+    saved = config.n_action_steps
+    if config.type == "diffusion":
+        config.n_action_steps = chunk_length(config)
+    try:
+        yield
+    finally:
+        config.n_action_steps = saved

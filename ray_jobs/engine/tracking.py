@@ -1,0 +1,123 @@
+"""What a run leaves for people to read: metrics.jsonl, summary.json and, if asked for, a W&B run.
+
+Only the main process tracks. `metrics.jsonl` holds one JSON object per log or validation step; after a
+resume the lines behind the checkpoint are dropped, so that every step stands in it once. W&B sees the same
+values under the same names, in one run with one id however often the training was restarted.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.common.wandb_utils import cfg_to_group, get_safe_wandb_artifact_name
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.utils.constants import PRETRAINED_MODEL_DIR
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    """All lines of a run's metrics.jsonl; a torn last line (a kill while writing) is left out."""
+    path = output_dir / METRICS_FILE
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Replace a JSON file in one step."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    scratch.replace(path)
+
+
+class Tracker:
+    """Writes a run's metrics.
+
+    Args:
+        cfg: LeRobot's training config; `cfg.wandb.run_id` must be set when W&B is enabled.
+        start_step: Training step the run goes on from; later lines are dropped.
+    """
+
+    def __init__(self, cfg: TrainPipelineConfig, start_step: int):
+        self.cfg = cfg
+        self.output_dir = Path(cfg.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_metrics(self.output_dir) if record["step"] <= start_step]
+        scratch = self.output_dir / f".{METRICS_FILE}.tmp"
+        scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        scratch.replace(self.output_dir / METRICS_FILE)
+        self.history = kept
+        self.file = (self.output_dir / METRICS_FILE).open("a", buffering=1)
+        self.wandb = _init_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        record = {"step": step, **metrics}
+        self.history.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step=step)
+
+    def log_cameras(self, images: dict[str, torch.Tensor], step: int) -> None:
+        """Show W&B what the cameras of the first batch see, as a sanity check: float (B, C, H, W) in [0, 1]."""
+        if self.wandb:
+            import wandb
+
+            self.wandb.log(
+                {f"cameras/{key}": [wandb.Image(image) for image in batch] for key, batch in images.items()},
+                step=step,
+            )
+
+    def finish(self, summary: dict[str, Any], checkpoint_dir: Path | None) -> None:
+        """Write summary.json, hand the final checkpoint to W&B and close its run."""
+        write_json(self.output_dir / SUMMARY_FILE, summary)
+        self.file.close()
+        if self.wandb:
+            self.wandb.summary.update(
+                {k: v for k, v in summary.items() if isinstance(v, int | float | str | dict)}
+            )
+            if checkpoint_dir is not None and summary["status"] == "finished":
+                self._log_artifact(checkpoint_dir)
+            self.wandb.finish(exit_code=0 if summary["status"] != "failed" else 1)
+
+    def _log_artifact(self, checkpoint_dir: Path) -> None:
+        if self.cfg.wandb.disable_artifact:
+            return
+        import wandb
+
+        name = get_safe_wandb_artifact_name(f"{cfg_to_group(self.cfg)}-{checkpoint_dir.name}")
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", name)[-128:], type="model")
+        artifact.add_dir(str(checkpoint_dir / PRETRAINED_MODEL_DIR))
+        self.wandb.log_artifact(artifact)
+
+
+def _init_wandb(cfg: TrainPipelineConfig):
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb.init(
+        id=cfg.wandb.run_id,
+        resume="allow",
+        project=cfg.wandb.project,
+        entity=cfg.wandb.entity,
+        name=cfg.job_name,
+        notes=cfg.wandb.notes,
+        tags=cfg_to_group(cfg, return_list=True, truncate_tags=True) if cfg.wandb.add_tags else None,
+        dir=cfg.output_dir,
+        config=cfg.to_dict(),
+        job_type="train_eval",
+        mode=cfg.wandb.mode or "online",
+        settings=wandb.Settings(console="off"),
+    )
