@@ -1,0 +1,117 @@
+"""Data, recipes and a Ray cluster shared by all tests.
+
+Most tests run on data the project makes itself: the part-sorting task, recorded once per session. Tests that
+need the real recording look for it at `../shared/datasets` and are skipped where it is not there.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.engine.console import quiet
+
+quiet()
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "datasets" / "g1_yellow_bottle"
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory) -> Path:
+    """12 episodes of part sorting, one 64 px camera: a LeRobot v3.0 video data set."""
+    from ray_jobs.part_sorting.record import record
+
+    return record(tmp_path_factory.mktemp("data") / "parts", episodes=12, image_size=64, seed=7)
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The real recording (Unitree G1, 20 episodes, 240x320)."""
+    if not REAL.is_dir():
+        pytest.skip(f"the real recording is not there ({REAL})")
+    return REAL
+
+
+def tiny_act(root: Path, output_dir: Path, *more: str) -> list[str]:
+    """Flags of an ACT small enough for a CPU test; `more` overrides."""
+    return [
+        "--dataset.repo_id=local/parts",
+        f"--dataset.root={root}",
+        "--dataset.video_backend=pyav",
+        "--policy.type=act",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--policy.pretrained_backbone_weights=null",
+        "--policy.chunk_size=8",
+        "--policy.n_action_steps=8",
+        "--policy.dim_model=32",
+        "--policy.n_heads=2",
+        "--policy.dim_feedforward=64",
+        "--policy.n_encoder_layers=1",
+        "--policy.n_vae_encoder_layers=1",
+        "--policy.latent_dim=8",
+        f"--output_dir={output_dir}",
+        "--batch_size=4",
+        "--num_workers=1",
+        "--log_freq=1",
+        "--env_eval_freq=0",
+        *more,
+    ]
+
+
+def tiny_diffusion(root: Path, output_dir: Path, *more: str) -> list[str]:
+    """Flags of a Diffusion Policy small enough for a CPU test; `more` overrides."""
+    return [
+        "--dataset.repo_id=local/parts",
+        f"--dataset.root={root}",
+        "--dataset.video_backend=pyav",
+        "--policy.type=diffusion",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--policy.down_dims=[32,64]",
+        "--policy.horizon=8",
+        "--policy.n_action_steps=4",
+        "--policy.n_groups=4",
+        "--policy.diffusion_step_embed_dim=16",
+        "--policy.spatial_softmax_num_keypoints=8",
+        "--policy.num_train_timesteps=10",
+        f"--output_dir={output_dir}",
+        "--batch_size=4",
+        "--num_workers=1",
+        "--log_freq=1",
+        "--env_eval_freq=0",
+        *more,
+    ]
+
+
+def train_in_process(flags: list[str]) -> tuple[dict, list[dict]]:
+    """Run the bare loop; returns its summary and the events it reported."""
+    from ray_jobs.engine import loop, preflight
+    from ray_jobs.engine.recipe import resolve
+
+    recipe = resolve(flags)
+    preflight.check(recipe)
+    events: list[dict] = []
+    return loop.train(recipe, device="cpu", report=events.append), events
+
+
+def job(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+    """Run `python -m <args>` as a user would and capture what it prints."""
+    return subprocess.run(
+        [sys.executable, "-m", *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
+
+
+def stock(module: str, *args: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """Run one of LeRobot's own scripts (`lerobot_train`, `lerobot_eval`); fails the test if it fails."""
+    result = job(f"lerobot.scripts.{module}", *args, timeout=timeout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
