@@ -38,14 +38,17 @@ def start(address: str | None) -> Future:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
         import ray
 
+        debug = bool(os.environ.get("RAY_JOBS_DEBUG"))
         try:
             ray.init(
                 address=address,
                 logging_level="CRITICAL",
-                log_to_driver=bool(os.environ.get("RAY_JOBS_DEBUG")),
+                log_to_driver=debug,
             )
             if len(ray.nodes()) == 1:  # a worker process imports torch and LeRobot while the driver does
                 ray.remote(num_cpus=0, runtime_env={"env_vars": TRAIN_ENV})(_import_training).remote()
+            if not debug:
+                _silence_raylet()
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             done.set_exception(InputError(f"cannot reach Ray at --ray.address={address}: {reason}"))
@@ -56,6 +59,14 @@ def start(address: str | None) -> Future:
 
     threading.Thread(target=connect, daemon=True).start()
     return done
+
+
+def _silence_raylet() -> None:
+    """Ray 2.60 prints a paragraph for every process that dies, whatever `log_to_driver` says; a run tells
+    of a lost worker in one line. There is no documented switch, so its printing handler is taken off."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
 
 
 def leave(ready: Future) -> None:

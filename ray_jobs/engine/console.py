@@ -91,8 +91,11 @@ class Display:
         self.say(event["text"])
 
     def _start(self, event: dict) -> None:
+        if self.facts:
+            self.say(f"a worker was lost; the run goes on from step {event['start_step']}")
+            self.facts, self.step, self.rate_from = event, event["start_step"], None
+            return
         self.facts, self.step = event, event["start_step"]
-        self.rate_from = None
         held_out = f", {event['eval_episodes']} held out" if event["eval_episodes"] else ""
         accumulated = f" x {event['grad_accumulation']} accumulated" if event["grad_accumulation"] > 1 else ""
         self.say(

@@ -113,7 +113,7 @@ class FrameReader:
         frames = list(self._map(lambda job: self._frames(*job), jobs))
         for n, key in enumerate(stamps):
             batch[key] = torch.stack(frames[n * len(indices) : (n + 1) * len(indices)])
-        batch["task"] = self.tasks[batch["task_index"]].tolist()
+        batch["task"] = self.tasks[batch["task_index"].numpy()].tolist()
         return batch
 
     def close(self) -> None:
@@ -197,7 +197,8 @@ def training_batches(
     # torch's DataLoader takes a number from the global generator whenever it starts an epoch (only the
     # first time with persistent workers). So must we, for noise and dropout to be lerobot-train's.
     draws_every_epoch = cfg.num_workers == 0 or not cfg.persistent_workers
-    for position, batch in enumerate(_read(cfg, dataset, rows, accelerator), epoch * per_epoch + skip):
+    start = epoch * per_epoch + skip
+    for position, batch in enumerate(_read(cfg, dataset, rows, accelerator, start), start):
         if position == 0 or (draws_every_epoch and position % per_epoch == 0):
             torch.empty((), dtype=torch.int64).random_()
         yield batch
@@ -213,9 +214,13 @@ def _epochs(sampler: EpisodeAwareSampler, batch_size: int, accelerator: Accelera
 
 
 def _read(
-    cfg: TrainPipelineConfig, dataset: LeRobotDataset, rows: Iterator[list[int]], accelerator: Accelerator
+    cfg: TrainPipelineConfig,
+    dataset: LeRobotDataset,
+    rows: Iterator[list[int]],
+    accelerator: Accelerator,
+    start: int,
 ) -> Iterator[dict]:
-    """The batches of `rows`, a few of them read ahead."""
+    """The batches of `rows`, a few of them read ahead; `start` is the number of the first one."""
     if not FrameReader.can_read(dataset):
         with_workers = cfg.num_workers > 0
         yield from DataLoader(
@@ -226,7 +231,9 @@ def _read(
             multiprocessing_context=cfg.dataloader_multiprocessing_context if with_workers else None,
             collate_fn=lerobot_collate_fn if dataset.meta.has_language_columns else None,
             pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # its own: a resumed run must not draw from the global one again
+            # Its own: a resumed run must not draw from the global one again. It seeds the workers' image
+            # transforms, which shall differ with the run's seed and not begin anew after a resume.
+            generator=torch.Generator().manual_seed((cfg.seed or 0) + start),
         )
         return
     reader = FrameReader(dataset, threads=cfg.num_workers)

@@ -1,25 +1,45 @@
 """Checks that turn a mistake into one or two lines before anything expensive is scheduled."""
 
+import contextlib
 import copy
 import json
 import math
 import os
+import shlex
 import shutil
+import tempfile
 import uuid
 from pathlib import Path
 
+import av
+import pyarrow.parquet
 import torch
+from lerobot.configs.default import DatasetConfig
 from lerobot.configs.policies import PreTrainedConfig
-from lerobot.datasets import LeRobotDatasetMetadata
-from lerobot.datasets.utils import BackwardCompatibilityError, ForwardCompatibilityError
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.datasets import CODEBASE_VERSION, LeRobotDatasetMetadata
+from lerobot.datasets.utils import DatasetInfo, has_legacy_hub_download_metadata
+from lerobot.optim import AdamConfig, AdamWConfig, SGDConfig
 from lerobot.policies import get_policy_class
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import (
+    ACTION,
+    HF_LEROBOT_HOME,
+    OBS_IMAGES,
+    POLICY_POSTPROCESSOR_DEFAULT_NAME,
+    POLICY_PREPROCESSOR_DEFAULT_NAME,
+    TRAINING_STATE_DIR,
+    TRAINING_STEP,
+)
 from lerobot.utils.feature_utils import dataset_to_policy_features
+from safetensors import safe_open
 
 from ray_jobs.engine import checkpoint
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.objective import chunk_length
-from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.recipe import Recipe, first_line, hub_answer, hub_or_cache
+
+VIDEO_BACKENDS = ("pyav", "torchcodec", "video_reader")
+COUNTED = ("act", "diffusion")  # policies that can be built without downloads and without memory
 
 
 def check(recipe: Recipe) -> None:
@@ -28,74 +48,151 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
     """
+    _lengths(recipe.lerobot.policy)
     meta = _dataset(recipe)
     _episodes(recipe, meta)
-    _features(recipe, meta)
+    _files(recipe, meta)
+    _validation(recipe)
+    network = _network(recipe.lerobot.policy, _features(recipe, meta))
+    _optimizer(recipe)
+    _weights(recipe, network)
     _resume(recipe)
-    _disk(recipe, meta)
+    _output_dir(recipe, network)
     _wandb(recipe)
 
 
+# ---------------------------------------------------------------------- the data set
+
+
+def _place(dataset: DatasetConfig) -> tuple[str, Path | None]:
+    """What the user called the data set, and where it lies here: None if LeRobot will ask the Hub for it."""
+    if dataset.root is not None:
+        return f"--dataset.root={dataset.root}", Path(dataset.root)
+    name, home = f"--dataset.repo_id={dataset.repo_id}", HF_LEROBOT_HOME / dataset.repo_id
+    if home.exists() and not has_legacy_hub_download_metadata(home):
+        return f"{name} in {HF_LEROBOT_HOME}", home
+    return name, None
+
+
 def _dataset(recipe: Recipe) -> LeRobotDatasetMetadata:
+    """Open the data set's metadata, and say what is wrong with it better than LeRobot does."""
     dataset = recipe.lerobot.dataset
-    root = Path(dataset.root) if dataset.root else None
-    if root is not None:
-        if not root.exists():
-            raise InputError(f"--dataset.root={dataset.root}: there is no such folder.")
-        info = root / "meta" / "info.json"
-        if not info.is_file():
-            raise InputError(
-                f"--dataset.root={dataset.root}: not a LeRobot data set, it has no meta/info.json."
-            )
-        try:
-            version = json.loads(info.read_text())["codebase_version"]
-        except (ValueError, KeyError):
-            raise InputError(f"--dataset.root={dataset.root}: meta/info.json is damaged.") from None
-        if version.startswith("v2"):
-            raise InputError(
-                f"--dataset.root={dataset.root}: a LeRobot {version} data set; this LeRobot reads v3.0. Convert it:\n"
-                f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={dataset.repo_id} --root={root}"
-            )
-    try:
-        meta = LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision)
-    except (BackwardCompatibilityError, ForwardCompatibilityError) as error:
-        raise InputError(f"data set {dataset.repo_id}: {str(error).strip().splitlines()[0]}") from None
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = (
-            dataset.root or f"{dataset.repo_id} (no --dataset.root given: looked for locally and on the Hub)"
+    if dataset.video_backend not in VIDEO_BACKENDS:
+        raise InputError(
+            f"--dataset.video_backend={dataset.video_backend}: must be {' or '.join(VIDEO_BACKENDS[:2])}."
         )
-        raise InputError(f"cannot open data set {where}: {reason}") from None
+    name, root = _place(dataset)
     if root is not None:
-        for pattern in {meta.data_path, meta.video_path} - {None}:
-            folder = pattern.split("/")[0]
-            if not (root / folder).is_dir() and (folder != "videos" or meta.video_keys):
-                raise InputError(f"--dataset.root={dataset.root}: the data set has no {folder} folder.")
+        _info(name, root, dataset.repo_id)
+        # A missing file would make LeRobot ask the Hub for the whole data set.
+        episodes = sorted((root / "meta" / "episodes").glob("*/*")) or [root / "meta" / "episodes"]
+        for path in (root / "meta" / "tasks.parquet", root / "meta" / "stats.json", *episodes):
+            _whole(name, root, path)
+    try:
+        with contextlib.nullcontext() if root else hub_or_cache():
+            meta = LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision)
+    except Exception as error:
+        if root is None:
+            raise InputError(f"{name}: not in {HF_LEROBOT_HOME}, and {hub_answer(error)}") from None
+        raise InputError(f"{name}: the data set cannot be opened: {first_line(error)}") from None
+    found = len(meta.episodes or ())
+    if not found or found != meta.total_episodes:
+        raise InputError(
+            f"{name}: meta/info.json counts {meta.total_episodes} episodes, meta/episodes has {found}."
+        )
     return meta
 
 
+def _info(name: str, root: Path, repo_id: str) -> None:
+    """Check info.json, above all the format's version."""
+    info = root / "meta" / "info.json"
+    if not root.exists():
+        raise InputError(f"{name}: there is no such folder.")
+    if not info.is_file():
+        raise InputError(f"{name}: not a LeRobot data set, it has no meta/info.json.")
+    try:
+        content = json.loads(info.read_text())
+        version = str(content["codebase_version"])
+        if version.startswith(CODEBASE_VERSION.split(".")[0] + "."):
+            DatasetInfo.from_dict(content)
+            return
+    except Exception as error:
+        raise InputError(
+            f"{name}: meta/info.json is damaged ({type(error).__name__}: {first_line(error)})."
+        ) from None
+    if version == "v2.1":
+        raise InputError(
+            f"{name}: a LeRobot v2.1 data set; this LeRobot reads {CODEBASE_VERSION}. This converts it in place:\n"
+            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={shlex.quote(repo_id)} "
+            f"--root={shlex.quote(str(root))} --push-to-hub=false"
+        )
+    raise InputError(
+        f"{name}: a LeRobot {version} data set; this LeRobot reads {CODEBASE_VERSION} and can convert v2.1."
+    )
+
+
+def _whole(name: str, root: Path, path: Path, what: str = "") -> None:
+    """Refuse a file of the data set that is missing or torn, as far as its first and last bytes show."""
+    file = f"{name}: {path.relative_to(root)}{what}"
+    if not path.is_file():
+        raise InputError(f"{file} is missing.")
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".parquet":
+            pyarrow.parquet.read_metadata(path)
+        else:
+            av.open(str(path)).close()
+    except Exception as error:
+        raise InputError(f"{file} is damaged: {first_line(error)}") from None
+
+
+def _files(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """See that every file that will be read is there, and begins and ends as it should."""
+    name, root = _place(recipe.lerobot.dataset)
+    if root is None:
+        return  # the workers download it
+    chosen, held_out = recipe.lerobot.dataset.episodes, recipe.options.data.eval_episodes
+    wanted = set(range(meta.total_episodes) if chosen is None else [*chosen, *(held_out or ())])
+    columns = [("data", meta.data_path, None)]
+    columns += [(f"videos/{camera}", meta.video_path, camera) for camera in meta.video_keys]
+    for column, pattern, camera in columns:
+        chunks, files = (list(meta.episodes[f"{column}/{index}_index"]) for index in ("chunk", "file"))
+        first = {}  # (chunk, file) -> the first episode in it
+        for episode, place in enumerate(zip(chunks, files, strict=True)):
+            # LeRobot opens all parquet files, whatever episodes are asked for.
+            if camera is None or episode in wanted:
+                first.setdefault(place, episode)
+        for (chunk, file), episode in first.items():
+            path = root / pattern.format(chunk_index=chunk, file_index=file, video_key=camera)
+            _whole(name, root, path, f" (episode {episode} is in it)")
+
+
 def _episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """Work out the training episodes and see that some are left."""
     dataset, held_out = recipe.lerobot.dataset, recipe.options.data.eval_episodes
     everything = list(range(meta.total_episodes))
     for name, episodes in (("dataset.episodes", dataset.episodes), ("data.eval_episodes", held_out)):
-        wrong = sorted(set(episodes or ()) - set(everything))
+        if episodes is None:
+            continue
+        if not episodes or len(set(episodes)) < len(episodes):
+            fault = "names an episode twice" if episodes else "name at least one episode, or leave it out"
+            raise InputError(f"--{name}={episodes}: {fault}.")
+        wrong = sorted(set(episodes) - set(everything))
         if wrong:
             raise InputError(
-                f"--{name}: no episode {wrong[0]}; the data set has 0 to {meta.total_episodes - 1}."
+                f"--{name}={episodes}: there is no episode {wrong[0]}; the data set has 0 to {everything[-1]}."
             )
     chosen = dataset.episodes if dataset.episodes is not None else everything
     if held_out is not None:
-        if not held_out:
-            raise InputError("--data.eval_episodes=[]: name at least one episode, or leave the flag out.")
         dataset.episodes = [episode for episode in chosen if episode not in set(held_out)]
         if not dataset.episodes:
             raise InputError(
-                f"--data.eval_episodes holds out all {len(chosen)} episodes: none is left to train on."
+                f"--data.eval_episodes={held_out} holds out every episode: none is left to train on."
             )
         if recipe.eval_steps == 0:
-            recipe.eval_steps = (
-                recipe.lerobot.save_freq if recipe.lerobot.save_freq > 0 else recipe.lerobot.steps
-            )
+            save_freq = recipe.lerobot.save_freq
+            recipe.eval_steps = save_freq if save_freq > 0 else recipe.lerobot.steps
     elif dataset.eval_split:
         per_task: dict = {}
         for episode, tasks in zip(everything, meta.episodes["tasks"], strict=True):
@@ -107,73 +204,204 @@ def _episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
                 f"--dataset.eval_split={dataset.eval_split} leaves no training episode: LeRobot rounds up per task "
                 f"({len(per_task)} task(s), {len(chosen)} episode(s)). A smaller share, or --data.eval_episodes."
             )
+    drop = getattr(recipe.lerobot.policy, "drop_n_last_frames", 0)
+    if max(meta.episodes["length"][e] for e in dataset.episodes or everything) <= drop:
+        raise InputError(
+            f"--policy.drop_n_last_frames={drop}: no training episode is longer, none would be left."
+        )
+
+
+def _validation(recipe: Recipe) -> None:
     horizon, longest = recipe.options.data.eval_horizon, chunk_length(recipe.lerobot.policy)
     if horizon is not None and horizon > longest:
         raise InputError(f"--data.eval_horizon={horizon}: the policy predicts {longest} actions from now on.")
-    drop = getattr(recipe.lerobot.policy, "drop_n_last_frames", 0)
-    if max(meta.episodes["length"][e] for e in dataset.episodes or everything) <= drop:
-        raise InputError(f"every training episode is shorter than the {drop} frames the policy leaves out.")
+    patience = recipe.options.ray.early_stopping
+    if patience and recipe.eval_steps == 0:
+        raise InputError(
+            f"--ray.early_stopping={patience} needs validation: --data.eval_episodes='[0,1]', "
+            "or --dataset.eval_split and --eval_steps."
+        )
 
 
-def _features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
-    cfg = recipe.lerobot
+# ---------------------------------------------------------------------- the policy
+
+
+def _lengths(policy: PreTrainedConfig) -> None:
+    """Refuse lengths that LeRobot takes without a word."""
+    for name in ("n_obs_steps", "n_action_steps", "chunk_size", "horizon"):
+        value = getattr(policy, name, None)
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--policy.{name}={value}: must be at least 1.")
+    if policy.type == "diffusion" and policy.n_action_steps > chunk_length(policy):
+        raise InputError(
+            f"--policy.n_action_steps={policy.n_action_steps}: the policy predicts {chunk_length(policy)} actions "
+            "from now on (horizon - n_obs_steps + 1)."
+        )
+
+
+def _features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyFeature]:
+    """See that the data set holds what the policy takes; returns its features under the policy's names."""
+    cfg, policy, (name, _) = recipe.lerobot, recipe.lerobot.policy, _place(recipe.lerobot.dataset)
     features = dataset_to_policy_features(meta.features)
     if ACTION not in features:
-        raise InputError(f"the data set has no '{ACTION}'; it has {', '.join(sorted(features))}.")
-    renamed = {cfg.rename_map.get(key, key) for key in features}
-    wanted = {
-        k for k in (cfg.policy.input_features or {}) if not k.startswith("observation.images.empty_camera")
-    }
-    missing = sorted(wanted - renamed)
+        raise InputError(f"{name}: the data set has no '{ACTION}'; it has {_list(features)}.")
+    # LeRobot would train on such a feature as it is, not normalized.
+    lacking = sorted(set(features) - set(meta.stats or {}))
+    if lacking:
+        raise InputError(f"{name}: meta/stats.json has no statistics of {', '.join(lacking)}.")
+
+    features = {cfg.rename_map.get(key, key): feature for key, feature in features.items()}
+    wanted = policy.input_features or {}
+    wanted = {key: f for key, f in wanted.items() if not key.startswith(f"{OBS_IMAGES}.empty_camera")}
+    required = set(wanted)
+    cameras, seen = (
+        {key for key, f in some.items() if f.type is FeatureType.VISUAL} for some in (wanted, features)
+    )
+    # Such policies fill in for absent cameras; LeRobot allows it if no other camera takes part unnamed.
+    if hasattr(policy, "empty_cameras") and cameras & seen and (seen <= cameras or cfg.rename_map):
+        required -= cameras
+    missing = sorted(required - set(features))
     if missing:
+        rename = {theirs: ours for theirs, ours in cfg.rename_map.items() if theirs in meta.features}
+        unused = [key for key in features if key not in wanted and key != ACTION]
+        for key in missing:
+            alike = [theirs for theirs in unused if features[theirs].type is wanted[key].type]
+            if not alike:
+                rename = {}  # no renaming helps
+                break
+            rename[alike[0]] = key
+            unused.remove(alike[0])
+        hint = f" If names differ only: --rename_map={shlex.quote(json.dumps(rename))}" if rename else ""
         raise InputError(
-            f"the policy needs {', '.join(missing)}, which the data set lacks. It has "
-            f'{", ".join(sorted(renamed - {ACTION}))}; --rename_map=\'{{"theirs": "policy\'s"}}\' can match names.'
+            f"the policy takes {_list(wanted)}; the data set has {_list(features)}.\n"
+            f"It lacks {', '.join(missing)}.{hint}"
         )
-    trial = _with_features(cfg.policy, features)
+    for key, feature in {**wanted, **(policy.output_features or {})}.items():
+        ours, theirs = tuple(feature.shape), tuple(features[key].shape if key in features else feature.shape)
+        # The large policies pad both to a common length.
+        if feature.type is not FeatureType.VISUAL and ours != theirs and not hasattr(policy, "max_state_dim"):
+            raise InputError(f"{key}: the policy has shape {ours}, the data set {theirs}.")
     try:
-        trial.validate_features()
+        _with_features(policy, features).validate_features()
     except Exception as error:
         raise InputError(
-            f"{cfg.policy.type} cannot train on this data set: {error} "
-            f"It has {', '.join(sorted(set(features) - {ACTION})) or 'no observations'}."
+            f"{policy.type} cannot train on this data set: {first_line(error).replace('`', '')} "
+            f"It has {_list(features)}."
         ) from None
+    return features
 
 
-def _with_features(policy: PreTrainedConfig, features: dict) -> PreTrainedConfig:
+def _list(features: dict) -> str:
+    return ", ".join(sorted(key for key in features if key != ACTION)) or "no observations"
+
+
+def _with_features(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> PreTrainedConfig:
     """A copy of the policy's config with the data set's features, as `make_policy` will fill them in."""
-    trial = copy.deepcopy(policy)
-    trial.output_features = {ACTION: features[ACTION]}
-    if not trial.input_features:
-        trial.input_features = {k: f for k, f in features.items() if k not in trial.output_features}
-    return trial
+    config = copy.deepcopy(policy)
+    config.output_features = {ACTION: features[ACTION]}
+    if not config.input_features:
+        config.input_features = {k: f for k, f in features.items() if f.type is not FeatureType.ACTION}
+    return config
+
+
+def _network(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> torch.nn.Module | None:
+    """The policy without memory behind its weights, to be counted and compared; None for those that would
+    download something to be built."""
+    if policy.type not in COUNTED:
+        return None
+    config = _with_features(policy, features)
+    config.pretrained_path = config.pretrained_backbone_weights = None
+    try:
+        with torch.device("meta"):
+            return get_policy_class(config.type)(config)
+    except NotImplementedError:  # an operation that needs memory
+        return None
+    except Exception as error:
+        raise InputError(f"{policy.type} cannot be built like this: {first_line(error)}.") from None
+
+
+def _optimizer(recipe: Recipe) -> None:
+    """Build optimizer and schedule for a single number: values that they refuse show at once."""
+    cfg = recipe.lerobot
+    if not isinstance(cfg.optimizer, AdamConfig | AdamWConfig | SGDConfig):
+        return  # the others want parameters by name
+    try:
+        optimizer = cfg.optimizer.build([torch.nn.Parameter(torch.zeros(1))])
+        if cfg.scheduler is not None:
+            cfg.scheduler.build(optimizer, cfg.steps)
+    except Exception as error:
+        raise InputError(f"{cfg.optimizer}, {cfg.scheduler}: {first_line(error)}") from None
+
+
+# ---------------------------------------------------------------------- checkpoints and the output folder
+
+
+def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
+    """See that the weights to start from are whole and fit the flags, as far as their headers show."""
+    folder = recipe.lerobot.policy.pretrained_path
+    if folder is None or not Path(folder).is_dir():
+        return  # a new policy, or one that the workers download
+    folder = Path(folder)
+    needed = [f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"]
+    if not any(folder.glob("*model.safetensors")):
+        needed.append("model.safetensors")
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()} if network else {}
+    for path in (*(folder / name for name in needed), *folder.glob("*.json"), *folder.glob("*.safetensors")):
+        if not path.is_file():
+            raise InputError(f"cannot start from {folder}: it has no {path.name}.")
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+                continue
+            with safe_open(path, framework="pt") as file:
+                saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key in shapes}
+        except Exception as error:
+            raise InputError(f"cannot start from {folder}: {path.name} is damaged ({error}).") from None
+        for key, shape in saved.items():
+            if shape != shapes[key]:
+                raise InputError(
+                    f"cannot start from {folder}: {key} is {shape} there, {shapes[key]} with these flags.\n"
+                    "Leave out the --policy flags that change the network."
+                )
 
 
 def _resume(recipe: Recipe) -> None:
     cfg = recipe.lerobot
     if not cfg.resume:
         return
-    newest = checkpoint.last_checkpoint(recipe.output_dir) or cfg.checkpoint_path
-    fault = checkpoint.fault(Path(newest), cfg.policy.type)
+    newest = Path(checkpoint.last_checkpoint(recipe.output_dir) or cfg.checkpoint_path)
+    fault = checkpoint.fault(newest, cfg.policy.type)
     if fault:
         raise InputError(f"cannot resume: {fault}.")
-    step = int(json.loads((Path(newest) / "training_state" / "training_step.json").read_text())["step"])
+    counter = newest / TRAINING_STATE_DIR / TRAINING_STEP
+    try:
+        step = int(json.loads(counter.read_text())["step"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"cannot resume: {counter} holds no step, the checkpoint is damaged.") from None
     if step >= cfg.steps:
         raise InputError(
-            f"nothing to resume: {newest} has reached --steps={cfg.steps}. More steps continue it."
+            f"nothing to resume: {newest} has reached --steps={cfg.steps}. A larger --steps continues it."
         )
 
 
-def _disk(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
-    """One checkpoint holds the weights and Adam's two moments: three times the weights."""
-    if not recipe.lerobot.save_checkpoint:
-        return
+def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:
+    """See that the output folder can be written, and has room for a checkpoint."""
     folder = recipe.output_dir
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
         raise InputError(f"--output_dir={recipe.output_dir}: {folder} is not a folder.")
-    need = 3 * _weight_bytes(recipe.lerobot.policy, dataset_to_policy_features(meta.features))
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"--output_dir={recipe.output_dir}: {folder} cannot be written ({error.strerror})."
+        ) from None
+    if network is None or not recipe.lerobot.save_checkpoint:
+        return
+    # The weights and Adam's two moments, and the trained weights behind an average.
+    copies = 4 if recipe.options.ray.ema else 3
+    need = copies * sum(p.numel() * p.element_size() for p in network.parameters())
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(
@@ -182,17 +410,7 @@ def _disk(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
         )
 
 
-def _weight_bytes(policy: PreTrainedConfig, features: dict) -> int:
-    """Bytes of a policy's parameters, from a model without memory behind it; 0 where that is not possible."""
-    config = _with_features(policy, features)
-    config.pretrained_path = None
-    if hasattr(config, "pretrained_backbone_weights"):
-        config.pretrained_backbone_weights = None  # nothing is downloaded to be counted
-    if config.type not in ("act", "diffusion"):
-        return 0
-    with torch.device("meta"):
-        model = get_policy_class(config.type)(config)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+# ---------------------------------------------------------------------- Weights & Biases
 
 
 def _wandb(recipe: Recipe) -> None:
@@ -211,7 +429,6 @@ def _wandb(recipe: Recipe) -> None:
 
 
 def _wandb_login() -> bool:
-    import requests.utils
+    import wandb
 
-    base_url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(base_url))
+    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key)

@@ -1,0 +1,126 @@
+"""The first five minutes: record a small simulated part-sorting task and train ACT on it, on any machine.
+
+    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--steps=600]
+
+The training goes through `ray_jobs.train`, with the last episodes held out. Ends in numbers and a picture of
+predicted against recorded actions. A recorded data set is used again; every training gets a folder of its own.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_jobs.engine.console import duration, quiet, run_job
+from ray_jobs.engine.errors import InputError
+
+
+@dataclass
+class DemoOptions:
+    output_dir: str = "outputs/demo"
+    episodes: int = 50
+    steps: int = 600
+
+
+def main(argv: list[str]) -> int:
+    quiet()
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    options = _parse(argv)
+    started = time.monotonic()
+    folder = Path(options.output_dir)
+    dataset = _dataset(folder / "dataset", options.episodes)
+
+    from ray_jobs import train
+
+    held_out = list(range(options.episodes - max(1, options.episodes // 10), options.episodes))
+    run = next(path for n in range(1, 10**6) if not (path := folder / f"train-{n}").exists())
+    print(f"training ACT for {options.steps} steps, episodes {held_out[0]} to {held_out[-1]} held out")
+    status = train.main(_recipe(dataset, run, options.steps, held_out))
+    if status != 0:
+        return status
+    print(f"picture     {_picture(run, dataset, held_out[0])}")
+    print(f"demo done in {duration(time.monotonic() - started)}")
+    return 0
+
+
+def _parse(argv: list[str]) -> DemoOptions:
+    import contextlib
+    import io
+
+    import draccus
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            options = draccus.parse(DemoOptions, args=argv)
+    except SystemExit:
+        raise InputError(printed.getvalue().strip().splitlines()[-1]) from None
+    except draccus.utils.DraccusException as error:
+        raise InputError(str(error).strip()) from None
+    if options.episodes < 2 or options.steps < 1:
+        raise InputError("--episodes must be at least 2 and --steps at least 1.")
+    return options
+
+
+def _dataset(root: Path, episodes: int) -> Path:
+    if root.exists():
+        from lerobot.datasets import LeRobotDatasetMetadata
+
+        recorded = LeRobotDatasetMetadata("local/part_sorting", root=root).total_episodes
+        if recorded != episodes:
+            raise InputError(f"{root} holds {recorded} episodes, not {episodes}; give another --output_dir.")
+        print(f"using the {recorded} recorded episodes in {root}")
+        return root
+    from ray_jobs.part_sorting.record import record
+
+    print(f"recording {episodes} episodes of part sorting into {root}")
+    return record(root, episodes, image_size=64)
+
+
+def _recipe(dataset: Path, run: Path, steps: int, held_out: list[int]) -> list[str]:
+    """A small ACT that a CPU trains in minutes."""
+    return [
+        "--dataset.repo_id=local/part_sorting",
+        f"--dataset.root={dataset}",
+        "--dataset.video_backend=pyav",
+        "--policy.type=act",
+        "--policy.push_to_hub=false",
+        "--policy.pretrained_backbone_weights=null",
+        "--policy.chunk_size=16",
+        "--policy.n_action_steps=16",
+        "--policy.dim_model=128",
+        "--policy.n_heads=4",
+        "--policy.dim_feedforward=512",
+        "--policy.n_vae_encoder_layers=2",
+        "--policy.optimizer_lr=1e-4",
+        "--policy.optimizer_lr_backbone=1e-4",
+        f"--output_dir={run}",
+        "--batch_size=8",
+        "--num_workers=1",
+        f"--steps={steps}",
+        f"--save_freq={steps}",
+        f"--log_freq={max(1, steps // 10)}",
+        f"--eval_steps={max(1, steps // 3)}",
+        f"--data.eval_episodes={held_out}",
+        "--max_eval_samples=100",
+        "--env_eval_freq=0",
+    ]
+
+
+def _picture(run: Path, dataset: Path, episode: int) -> Path:
+    from lerobot.policies.act.modeling_act import ACTPolicy
+
+    from ray_jobs.engine.pictures import predicted_against_recorded
+
+    best = run / "checkpoints" / "best" / "pretrained_model"
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()):  # "Loading weights from local directory"
+        policy = ACTPolicy.from_pretrained(best)
+    return predicted_against_recorded(policy, best, dataset, episode, run / "predicted_against_recorded.png")
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,150 @@
+"""What a run survives: killed workers, a killed driver, Ctrl-C, a kill while a checkpoint is written.
+
+Every run here is a real `python -m ray_jobs.train` on Ray; processes are killed with real signals. Killed runs
+must end with the very bytes of the undisturbed one.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, job, tiny_act
+
+from ray_jobs.engine import checkpoint
+
+STEPS = ("--steps=40", "--save_freq=10")
+WEIGHTS = "checkpoints/000040/pretrained_model/model.safetensors"
+OPTIMIZER = "checkpoints/000040/training_state/optimizer_state.safetensors"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(parts, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = job("ray_jobs.train", *tiny_act(parts, output_dir, *STEPS))
+    assert result.returncode == 0, result.stderr
+    return output_dir
+
+
+class Run:
+    """A training in a process group of its own, as in a terminal."""
+
+    def __init__(self, flags: list[str], **env: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ray_jobs.train", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **env},
+            start_new_session=True,
+        )
+        self.printed = ""
+
+    def wait_for(self, text: str) -> None:
+        for line in self.process.stdout:
+            self.printed += line
+            if text in line:
+                return
+        raise AssertionError(f"ended without printing {text!r}:\n{self.printed}")
+
+    def end(self, timeout: float = 120) -> int:
+        self.printed += self.process.communicate(timeout=timeout)[0]
+        return self.process.returncode
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self) -> list[psutil.Process]:
+        return [p for p in self.family() if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def assert_same_end(output_dir: Path, undisturbed: Path) -> None:
+    for file in (WEIGHTS, OPTIMIZER):
+        assert (output_dir / file).read_bytes() == (undisturbed / file).read_bytes(), file
+    steps = [json.loads(line)["step"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 41))
+
+
+@pytest.mark.parametrize("attempt", range(2))
+def test_killed_worker_is_replaced(parts, undisturbed, tmp_path, attempt):
+    """SIGKILL to the worker at a random step: the run finishes by itself, bit for bit the same."""
+    run = Run(tiny_act(parts, tmp_path / "run", *STEPS))
+    run.wait_for(f"step {random.randint(1, 38)}/40")
+    for worker in run.workers():
+        worker.kill()
+    assert run.end() == 0, run.printed
+    assert "a worker was lost" in run.printed
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_killed_driver_resumes(parts, undisturbed, tmp_path):
+    """SIGKILL to the driver takes all of its processes along; the same command with --resume=true goes on."""
+    flags = tiny_act(parts, tmp_path / "run", *STEPS)
+    run = Run(flags)
+    run.wait_for(f"step {random.randint(1, 38)}/40")
+    family = run.family()
+    run.process.kill()
+    result = job("ray_jobs.train", *flags, "--resume=true")
+    assert result.returncode == 0, result.stderr
+    assert not alive(family)
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_killed_while_saving(parts, undisturbed, tmp_path):
+    """SIGKILL in the middle of writing a checkpoint leaves no torn one, and the run ends the same."""
+    output_dir = tmp_path / "run"
+    run = Run(tiny_act(parts, output_dir, *STEPS))
+    run.wait_for("step 19/40")
+    scratch = output_dir / "checkpoints" / ".000020.tmp"
+    while not scratch.exists():
+        time.sleep(0.0005)
+    for worker in run.workers():
+        worker.kill()
+    whole = checkpoint.checkpoint_steps(output_dir)
+    assert [checkpoint.fault(path) for path in whole.values()] == [None] * len(whole)
+    assert run.end() == 0, run.printed
+    assert_same_end(output_dir, undisturbed)
+    assert not list((output_dir / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_ctrl_c_leaves_a_checkpoint(parts, tmp_path, workers):
+    """Ctrl-C stops within seconds with a usable checkpoint and no process left, and says how to go on."""
+    output_dir = tmp_path / "run"
+    flags = tiny_act(parts, output_dir, "--steps=5000", "--save_freq=5000", f"--ray.num_workers={workers}")
+    run = Run(flags)
+    run.wait_for("step 12/5000")
+    family = run.family()
+    begin = time.monotonic()
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.end() == 130, run.printed
+    assert time.monotonic() - begin < 15
+    saved = checkpoint.last_checkpoint(output_dir)
+    assert saved is not None and int(saved.name) >= 12 and checkpoint.fault(saved) is None
+    assert f"--config_path={saved}" in run.printed and "--resume=true" in run.printed
+    assert "Traceback" not in run.printed
+    time.sleep(1)
+    assert not alive(family)
+
+
+def test_two_runs_never_share_a_folder(parts, tmp_path):
+    """A second run in the folder of a living one is refused, not mixed in."""
+    flags = tiny_act(parts, tmp_path / "run", "--steps=5000", "--save_freq=5")
+    run = Run(flags)
+    run.wait_for("step 6/5000")
+    result = job("ray_jobs.train", *flags, "--resume=true", "--ray.num_workers=0")
+    assert result.returncode == 1
+    assert "another run is writing" in result.stderr
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.end() == 130
