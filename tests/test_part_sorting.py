@@ -38,7 +38,7 @@ def test_gymnasium_env_checker(kwargs):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"image_size": 31}, {"image_size": 65}, {"n_cameras": 3}, {"n_parts": 0}, {"fps": 0}]
+    "kwargs", [{"image_size": 31}, {"image_size": 65}, {"n_cameras": 3}, {"n_parts": 0}, {"fps": 4}]
 )
 def test_bad_parameters_are_refused(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
@@ -49,8 +49,9 @@ def test_rules_of_the_table():
     env = PartSortingEnv(image_size=32, n_parts=1)
     env.reset(seed=0)
     start = env.gripper.copy()
-    env.step(np.array([1.0, -1.0, -1.0], np.float32))
+    observation, *_ = env.step(np.array([1.0, -1.0, 1.0], np.float32))
     assert np.linalg.norm(env.gripper - start) == pytest.approx(MAX_SPEED / 10)
+    assert observation["agent_pos"][2] == -1, "closed on nothing, so open again"
 
     env.gripper, env.colours, env.parts = np.array([-0.78, 0.0]), np.array([0]), np.array([[-0.78, 0.0]])
     *_, info = env.step(np.array([-0.78, 0.0, 1.0]))
@@ -73,11 +74,15 @@ def test_time_limit_truncates():
     assert outcomes == [(False, False)] * 4 + [(False, True)]
 
 
-def test_expert_succeeds():
-    env = PartSortingEnv(image_size=32)
-    # demonstrate() raises unless the episode ends in success.
-    lengths = [sum(1 for _ in demonstrate(env, seed)) for seed in range(100)]
-    assert 30 < np.mean(lengths) < 80 and max(lengths) < 120
+def test_expert_always_succeeds():
+    def lengths(seeds, **kwargs):
+        env = PartSortingEnv(image_size=32, **kwargs)
+        return [sum(1 for _ in demonstrate(env, seed)) for seed in seeds]  # raises without success
+
+    usual = lengths(range(100))
+    assert 30 < np.mean(usual) < 80 and max(usual) < 120
+    for kwargs in ({"n_parts": 3}, {"fps": 5}, {"fps": 30}):
+        lengths(range(10), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +135,8 @@ def test_recording_is_silent_and_repeatable(recording, tmp_path, capfd, caplog):
 def test_recording_refuses_an_existing_folder(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         record(tmp_path, 1)
+    with pytest.raises(ValueError, match="episodes"):
+        record(tmp_path / "parts", 0)
 
 
 @pytest.mark.parametrize("where", ["between episodes", "within an episode"])

@@ -190,10 +190,10 @@ def train(
     try:
         while step < cfg.steps:
             window.begin_step()
-            for _ in range(options.ray.grad_accumulation):
+            for number in range(options.ray.grad_accumulation):
                 with accelerator.accumulate(policy):
                     batch = to_device(next(batches), dataset.meta.camera_keys, accelerator.device)
-                    if main and step == 0 and cfg.wandb.enable and not window.losses:
+                    if main and step == number == 0 and cfg.wandb.enable:
                         tracker.log_cameras(
                             {k: batch[k][:4].flatten(0, -4) for k in dataset.meta.camera_keys}, 0
                         )
@@ -470,7 +470,7 @@ class Scores:
         self.last_values: dict = {}
         self.values: dict[int, float] = {}  # step -> METRIC
         for record in history:
-            self.add(record["step"], record)
+            self.add(record["step"], {key: value for key, value in record.items() if key != "step"})
 
     def add(self, step: int, metrics: dict) -> bool:
         """Note the metrics of a step; True if it is the best validation so far."""

@@ -63,7 +63,14 @@ def predicted_against_recorded(
         axis.plot(seconds, recorded[:, dim], color="0.4", linewidth=2, label="recorded")
         for number, (start, chunk) in enumerate(zip(starts, chunks, strict=True)):
             label = "predicted" if number == 0 else None
-            axis.plot(seconds[start : start + len(chunk)], chunk[:, dim], color="C1", marker=".", markersize=3, label=label)
+            axis.plot(
+                seconds[start : start + len(chunk)],
+                chunk[:, dim],
+                color="C1",
+                marker=".",
+                markersize=3,
+                label=label,
+            )
         axis.set_title(names[dim], fontsize=9)
     axes[0, 0].legend(fontsize=8)
     for axis in axes[-1]:

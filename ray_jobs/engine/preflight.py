@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import pyarrow.parquet
 import torch
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
@@ -31,7 +32,7 @@ from lerobot.utils.constants import (
     TRAINING_STEP,
 )
 from lerobot.utils.feature_utils import dataset_to_policy_features
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ray_jobs.engine import checkpoint
 from ray_jobs.engine.errors import InputError
@@ -85,7 +86,7 @@ def _dataset(recipe: Recipe) -> LeRobotDatasetMetadata:
     if root is not None:
         _info(name, root, dataset.repo_id)
         # A missing file would make LeRobot ask the Hub for the whole data set.
-        episodes = sorted((root / "meta" / "episodes").glob("*/*")) or [root / "meta" / "episodes"]
+        episodes = sorted((root / "meta" / "episodes").glob("*/*.parquet")) or [root / "meta" / "episodes"]
         for path in (root / "meta" / "tasks.parquet", root / "meta" / "stats.json", *episodes):
             _whole(name, root, path)
     try:
@@ -246,7 +247,8 @@ def _features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyF
     if ACTION not in features:
         raise InputError(f"{name}: the data set has no '{ACTION}'; it has {_list(features)}.")
     # LeRobot would train on such a feature as it is, not normalized.
-    lacking = sorted(set(features) - set(meta.stats or {}))
+    numbers = {key for key in features if meta.features[key]["dtype"] != "string"}
+    lacking = sorted(numbers - set(meta.stats or {}))
     if lacking:
         raise InputError(f"{name}: meta/stats.json has no statistics of {', '.join(lacking)}.")
 
@@ -330,7 +332,10 @@ def _optimizer(recipe: Recipe) -> None:
         if cfg.scheduler is not None:
             cfg.scheduler.build(optimizer, cfg.steps)
     except Exception as error:
-        raise InputError(f"{cfg.optimizer}, {cfg.scheduler}: {first_line(error)}") from None
+        raise InputError(
+            f"the optimizer or its schedule cannot be built: {first_line(error)}\n"
+            f"They are {cfg.optimizer} and {cfg.scheduler}."
+        ) from None
 
 
 # ---------------------------------------------------------------------- checkpoints and the output folder
@@ -338,7 +343,7 @@ def _optimizer(recipe: Recipe) -> None:
 
 def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
     """See that the weights to start from are whole and fit the flags, as far as their headers show."""
-    folder = recipe.lerobot.policy.pretrained_path
+    policy, folder = recipe.lerobot.policy, recipe.lerobot.policy.pretrained_path
     if folder is None or not Path(folder).is_dir():
         return  # a new policy, or one that the workers download
     folder = Path(folder)
@@ -351,11 +356,16 @@ def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
             raise InputError(f"cannot start from {folder}: it has no {path.name}.")
         try:
             if path.suffix == ".json":
-                json.loads(path.read_text())
+                content = json.loads(path.read_text())
+                kind = content.get("type", policy.type) if path.name == CONFIG_NAME else policy.type
+                if kind != policy.type:
+                    raise InputError(
+                        f"cannot start from {folder}: it holds a policy of type {kind}, not {policy.type}."
+                    )
                 continue
             with safe_open(path, framework="pt") as file:
                 saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key in shapes}
-        except Exception as error:
+        except (ValueError, SafetensorError, OSError) as error:
             raise InputError(f"cannot start from {folder}: {path.name} is damaged ({error}).") from None
         for key, shape in saved.items():
             if shape != shapes[key]:

@@ -175,7 +175,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     if device is not None and device != cfg.trainable_config.device:
         notices.append(f"No {device} device on this machine: the worker's own device decides.")
     idle = next((name for name in flags if name.startswith(("optimizer.", "scheduler."))), None)
-    if idle and cfg.use_policy_training_preset:
+    if idle and cfg.use_policy_training_preset and not cfg.resume:
         notices.append(
             f"--{idle} has no effect: the policy brings its own (--policy.optimizer_lr and its like), "
             "unless --use_policy_training_preset=false."
@@ -257,8 +257,9 @@ def _resume_arguments(theirs: list[str]) -> tuple[list[str], Path | None]:
     # The checkpoint already holds what --policy.path gave; LeRobot would take it before the checkpoint.
     without_path = lerobot_parser.filter_arg("policy.path", theirs)
     if config_path is not None:
-        pretrained_dir = Path(config_path) if Path(config_path).is_dir() else Path(config_path).parent
-        run_dir = pretrained_dir.absolute().parent.parent.parent  # <run>/checkpoints/<step>/pretrained_model
+        file = Path(config_path).absolute()
+        pretrained_dir = file if file.is_dir() else file.parent
+        run_dir = pretrained_dir.parent.parent.parent  # <run>/checkpoints/<step>/pretrained_model
         newest = last_checkpoint(run_dir)
         output_dir = lerobot_parser.parse_arg("output_dir", theirs)
         branches_off = output_dir is not None and Path(output_dir).resolve() != run_dir.resolve()
@@ -268,7 +269,7 @@ def _resume_arguments(theirs: list[str]) -> tuple[list[str], Path | None]:
                 "overwritten. Resume from that one, or give another --output_dir to branch off here."
             )
         theirs = without_path
-        if Path(config_path).exists():
+        if file.exists():
             _check_checkpoint(pretrained_dir.parent, policy_type)
             if output_dir is None and pretrained_dir.parent.parent.name == CHECKPOINTS_DIR:
                 # The saved config names the folder it was trained in: another one, once a run was moved.
@@ -306,8 +307,8 @@ def _check_checkpoint(folder: Path, policy_type: str | None) -> None:
     damage = checkpoint_fault(folder)
     if damage:
         steps = checkpoint_steps(folder.resolve().parent.parent)
-        older = [path for step, path in sorted(steps.items()) if path.name < folder.resolve().name]
-        hint = f"\nWithout {folder} the run would go on from {older[-1].name}." if older else ""
+        older = [path.name for path in steps.values() if path.name < folder.resolve().name]
+        hint = f"\nWithout {folder} the run would go on from {max(older)}." if older else ""
         raise InputError(f"cannot resume: {damage}.{hint}")
     mismatch = checkpoint_fault(folder, policy_type)
     if mismatch:
@@ -323,9 +324,10 @@ def _check_flags(flags: dict[str, str]) -> None:
     for name, value in flags.items():
         choices = name in known and known[name].choices
         if choices and value not in choices:
+            guess = _nearest(value, choices)
+            meant = f"; did you mean {guess}?" if guess else "."
             raise InputError(
-                f"--{name}={value}: there is none of that name{_did_you_mean('', value, choices) or '.'}\n"
-                f"It can be {', '.join(sorted(choices))}."
+                f"--{name}={value}: there is none of that name{meant}\nIt can be {', '.join(sorted(choices))}."
             )
     policy_type = flags.get("policy.type")
     if policy_type:
@@ -335,9 +337,13 @@ def _check_flags(flags: dict[str, str]) -> None:
     for name in flags:
         if name not in known and name not in plugins:
             whose = f" for {policy_type}" if policy_type and name.startswith("policy.") else ""
-            meant = _did_you_mean("--", name, known)
-            help_flags = f"--policy.type={policy_type or 'act'} --help"
-            raise InputError(f"unknown flag --{name}{whose}" + (meant or f"; {help_flags} lists them."))
+            guess = _nearest(name, known)
+            see = (
+                f"did you mean --{guess}?"
+                if guess
+                else f"--policy.type={policy_type or 'act'} --help lists them."
+            )
+            raise InputError(f"unknown flag --{name}{whose}; {see}")
         if not flags[name]:
             raise InputError(
                 f"--{name}: its value is missing, as in --{name}=VALUE; a switch takes true or false."
@@ -362,32 +368,38 @@ def _known_flags(plugins: tuple[tuple[str, str], ...]) -> dict[str, Action]:
     return known | {name: Action([], name) for name in ("policy.path", "reward_model.path")}
 
 
-def _did_you_mean(dashes: str, name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the known name that was probably meant, or nothing."""
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one was probably meant to be, if there is one."""
     group, _, leaf = name.rpartition(".")
     # What the optimizer groups say is overruled by the policy's preset: never the flag to recommend.
     known = [k for k in known if not k.startswith(("optimizer.", "scheduler."))]
-    same = [k for k in known if re.search(rf"(^|[{'.' if group else '._'}]){re.escape(leaf)}$", k)]
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == group}
-    close = difflib.get_close_matches(leaf, siblings, n=1)
-    if close:
-        guess = siblings[close[0]]
-    elif same:
-        guess = min(same, key=len)
-    else:
-        guess = next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
-    return f"; did you mean {dashes}{guess}?" if guess else ""
+    for close in difflib.get_close_matches(leaf, siblings, n=1):
+        return siblings[close]
+    # The right name in the wrong group; without a group also its last part.
+    before = r"(^|\.)" if group else r"(^|[._])"
+    elsewhere = [k for k in known if re.search(f"{before}{re.escape(leaf)}$", k)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return min(elsewhere, key=len) if elsewhere else next(iter(close), None)
+
+
+# Flags that name a file or a folder here, or else one on the Hub, and the file looked for in the folder.
+SOURCES = {
+    "config_path": TRAIN_CONFIG_NAME,
+    "policy.path": "config.json",
+    "policy.pretrained_path": "config.json",
+}
 
 
 def _check_sources(args: list[str]) -> None:
     """Refuse config files and checkpoints that are not there, and a command without data or policy."""
-    config_path, policy_path = (lerobot_parser.parse_arg(n, args) for n in ("config_path", "policy.path"))
-    if policy_path is not None:
-        _check_source("policy.path", policy_path, "config.json")
-    if config_path is not None:
-        _check_source("config_path", config_path, TRAIN_CONFIG_NAME)
-        return  # the file may hold what follows
+    for flag, file_name in SOURCES.items():
+        value = lerobot_parser.parse_arg(flag, args)
+        if value is not None:
+            _check_source(flag, value, file_name)
     names = {arg[2:].partition("=")[0] for arg in args}
+    if "config_path" in names:
+        return  # the file may hold what follows
     if "dataset.repo_id" not in names:
         raise InputError(
             "--dataset.repo_id is missing: the data set's name, as in --dataset.repo_id=user/name "
@@ -459,8 +471,10 @@ def _lerobot_config(
         cfg.eval_steps = eval_steps
         return cfg
 
-    sources = (f"--{name}={flags[name]}" for name in ("config_path", "policy.path") if name in flags)
-    from_hub = next((source for source in sources if not Path(source.partition("=")[2]).exists()), None)
+    values = ((flag, lerobot_parser.parse_arg(flag, theirs)) for flag in ("config_path", "policy.path"))
+    from_hub = next(
+        (f"--{flag}={value}" for flag, value in values if value and not Path(value).exists()), None
+    )
     with _sys_argv(theirs), hub_or_cache() if from_hub else contextlib.nullcontext():
         cfg = _parse(parse_and_validate, flags, from_hub)
     for name in ("steps", "batch_size", "prefetch_factor"):
@@ -507,7 +521,10 @@ def _parse[T](parse: Callable[[], T], flags: dict[str, str], from_hub: str | Non
         raise
     except SystemExit as stop:  # argparse, or LeRobot's wrapper around a DecodingError
         if stop.__context__ is None:
-            raise InputError(printed.getvalue().strip().splitlines()[-1].partition("error: ")[2]) from None
+            message = printed.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+            # The overrides of a --policy.path are parsed without their prefix.
+            unknown = "the policy of --policy.path knows no --policy."
+            raise InputError(message.replace("unrecognized arguments: --", unknown)) from None
         raise InputError(_explain(stop.__context__, flags)) from None
     except Exception as error:
         if from_hub and any(isinstance(link, HUB_ERRORS) for link in _chain(error)):
@@ -551,14 +568,14 @@ def _explain(error: BaseException, flags: dict[str, str]) -> str:
     for link in decoding:
         path = ".".join(link.key_path)
         for name, value in flags.items():
-            # The overrides of a --policy.path are parsed without their prefix.
-            if path in (name, name.removeprefix("policy.")) or re.fullmatch(rf"{re.escape(name)}\.\d+", path):
-                element = path != name and path.startswith(name)
-                text = "list" if element else link.message.replace(f"'{value}'", "")
+            found = re.fullmatch(rf"(policy\.)?{re.escape(name.removeprefix('policy.'))}(\.\d+)?", path)
+            if found:
+                text = "list" if found[2] else link.message.replace(f"'{value}'", "")
                 what = next((what for pattern, what in EXPECTED.items() if re.search(pattern, text)), None)
                 return f"--{name}={value}: " + (f"must be {what}." if what else " ".join(text.split()))
-    # A class that refuses its values (ParsingError) has its reason behind it; a value of a config file has not.
-    if decoding and not any(type(link) is ParsingError for link in chain):
+    # A value of a config file is named here; a class that refuses its values has its reason behind it.
+    named = decoding and not decoding[-1].message.startswith("Could not decode")
+    if named and not any(type(link) is ParsingError for link in chain):
         message = f"--{'.'.join(decoding[-1].key_path)}: {decoding[-1].message}"
     else:
         message = str(next((e for e in chain if not isinstance(e, DraccusException | SystemExit)), error))
@@ -566,8 +583,10 @@ def _explain(error: BaseException, flags: dict[str, str]) -> str:
     for pattern, clearer in CLEARER.items():
         message = re.sub(f"^{pattern}$", clearer, message)
     typed = {name.rpartition(".")[2]: f"--{name}" for name in flags}
-    message = re.sub(r"`(\w+)`", lambda word: typed.get(word[1], word[1]), message).replace("`", "")
-    return message if "--" in message or not decoding else f"--{decoding[0].key_path[0]}: {message}"
+    message = re.sub(r"(?<![.\w-])\w+_\w+", lambda word: typed.get(word[0], word[0]), message).replace(
+        "`", ""
+    )
+    return message if "--" in message or not decoding else f"--{'.'.join(decoding[-1].key_path)}: {message}"
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -12,10 +12,10 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from ray_jobs.part_sorting.env import CAMERAS, EPISODE_STEPS
+from ray_jobs.part_sorting.env import CAMERAS, EPISODE_SECONDS
 
 ENV_ID = "part_sorting/PartSorting-v0"
-gym.register(ENV_ID, "ray_jobs.part_sorting.env:PartSortingEnv", max_episode_steps=EPISODE_STEPS)
+gym.register(ENV_ID, "ray_jobs.part_sorting.env:PartSortingEnv", max_episode_steps=EPISODE_SECONDS * 10)
 
 
 @EnvConfig.register_subclass("part_sorting")
@@ -25,12 +25,13 @@ class PartSortingConfig(EnvConfig):
 
     task: str | None = "PartSorting-v0"
     fps: int = 10  # steps per second
-    episode_length: int = EPISODE_STEPS  # steps
+    episode_length: int | None = None  # steps; EPISODE_SECONDS' worth if None
     image_size: int = 96  # pixels
     n_cameras: int = 1
     n_parts: int | None = None
 
     def __post_init__(self):
+        self.episode_length = self.episode_length or EPISODE_SECONDS * self.fps
         image = PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3))
         cameras = [f"{OBS_IMAGES}.{camera}" for camera in CAMERAS[: self.n_cameras]]
         # Cameras keep the names of the data set here: lerobot-eval matches these keys when it records.

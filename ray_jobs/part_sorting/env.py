@@ -10,17 +10,17 @@ import numpy as np
 
 TASK = "sort the parts into their bins"
 CAMERAS = ("top", "wrist")
-STATE_NAMES = ["gripper_x", "gripper_y", "gripper_closed"]
+STATE_NAMES = ["gripper_x", "gripper_y", "gripper_holding"]
 ACTION_NAMES = ["target_x", "target_y", "target_closed"]
-EPISODE_STEPS = 150
+EPISODE_SECONDS = 15  # ample for three parts: the expert takes 3 s a part
 
 MAX_SPEED = 0.8  # table units per second
-GRASP_RADIUS = 0.15
-PART_HALF = 0.1
+GRASP_RADIUS = 0.2
+PART_HALF = 0.12
 BIN_CENTRES = np.array([[-0.78, 0.0], [0.78, 0.0]])  # by colour: red left, blue right
 BIN_HALF = np.array([0.22, 0.6])
 PART_AREA = np.array([[-0.35, -0.7], [0.35, 0.4]])  # parts start here, clear of the bins and the gripper
-MIN_PART_GAP = 0.35  # between centres, so that a grasp is never ambiguous
+MIN_PART_GAP = 0.45  # between centres, so that a grasp is never ambiguous
 
 _TABLE = (236, 232, 224)
 _GRIPPER = (40, 40, 48)
@@ -33,9 +33,10 @@ class PartSortingEnv(gym.Env):
     """One gripper, one to three parts, two bins.
 
     Observation: `pixels` {camera: (image_size, image_size, 3) uint8} and `agent_pos` (3,) float32, the
-    gripper's x, y and -1 (open) or 1 (closed). Action: (3,) float32 in [-1, 1], the absolute target x, y,
-    reached at no more than MAX_SPEED, and the gripper command, closed if above 0. Reward: the change in the
-    fraction of parts that lie in their bins. Terminates once all do (`info["is_success"]`).
+    gripper's x, y and -1 (open) or 1 (holding a part). Action: (3,) float32 in [-1, 1], the absolute target
+    x, y, approached at no more than MAX_SPEED, and the gripper command, closed if above 0. A gripper that
+    closes on nothing springs open, so that a missed grasp leads back to states the expert shows. Reward: the
+    change in the fraction of parts that lie in their bins. Terminates once all do (`info["is_success"]`).
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -57,11 +58,12 @@ class PartSortingEnv(gym.Env):
             raise ValueError(f"n_cameras must be 1 (top) or 2 (top and wrist), got {n_cameras}")
         if n_parts not in (None, 1, 2, 3):
             raise ValueError(f"n_parts must be 1, 2, 3 or None (one or two at random), got {n_parts}")
-        if fps <= 0:
-            raise ValueError(f"fps must be positive, got {fps}")
+        if fps < 5:
+            raise ValueError(f"fps must be at least 5 (below, a step overshoots a part), got {fps}")
         self.image_size, self.n_parts, self.render_mode = image_size, n_parts, render_mode
         self.cameras = CAMERAS[:n_cameras]
         self.max_step = MAX_SPEED / fps
+        self.episode_steps = EPISODE_SECONDS * fps
         self.metadata = {**self.metadata, "render_fps": fps}
         image = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(
@@ -81,7 +83,6 @@ class PartSortingEnv(gym.Env):
         while _smallest_gap(self.parts) < MIN_PART_GAP:
             self.parts = rng.uniform(*PART_AREA, size=(n_parts, 2))
         self.gripper = rng.uniform([-0.2, 0.75], [0.2, 0.95])
-        self.closed = False
         self.held: int | None = None  # index of the part in the gripper
         return self._observation(), {"is_success": False}
 
@@ -92,24 +93,16 @@ class PartSortingEnv(gym.Env):
         sorted_before = self.sorted().mean()
         move = np.clip(action[:2], -1, 1) - self.gripper
         self.gripper = self.gripper + move * min(1.0, self.max_step / max(np.linalg.norm(move), 1e-9))
-        close = bool(action[2] > 0)
-        if close and not self.closed:
+        if action[2] <= 0:
+            self.held = None
+        elif self.held is None:
             distances = np.linalg.norm(self.parts - self.gripper, axis=1)
             self.held = int(distances.argmin()) if distances.min() <= GRASP_RADIUS else None
-        elif not close:
-            self.held = None
-        self.closed = close
         if self.held is not None:
             self.parts[self.held] = self.gripper
         done = self.sorted()
-        success = bool(done.all())
-        return (
-            self._observation(),
-            float(done.mean() - sorted_before),
-            success,
-            False,
-            {"is_success": success},
-        )
+        reward, success = float(done.mean() - sorted_before), bool(done.all())
+        return self._observation(), reward, success, False, {"is_success": success}
 
     def sorted(self) -> np.ndarray:
         """(n_parts,) bool: which parts have been let go inside the bin of their colour."""
@@ -121,7 +114,7 @@ class PartSortingEnv(gym.Env):
         return self._view("top", 256)
 
     def _observation(self) -> dict:
-        state = np.array([*self.gripper, 1.0 if self.closed else -1.0], np.float32)
+        state = np.array([*self.gripper, -1.0 if self.held is None else 1.0], np.float32)
         return {"pixels": {c: self._view(c, self.image_size) for c in self.cameras}, "agent_pos": state}
 
     def _view(self, camera: str, size: int) -> np.ndarray:
@@ -132,7 +125,7 @@ class PartSortingEnv(gym.Env):
             canvas.rectangle(centre, BIN_HALF - 0.04, floor)
         for part, colour in zip(self.parts, self.colours, strict=True):
             canvas.rectangle(part, (PART_HALF, PART_HALF), _PART_COLOURS[colour])
-        gap = PART_HALF + (0.025 if self.closed else 0.085)
+        gap = PART_HALF + (0.085 if self.held is None else 0.025)
         for side in (-gap, gap):
             canvas.rectangle(self.gripper + (side, 0.0), (0.03, 0.1), _GRIPPER)
         canvas.rectangle(self.gripper + (0.0, 0.12), (gap + 0.03, 0.03), _GRIPPER)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ray_jobs.part_sorting.env import BIN_CENTRES, EPISODE_STEPS, PartSortingEnv
+from ray_jobs.part_sorting.env import BIN_CENTRES, PartSortingEnv
 
 _ARRIVED = 0.05  # distance to the goal, in table units, at which the gripper closes or opens
 
@@ -21,7 +21,7 @@ class Expert:
         self.rng = np.random.default_rng([seed, 1])  # unlike the stream that places the parts
         self.speed = self.rng.uniform(0.7, 1.0) * env.max_step
         self.arc = self.rng.uniform(-0.6, 0.6)  # how far, in radians, a long approach swings out
-        self.any_order = self.rng.random() < 0.15
+        self.any_order = self.rng.random() < 0.1
         self.target: int | None = None
 
     def act(self) -> np.ndarray:
@@ -62,10 +62,10 @@ def demonstrate(env: PartSortingEnv, seed: int) -> Iterator[tuple[dict, np.ndarr
     """
     observation, _ = env.reset(seed=seed)
     expert = Expert(env, seed)
-    for _ in range(EPISODE_STEPS):
+    for _ in range(env.episode_steps):
         action = expert.act()
         yield observation, action
         observation, _, success, _, _ = env.step(action)
         if success:
             return
-    raise RuntimeError(f"the expert did not sort the parts of seed {seed} in {EPISODE_STEPS} steps")
+    raise RuntimeError(f"the expert did not sort the parts of seed {seed} in {env.episode_steps} steps")

@@ -12,7 +12,7 @@ from lerobot.configs import RGBEncoderConfig
 from lerobot.datasets import LeRobotDataset
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from ray_jobs.part_sorting.env import ACTION_NAMES, EPISODE_STEPS, STATE_NAMES, TASK, PartSortingEnv
+from ray_jobs.part_sorting.env import ACTION_NAMES, STATE_NAMES, TASK, PartSortingEnv
 from ray_jobs.part_sorting.expert import demonstrate
 
 
@@ -31,6 +31,8 @@ def record(
     `image_size` is in pixels; `progress(done, episodes)` is called after each episode. `root` appears only
     once complete. FileExistsError if it exists already.
     """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
     root = Path(root)
     if root.exists():
         raise FileExistsError(f"{root} exists already; remove it or record to another folder")
@@ -46,7 +48,7 @@ def record(
             video_backend="pyav",
             rgb_encoder=RGBEncoderConfig(vcodec="h264", crf=18, preset="veryfast"),
             streaming_encoding=True,
-            encoder_queue_maxsize=EPISODE_STEPS,  # a full queue would drop frames
+            encoder_queue_maxsize=env.episode_steps,  # a full queue would drop frames
             encoder_threads=1,
         )
         try:
@@ -73,15 +75,15 @@ def _features(env: PartSortingEnv) -> dict:
     return {
         OBS_STATE: {"dtype": "float32", "shape": (len(STATE_NAMES),), "names": STATE_NAMES},
         ACTION: {"dtype": "float32", "shape": (len(ACTION_NAMES),), "names": ACTION_NAMES},
-        **{f"{OBS_IMAGES}.{camera}": dict(image) for camera in env.cameras},
+        # LeRobot writes what it encoded into each camera's entry, so they must not share one.
+        **{f"{OBS_IMAGES}.{camera}": image.copy() for camera in env.cameras},
     }
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the encoder's log and the progress bars of `datasets`, one per episode, off the console."""
-    bars = datasets.is_progress_bar_enabled()
-    level = av.logging.get_level()
+    no_bars, level = datasets.are_progress_bars_disabled(), av.logging.get_level()
     datasets.disable_progress_bars()
     av.logging.set_libav_level(av.logging.ERROR)
     try:
@@ -89,5 +91,5 @@ def _quiet() -> Iterator[None]:
     finally:
         av.logging.set_libav_level(av.logging.INFO)  # FFmpeg's default, which PyAV has no way to ask for
         av.logging.set_level(level)  # LeRobot leaves FFmpeg printing to the terminal after each video
-        if bars:
+        if not no_bars:
             datasets.enable_progress_bars()

@@ -1,0 +1,150 @@
+"""The ACT recipe through `lerobot-train` and through `ray_jobs.train`: which starts and steps faster?
+
+    uv run python tests/benchmarks/train_vs_lerobot.py --root=DATASET [--steps=30] [--rounds=3] [--amp]
+
+Both sides run whole, as a user would start them, interleaved. Printed are medians and ratios of the time to the
+end of the first step, seconds per step after it (whole loop, data included), samples/s, and peak memory of the
+process tree (sum of proportional set sizes: pages shared between processes count once). Machines are noisy: only
+ratios count.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+RECIPE = [  # the published ACT recipe
+    "--dataset.repo_id=your_org/your_dataset",
+    "--dataset.video_backend=pyav",
+    "--policy.type=act",
+    "--policy.n_obs_steps=1",
+    "--policy.chunk_size=50",
+    "--policy.n_action_steps=50",
+    "--policy.vision_backbone=resnet18",
+    "--policy.pretrained_backbone_weights=null",
+    "--policy.dim_model=256",
+    "--policy.n_heads=4",
+    "--policy.dim_feedforward=1024",
+    "--policy.n_encoder_layers=4",
+    "--policy.n_decoder_layers=1",
+    "--policy.use_vae=true",
+    "--policy.latent_dim=32",
+    "--policy.n_vae_encoder_layers=4",
+    "--policy.dropout=0.1",
+    "--policy.kl_weight=10.0",
+    "--policy.optimizer_lr=1e-5",
+    "--policy.optimizer_weight_decay=1e-4",
+    "--policy.optimizer_lr_backbone=1e-5",
+    "--policy.device=cuda",
+    "--policy.push_to_hub=false",
+    "--seed=1000",
+    "--batch_size=8",
+    "--env_eval_freq=0",
+    "--log_freq=1",
+    "--save_checkpoint=false",
+]
+STEP = {"lerobot-train": re.compile(r"step:(\d+) "), "ray_jobs.train": re.compile(r"step (\d+)/\d+  loss")}
+MODULE = {"lerobot-train": "lerobot.scripts.lerobot_train", "ray_jobs.train": "ray_jobs.train"}
+
+
+def run(side: str, flags: list[str], steps: int) -> dict[str, float]:
+    """Start one side, time its log lines, sample its memory."""
+    output_dir = Path(tempfile.mkdtemp()) / "run"
+    command = [
+        sys.executable,
+        "-m",
+        MODULE[side],
+        *RECIPE,
+        *flags,
+        f"--output_dir={output_dir}",
+        f"--steps={steps}",
+    ]
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    peak = [0]
+    watcher = threading.Thread(target=_watch, args=(process.pid, peak), daemon=True)
+    watcher.start()
+    at, printed = {}, []
+    try:
+        for line in process.stdout:
+            printed.append(line)
+            for match in STEP[side].finditer(line):
+                at.setdefault(int(match[1]), time.perf_counter())
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        raise
+    if process.wait() or len(at) < steps:
+        sys.exit(f"{side} failed:\n" + "".join(printed[-30:]))
+    shutil.rmtree(output_dir.parent, ignore_errors=True)
+    step_s = (at[steps] - at[2]) / (steps - 2)
+    return {
+        "first step [s]": at[1] - begin,
+        "step [s]": step_s,
+        "samples/s": 8 / step_s,
+        "peak memory [GB]": peak[0] / 1e9,
+        "whole run [s]": time.perf_counter() - begin,
+    }
+
+
+def _watch(pid: int, peak: list[int]) -> None:
+    while True:
+        total = 0
+        try:
+            for process in (root := psutil.Process(pid), *root.children(recursive=True)):
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue
+        except psutil.Error:
+            return
+        peak[0] = max(peak[0], total)
+        time.sleep(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", required=True, help="a LeRobot v3.0 data set with a camera")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--amp", action="store_true", help="--policy.use_amp=true on both sides")
+    parser.add_argument("--num_workers", type=int, default=2, help="decoding workers, LeRobot's flag")
+    args, more = parser.parse_known_args()
+    flags = [f"--dataset.root={args.root}", f"--num_workers={args.num_workers}", *more]
+    flags += [f"--policy.use_amp={str(args.amp).lower()}"]
+    results: dict[str, list[dict]] = {side: [] for side in MODULE}
+    for number in range(args.rounds):
+        for side in sorted(MODULE, reverse=number % 2 == 1):
+            results[side].append(run(side, flags, args.steps))
+            print(
+                f"round {number + 1} {side:15}",
+                {k: round(v, 2) for k, v in results[side][-1].items()},
+                flush=True,
+            )
+    print(f"\n{'median of ' + str(args.rounds):18} {'lerobot-train':>14} {'ray_jobs.train':>15} {'ratio':>7}")
+    for key in results["lerobot-train"][0]:
+        stock, ours = (
+            statistics.median(r[key] for r in results[side]) for side in ("lerobot-train", "ray_jobs.train")
+        )
+        print(f"{key:18} {stock:14.2f} {ours:15.2f} {ours / stock:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

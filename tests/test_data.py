@@ -1,0 +1,301 @@
+"""Batches are LeRobot's, bit for bit: what a batch holds, and which frames come when, on which rank."""
+
+import copy
+import functools
+import itertools
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from conftest import tiny_act
+from lerobot.configs import RGBEncoderConfig
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.datasets.factory import make_dataset, resolve_delta_timestamps
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+from torch.utils.data import DataLoader, default_collate
+
+from ray_jobs.engine.data import FrameReader, training_batches
+from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.recipe import resolve
+
+torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
+
+POLICIES = {
+    "act": ACTConfig(device="cpu", chunk_size=8, n_action_steps=8),
+    "diffusion": DiffusionConfig(device="cpu", horizon=8),
+    "none": None,
+}
+
+
+def make(root: Path, lengths: list[int], *, cameras: int = 0, seed: int = 0, **create) -> Path:
+    """A small data set of random numbers with columns of all sorts: LeRobot's own recording, two tasks.
+
+    Without cameras it trains an ACT in milliseconds (`observation.environment_state` stands in for them).
+    The last dimension of the action never moves.
+    """
+    images = {
+        f"observation.images.{name}": {
+            "dtype": "video" if create.get("use_videos", True) else "image",
+            "shape": (32, 32, 3),
+            "names": ["height", "width", "channels"],
+        }
+        for name in ("top", "side")[:cameras]
+    }
+    numbers = {
+        "observation.state": ("float32", 3),
+        "observation.environment_state": ("float32", 4),
+        "action": ("float32", 3),
+        "next.reward": ("float32", 1),
+        "next.done": ("bool", 1),
+        "count": ("int32", 1),
+        "precise": ("float64", 2),
+    }
+    features = {key: {"dtype": d, "shape": (n,), "names": None} for key, (d, n) in numbers.items()}
+    encoder = {"rgb_encoder": RGBEncoderConfig(vcodec="h264", preset="veryfast")} if cameras else {}
+    dataset = LeRobotDataset.create("local/made", 10, {**features, **images}, root=root, **encoder, **create)
+    rng = np.random.default_rng(seed)
+    for episode, length in enumerate(lengths):
+        for step in range(length):
+            frame = {key: rng.standard_normal(n).astype(d) for key, (d, n) in numbers.items()}
+            frame["action"][-1] = 0.5
+            frame["count"][:] = step
+            frame |= {key: rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for key in images}
+            dataset.add_frame({**frame, "task": ("push", "pull")[episode % 2]})
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+@pytest.fixture(scope="module")
+def many_files(tmp_path_factory) -> Path:
+    """Two cameras; every episode starts a new video file, some a new data file."""
+    root = tmp_path_factory.mktemp("many") / "files"
+    make(root, [9, 5, 12, 7, 6], cameras=2, video_files_size_in_mb=0.01, data_files_size_in_mb=0.01)
+    assert len(list(root.glob("videos/*/*/*.mp4"))) > 2, "the videos were meant to be split"
+    return root
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory) -> Path:
+    """The same lengths without cameras: frames have an order without being pictures."""
+    return make(tmp_path_factory.mktemp("numbers") / "numbers", [9, 5, 12, 7, 6])
+
+
+@pytest.fixture(scope="module")
+def images_in_parquet(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("images") / "images", [9, 5], cameras=1, use_videos=False)
+
+
+def opened(root: Path, policy: str, episodes: list[int] | None = None) -> LeRobotDataset:
+    deltas = None
+    if POLICIES[policy] is not None:
+        meta = LeRobotDatasetMetadata("local/made", root=root)
+        deltas = resolve_delta_timestamps(POLICIES[policy], meta)
+    return LeRobotDataset(
+        "local/made",
+        root=root,
+        episodes=episodes,
+        delta_timestamps=deltas,
+        video_backend="pyav",
+        return_uint8=True,
+    )
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        if torch.is_tensor(value):
+            assert (ours[key].dtype, ours[key].shape) == (value.dtype, value.shape), key
+            assert torch.equal(ours[key], value), key
+        else:
+            assert ours[key] == value, key
+
+
+# ---------------------------------------------------------------------- what a batch holds
+
+
+def test_every_frame_equals_lerobots(parts):
+    """Every frame of the data set, in batches of 16, with ACT's action chunks (padding at episode ends)."""
+    dataset = opened(parts, "act")
+    reader = FrameReader(dataset, threads=2)
+    for indices in itertools.batched(range(len(dataset)), 16):
+        assert_same(reader(list(indices)), default_collate([dataset[i] for i in indices]))
+    reader.close()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("episodes", [None, [1, 3], [3, 1, 4]], ids=str)
+def test_two_cameras_in_several_files(many_files, policy, episodes):
+    """No deltas, action chunks, observation history; all episodes and selections in any order."""
+    dataset = opened(many_files, policy, episodes)
+    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    ours = FrameReader(dataset, threads=0)(indices)
+    assert_same(ours, default_collate([dataset[i] for i in indices]))
+    images = (2, 3, 32, 32) if policy == "diffusion" else (3, 32, 32)
+    assert ours["observation.images.side"].shape == (len(dataset), *images)
+    assert set(ours["task"]) == {"push", "pull"} if episodes != [1, 3] else {"pull"}
+
+
+@pytest.mark.parametrize("policy", ["act", "diffusion"])
+@pytest.mark.parametrize("episodes", [None, [17, 2, 9]], ids=str)
+def test_real_recording(real, policy, episodes):
+    """Random frames of a recording from a robot: other codec, other frame rate, jitter."""
+    dataset = opened(real, policy, episodes)
+    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(1))[:6].tolist()
+    assert_same(FrameReader(dataset, threads=2)(indices), default_collate([dataset[i] for i in indices]))
+
+
+def test_unreadable_video_is_named(many_files, tmp_path):
+    """A damaged file stops the run with its name, its camera and the episode."""
+    root = Path(shutil.copytree(many_files, tmp_path / "damaged"))
+    dataset = opened(root, "act")
+    broken = root / dataset.meta.get_video_file_path(2, "observation.images.side")
+    broken.write_bytes(broken.read_bytes()[:100])
+    row = dataset.meta.episodes["dataset_from_index"][2]
+    with pytest.raises(RunError, match=rf"observation.images.side of episode 2 from .*{broken.name}"):
+        FrameReader(dataset, threads=1)([row])
+
+
+# ---------------------------------------------------------------------- which frames come when
+
+
+def config(root: Path, *flags: str) -> TrainPipelineConfig:
+    return copy.deepcopy(_config(root, *flags))
+
+
+@functools.cache  # parsing 655 flags takes a second
+def _config(root: Path, *flags: str) -> TrainPipelineConfig:
+    return resolve(tiny_act(root, root.parent / "unused", *flags)).lerobot
+
+
+def rank_of(process_index: int, num_processes: int) -> SimpleNamespace:
+    """What `training_batches` asks an Accelerator: who am I, of how many, on what."""
+    return SimpleNamespace(
+        num_processes=num_processes, process_index=process_index, device=torch.device("cpu")
+    )
+
+
+def lerobots_batches(cfg, dataset: LeRobotDataset, rank: int, ranks: int):
+    """`lerobot-train`'s sampler and loader, sharded by accelerate, epoch after epoch."""
+    sampler = EpisodeAwareSampler(
+        dataset.meta.episodes["dataset_from_index"],
+        dataset.meta.episodes["dataset_to_index"],
+        episode_indices_to_use=dataset.episodes,
+        drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0),
+        shuffle=True,
+        seed=cfg.seed,
+        absolute_to_relative_idx=dataset.absolute_to_relative_idx,
+    )
+    loader = DataLoader(dataset, batch_size=cfg.batch_size, sampler=sampler, num_workers=0)
+    loader = prepare_data_loader(loader, num_processes=ranks, process_index=rank, put_on_device=False)
+    while True:
+        yield from loader
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--dataset.episodes=[0]", "--batch_size=2"),  # 9 frames: the last batch is smaller
+        ("--dataset.episodes=[4,2]", "--batch_size=4"),
+        ("--dataset.episodes=[1]", "--batch_size=4", "--seed=3"),  # 5 frames: fewer than 2 ranks need
+        ("--batch_size=5", "--num_workers=2"),
+    ],
+    ids=" ".join,
+)
+def test_order_equals_lerobots_and_survives_a_resume(numbers, flags, ranks):
+    """Over three epochs each rank gets `lerobot-train`'s batches; a run that goes on from any step gets
+    what it would have got: in the middle of an epoch, at its uneven end, at the boundary."""
+    cfg = config(numbers, *flags)
+    dataset = make_dataset(cfg)
+    per_epoch = math.ceil(math.ceil(len(dataset) / cfg.batch_size) / ranks)
+    steps = 3 * per_epoch
+    for rank in range(ranks):
+        accelerator = rank_of(rank, ranks)
+        ours = list(itertools.islice(training_batches(cfg, dataset, accelerator), steps))
+        theirs = itertools.islice(lerobots_batches(cfg, dataset, rank, ranks), steps)
+        for mine, stock in zip(ours, theirs, strict=True):
+            assert_same(mine, stock)
+        for step in {1, per_epoch - 1, per_epoch, per_epoch + 1, 2 * per_epoch} - {0}:
+            saved = {"step": step, "batch_size": cfg.batch_size, "num_processes": ranks}
+            tail = training_batches(cfg, dataset, accelerator, resumed=saved)
+            for mine, undisturbed in zip(tail, ours[step : step + 3], strict=False):
+                assert mine["index"].tolist() == undisturbed["index"].tolist(), f"after step {step}"
+            tail.close()
+
+
+def test_resume_counts_in_the_batches_of_the_checkpoint(numbers):
+    """With other workers or another batch size a run goes on at the epoch and frame the checkpoint reached."""
+    cfg = config(numbers, "--batch_size=2")
+    dataset = make_dataset(cfg)  # 39 frames
+    whole = itertools.islice(training_batches(cfg, dataset, rank_of(0, 1)), 20)
+    order = [i for batch in whole for i in batch["index"].tolist()]
+    saved = {"step": 3, "batch_size": 4, "num_processes": 2}  # 24 frames seen
+    tail = next(training_batches(cfg, dataset, rank_of(0, 1), resumed=saved))
+    assert tail["index"].tolist() == order[24:26]
+
+
+def test_accumulated_batches_count_as_one_step(numbers):
+    """With two batches per optimizer step, five steps mean ten batches."""
+    cfg = config(numbers, "--batch_size=2")
+    dataset = make_dataset(cfg)
+    accelerator = rank_of(0, 1)
+    whole = [b["index"].tolist() for b in itertools.islice(training_batches(cfg, dataset, accelerator), 12)]
+    saved = {"step": 5, "batch_size": 2, "num_processes": 1}
+    tail = training_batches(cfg, dataset, accelerator, batches_per_step=2, resumed=saved)
+    assert [next(tail)["index"].tolist() for _ in range(2)] == whole[10:]
+
+
+# ---------------------------------------------------------------------- what is left to LeRobot's reading
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_in_parquet(images_in_parquet, workers):
+    """A data set without videos gives LeRobot's batches, too."""
+    flags = (f"--num_workers={workers}", "--dataloader_multiprocessing_context=fork", "--batch_size=4")
+    cfg = config(images_in_parquet, *flags)
+    dataset = make_dataset(cfg)
+    assert not FrameReader.can_read(dataset)
+    ours = training_batches(cfg, dataset, rank_of(0, 1))
+    for mine, stock in zip(ours, itertools.islice(lerobots_batches(cfg, dataset, 0, 1), 6), strict=False):
+        assert_same(mine, stock)
+    ours.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_random_image_transforms_follow_the_seed(many_files, workers):
+    """The same seed gives the same augmented images; another seed, and another epoch, give others."""
+
+    def images(seed: int, enable: bool = True) -> list[torch.Tensor]:
+        flags = (f"--num_workers={workers}", "--dataloader_multiprocessing_context=fork", "--batch_size=2")
+        more = (f"--dataset.image_transforms.enable={enable}", "--dataset.episodes=[1]")
+        cfg = config(many_files, *flags, *more)
+        dataset = make_dataset(cfg)
+        assert FrameReader.can_read(dataset) != enable
+        torch.manual_seed(seed)
+        cfg.seed = seed
+        batches = training_batches(cfg, dataset, rank_of(0, 1))
+        found = {}  # (frame, epoch) -> image
+        for epoch in range(2):
+            for batch in itertools.islice(batches, 3):
+                for frame, image in zip(
+                    batch["index"].tolist(), batch["observation.images.top"], strict=True
+                ):
+                    found[frame, epoch] = image
+        batches.close()
+        return [found[key] for key in sorted(found)]
+
+    def same(a: list, b: list) -> bool:
+        return all(map(torch.equal, a, b))
+
+    first = images(1)
+    assert len(first) == 10 and same(first, images(1))
+    assert not same(first, images(2)) and not same(first, images(1, enable=False))
+    assert not same(first[0::2], first[1::2]), "both epochs saw the same"

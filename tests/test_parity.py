@@ -1,0 +1,279 @@
+"""The same training as stock LeRobot: equal losses, and checkpoints that go back and forth.
+
+Stock LeRobot runs in processes of its own, as its users run it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import job, stock, tiny_act, tiny_diffusion, train_in_process
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.policies import make_pre_post_processors
+from lerobot.policies.act.modeling_act import ACTPolicy
+from safetensors.torch import load_file
+from test_objective import HELD_OUT, SCORES, built, score
+
+from ray_jobs.engine.tracking import read_json, read_metrics
+
+# Runs `lerobot-train` once per list of flags. Its log lines have three decimals; the object behind a line has all.
+LEROBOT_TRAIN = """
+import json, logging, os, sys
+import torch
+from lerobot.scripts.lerobot_train import main
+from lerobot.utils.logging_utils import MetricsTracker
+
+make_record = logging.getLogRecordFactory()
+
+def print_exactly(*args, **kwargs):
+    record = make_record(*args, **kwargs)
+    if isinstance(record.msg, MetricsTracker):
+        print(json.dumps([run, record.msg.to_dict()]), flush=True)
+    return record
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+        keep = torch.distributed.group.WORLD  # torch deadlocks now and then when DDP frees it at the end
+    logging.setLogRecordFactory(print_exactly)
+    for run, flags in enumerate(json.loads(sys.argv[1])):
+        sys.argv[1:] = flags
+        main()
+    os._exit(0)
+"""
+
+# Runs the bare loop once per list of flags; several processes form one run.
+OUR_LOOP = f"""
+import json, os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import train_in_process
+
+if __name__ == "__main__":
+    for flags in json.loads(sys.argv[1]):
+        train_in_process(flags)
+    os._exit(0)
+"""
+
+STEPS, SAVED = 20, 10  # of an epoch that ends between the two
+
+
+def run_script(script: str, folder: Path, runs: list[list[str]], processes: int = 1) -> list[list[dict]]:
+    """Run a script on lists of flags, in one or several processes; what it logged, run by run."""
+    file = folder / "script.py"
+    file.write_text(script)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    result = subprocess.run(
+        [sys.executable, *launcher * (processes > 1), str(file), json.dumps(runs)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    logged: list[list[dict]] = [[] for _ in runs]
+    for line in result.stdout.splitlines():
+        if line.startswith("["):
+            run, record = json.loads(line)
+            logged[run].append(record)
+    return logged
+
+
+def assert_same_training(ours: list[dict], theirs: list[dict], rel: float) -> None:
+    """Loss and learning rate of every step; the gradient norm follows rounding errors a hundred times closer."""
+    ours = [record for record in ours if "train/loss" in record]
+    assert len(ours) == len(theirs) > 0
+    for mine, stocks in zip(ours, theirs, strict=True):
+        assert mine["step"] == stocks["steps"]
+        for key, tolerance in (("loss", rel), ("grad_norm", 100 * rel), ("lr", 1e-12)):
+            assert mine[f"train/{key}"] == pytest.approx(stocks[key], rel=tolerance), (mine["step"], key)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Iterator[Path]:
+    """Where the runs go; a checkpoint has 130 MB, so it does not outlive the tests."""
+    path = tmp_path_factory.mktemp("parity")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def common(parts) -> list[str]:
+    """Flags of all runs: one episode in batches of 2, the last of which holds a single frame."""
+    lengths = LeRobotDatasetMetadata("local/parts", root=parts).episodes["length"]
+    fitting = (e for e, n in enumerate(lengths) if 2 * SAVED < n < 2 * STEPS and n % 2 and e not in HELD_OUT)
+    return [
+        f"--dataset.episodes=[{next(fitting)}]",
+        "--batch_size=2",
+        f"--steps={STEPS}",
+        f"--save_freq={SAVED}",
+        "--dataloader_multiprocessing_context=fork",
+    ]
+
+
+# ---------------------------------------------------------------------- one worker
+
+CASES = {
+    # With VAE and dropout: the random numbers must be the same, too, across the end of an epoch.
+    "act": (tiny_act, ["--num_workers=0"]),
+    "act, one loader process": (tiny_act, ["--num_workers=1", "--save_checkpoint=false"]),
+    "act, a new loader process per epoch": (
+        tiny_act,
+        ["--num_workers=1", "--persistent_workers=false", "--save_checkpoint=false"],
+    ),
+    "diffusion": (
+        tiny_diffusion,
+        ["--num_workers=0", "--save_checkpoint=false", "--policy.pretrained_backbone_weights=null"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def lerobots(parts, common, folder) -> dict[str, list[dict]]:
+    """What `lerobot-train` logs for every case, step by step."""
+    runs = [make(parts, folder / f"lerobots {name}", *common, *more) for name, (make, more) in CASES.items()]
+    return dict(zip(CASES, run_script(LEROBOT_TRAIN, folder, runs), strict=True))
+
+
+@pytest.fixture(scope="module")
+def ours(parts, common, folder) -> dict[str, list[dict]]:
+    """What our loop writes to metrics.jsonl for every case."""
+    for name, (make, more) in CASES.items():
+        train_in_process(make(parts, folder / f"ours {name}", *common, *more))
+    return {name: read_metrics(folder / f"ours {name}") for name in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_equals_lerobots(lerobots, ours, case):
+    """20 steps, float32, the same seed."""
+    assert len(lerobots[case]) == STEPS
+    assert_same_training(ours[case], lerobots[case], rel=1e-4)
+
+
+def test_checkpoint_is_laid_out_like_lerobots(lerobots, ours, folder):
+    """The same files, the same JSON but for the folder's name, tensors of the same names and shapes; the same
+    random state and statistics. (What the weights are worth, the next steps show.)"""
+    mine, theirs = (folder / f"{who} act" / "checkpoints" / f"{SAVED:06d}" for who in ("ours", "lerobots"))
+    files = {path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()}
+    assert {path.relative_to(mine) for path in mine.rglob("*") if path.is_file()} == files
+    for file in files:
+        if file.suffix == ".json":
+            content = (mine / file).read_text().replace(str(folder / "ours"), str(folder / "lerobots"))
+            assert json.loads(content) == read_json(theirs / file), file
+        if file.suffix == ".safetensors":
+            a, b = load_file(mine / file), load_file(theirs / file)
+            assert {k: (v.dtype, v.shape) for k, v in a.items()} == {
+                k: (v.dtype, v.shape) for k, v in b.items()
+            }
+            if file.name not in ("model.safetensors", "optimizer_state.safetensors"):
+                assert all(torch.equal(a[key], b[key]) for key in a), file
+    assert os.readlink(mine.parent / "last") == os.readlink(theirs.parent / "last")
+
+
+def test_lerobots_checkpoint_goes_on_here(lerobots, folder):
+    """A stock checkpoint continues in our loop, in the middle of an epoch, as if it had never left stock."""
+    config = folder / "lerobots act" / "checkpoints" / f"{SAVED:06d}" / "pretrained_model/train_config.json"
+    out = folder / "branched off"
+    train_in_process([f"--config_path={config}", "--resume=true", f"--output_dir={out}"])
+    assert_same_training(read_metrics(out), lerobots["act"][SAVED:], rel=1e-4)
+
+
+# ---------------------------------------------------------------------- our checkpoints in stock LeRobot
+
+
+@pytest.fixture(scope="module")
+def noiseless(parts, common, folder) -> Path:
+    """A run of ours without random numbers: stock LeRobot draws one more when it resumes, which shifts them."""
+    out = folder / "noiseless"
+    train_in_process(tiny_act(parts, out, *common, "--policy.dropout=0", "--policy.use_vae=false"))
+    return out
+
+
+def test_our_checkpoint_opens_and_drives_the_robot_in_lerobot(noiseless, parts, folder):
+    """`from_pretrained` gives a policy that acts on a raw frame; `lerobot-eval` lets it sort parts."""
+    path = noiseless / "checkpoints" / "last" / "pretrained_model"
+    policy = ACTPolicy.from_pretrained(path)
+    before, after = make_pre_post_processors(policy.config, pretrained_path=path)
+    dataset = LeRobotDataset("local/parts", root=parts, video_backend="pyav")
+    frame = {k: v for k, v in dataset[0].items() if k.startswith("observation.")}
+    action = after(policy.select_action(before(frame)))
+    low, high = (torch.as_tensor(dataset.meta.stats["action"][k]) for k in ("min", "max"))
+    assert action.shape == (1, 3)
+    assert (action > low - (high - low)).all() and (action < high + (high - low)).all()
+
+    stock(
+        "lerobot_eval",
+        f"--policy.path={path}",
+        "--policy.device=cpu",
+        "--env.type=part_sorting",
+        "--env.discover_packages_path=ray_jobs.part_sorting",
+        "--env.image_size=64",
+        "--eval.n_episodes=2",
+        "--eval.batch_size=1",
+        "--eval.use_async_envs=false",
+        f"--output_dir={folder / 'eval'}",
+    )
+    assert read_json(folder / "eval" / "eval_info.json")["overall"]["n_episodes"] == 2
+
+
+def test_our_checkpoint_goes_on_in_lerobot(noiseless, folder):
+    """Steps 11 to 20 of stock `lerobot-train --resume` equal those of our undisturbed run."""
+    undisturbed = read_metrics(noiseless)
+    config = noiseless / "checkpoints" / f"{SAVED:06d}" / "pretrained_model" / "train_config.json"
+    (theirs,) = run_script(LEROBOT_TRAIN, folder, [[f"--config_path={config}", "--resume=true"]])
+    assert [record["steps"] for record in theirs] == list(range(SAVED + 1, STEPS + 1))
+    assert_same_training(undisturbed[SAVED:], theirs, rel=1e-4)
+
+
+# ---------------------------------------------------------------------- two workers
+
+
+@pytest.fixture(scope="module")
+def two_workers(parts, common) -> list[str]:
+    """Flags of the runs on two workers (7 steps an epoch, the last of them filled up), but for their folder."""
+    flags = tiny_act(parts, Path("nowhere"), *common, "--num_workers=0", "--steps=12", "--save_freq=0")
+    return [flag for flag in flags if not flag.startswith("--output_dir")]
+
+
+@pytest.fixture(scope="module")
+def lerobots_two(two_workers, folder) -> list[dict]:
+    run = [*two_workers, f"--output_dir={folder / 'lerobots two'}", "--save_checkpoint=false"]
+    return run_script(LEROBOT_TRAIN, folder, [run], processes=2)[0]
+
+
+def test_two_processes_equal_lerobots_and_resume_exactly(two_workers, lerobots_two, folder):
+    """The bare loop in two processes; stopped at step 6 and gone on, it ends in the same weights, bit for bit."""
+    whole, stopped = ([*two_workers, f"--output_dir={folder / name}"] for name in ("whole", "stopped"))
+    run_script(OUR_LOOP, folder, [whole, [*stopped, "--steps=6"], [*stopped, "--resume=true"]], processes=2)
+    assert_same_training(read_metrics(folder / "whole"), lerobots_two, rel=1e-3)
+    for file in ("pretrained_model/model.safetensors", "training_state/optimizer_state.safetensors"):
+        a, b = (folder / name / "checkpoints/000012" / file for name in ("whole", "stopped"))
+        assert a.read_bytes() == b.read_bytes()
+    assert read_json(folder / "stopped" / "summary.json")["start_step"] == 6
+
+
+def test_two_ray_workers_equal_lerobots(two_workers, lerobots_two, parts, folder):
+    """`python -m ray_jobs.train --ray.num_workers=2`, with a validation at the end that one process alone
+    confirms: the score does not depend on the number of workers."""
+    out = folder / "ray"
+    held_out = [f"--data.eval_episodes={HELD_OUT}", "--eval_steps=12"]
+    result = job(
+        "ray_jobs.train",
+        *two_workers,
+        f"--output_dir={out}",
+        *held_out,
+        "--ray.num_workers=2",
+        "--ray.address=local",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert read_json(out / "summary.json")["num_workers"] == 2
+    records = read_metrics(out)
+    assert_same_training(records, lerobots_two, rel=1e-3)
+    alone = score(*built(parts, checkpoint=out / "checkpoints" / "last"))
+    for key in SCORES:
+        assert records[-1][key] == pytest.approx(alone[key], rel=1e-5)
