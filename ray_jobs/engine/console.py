@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ray_jobs.engine.errors import InputError, RunError
 
-OUTPUT_EVERY_S = 10  # how often a log file (no terminal) hears of the progress between log steps
+OUTPUT_EVERY_S = 30  # how often a log file (no terminal) hears of the progress between log steps
 
 
 def quiet() -> None:

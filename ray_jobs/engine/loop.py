@@ -85,6 +85,9 @@ def train(
 
     dataset, eval_dataset = make_datasets(cfg, options.data.eval_episodes)
     policy = make_policy(cfg.policy, ds_meta=dataset.meta, rename_map=cfg.rename_map)
+    # make_policy fills the features in from the data set; lerobot-train saves them in train_config.json.
+    recipe.lerobot.policy.input_features = cfg.policy.input_features
+    recipe.lerobot.policy.output_features = cfg.policy.output_features
     if cfg.peft is not None and not has_method(policy, "merge_and_unload"):
         policy = policy.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(cfg.peft))
     preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
