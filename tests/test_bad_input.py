@@ -77,8 +77,6 @@ def overwrite_the_middle(path: Path) -> None:
     path.write_bytes(content[:tenth] + bytes(4 * tenth) + content[5 * tenth :])
 
 
-# ---------------------------------------------------------------------- flags and values
-
 # What is right, and the flags that get to hear it.
 VALUES = {
     "must be a whole number": "--batch_size=foo --batch_size=1.5 --policy.chunk_size=x --ray.num_workers=x",
@@ -197,9 +195,6 @@ def test_wandb_login(act, tmp_path, monkeypatch):
     check(*flags)
 
 
-# ---------------------------------------------------------------------- data sets
-
-
 @pytest.mark.parametrize(
     ("file", "spoil", "right"),
     [
@@ -244,9 +239,6 @@ def test_damage_within_a_file_is_found_while_reading(parts, tmp_path, file):
         train_in_process(tiny_act(root, tmp_path / "run", "--dataset.episodes=[3]", "--steps=2"))
     message = str(failed.value)
     assert str(root / file) in message and "episode" in message and len(message.splitlines()) <= 2
-
-
-# ---------------------------------------------------------------------- checkpoints and the output folder
 
 
 @pytest.mark.parametrize(
@@ -331,9 +323,6 @@ def test_disk_without_room_for_a_checkpoint(act, tmp_path):
         check(*act, "--save_checkpoint=false")
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-# ---------------------------------------------------------------------- as a user meets it
 
 
 def left_behind(mark: str) -> list[str]:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from pathlib import Path
 
 import av
@@ -195,24 +196,23 @@ def _episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
             save_freq = recipe.lerobot.save_freq
             recipe.eval_steps = save_freq if save_freq > 0 else recipe.lerobot.steps
     elif dataset.eval_split:
-        per_task: dict = {}
-        for episode, tasks in zip(everything, meta.episodes["tasks"], strict=True):
-            if episode in set(chosen):
-                per_task[tasks[0] if tasks else ""] = per_task.get(tasks[0] if tasks else "", 0) + 1
+        tasks = list(meta.episodes["tasks"])
+        per_task = Counter(tasks[episode][0] if tasks[episode] else "" for episode in chosen)
         left = sum(count - math.ceil(count * dataset.eval_split) for count in per_task.values())
         if left == 0:
             raise InputError(
                 f"--dataset.eval_split={dataset.eval_split} leaves no training episode: LeRobot rounds up per task "
                 f"({len(per_task)} task(s), {len(chosen)} episode(s)). A smaller share, or --data.eval_episodes."
             )
-    drop = getattr(recipe.lerobot.policy, "drop_n_last_frames", 0)
-    if max(meta.episodes["length"][e] for e in dataset.episodes or everything) <= drop:
+    drop, lengths = getattr(recipe.lerobot.policy, "drop_n_last_frames", 0), list(meta.episodes["length"])
+    if max(lengths[episode] for episode in dataset.episodes or everything) <= drop:
         raise InputError(
             f"--policy.drop_n_last_frames={drop}: no training episode is longer, none would be left."
         )
 
 
 def _validation(recipe: Recipe) -> None:
+    """Refuse what validation cannot do, or what cannot do without validation."""
     horizon, longest = recipe.options.data.eval_horizon, chunk_length(recipe.lerobot.policy)
     if horizon is not None and horizon > longest:
         raise InputError(f"--data.eval_horizon={horizon}: the policy predicts {longest} actions from now on.")
