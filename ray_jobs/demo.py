@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_jobs.engine import cluster
 from ray_jobs.engine.console import duration, quiet, run_job
 from ray_jobs.engine.errors import InputError
 
@@ -123,4 +124,4 @@ def _picture(run: Path, dataset: Path, episode: int) -> Path:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, at_end=cluster.leave)

@@ -8,6 +8,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import pickle
 import shlex
@@ -36,25 +37,21 @@ def main(argv: list[str]) -> int:
     # Ray starts while torch and LeRobot are being imported; nothing is scheduled before the checks passed.
     local = _flag(argv, "ray.num_workers") == "0"
     ready = None if local else cluster.start(_flag(argv, "ray.address"))
-    try:
-        from ray_jobs.engine import preflight
-        from ray_jobs.engine.recipe import resolve
+    from ray_jobs.engine import preflight
+    from ray_jobs.engine.recipe import resolve
 
-        recipe = resolve(argv)
-        preflight.check(recipe)
-        display = Display()
-        for notice in recipe.notices:
-            display.say(notice)
-        if ready is not None:
-            ready.result()
-        started = time.monotonic()
-        try:
-            summary = _train_here(recipe, display) if local else _train_on_ray(recipe, display)
-        finally:
-            display.close()
+    recipe = resolve(argv)
+    preflight.check(recipe)
+    display = Display()
+    for notice in recipe.notices:
+        display.say(notice)
+    if ready is not None:
+        ready.result()
+    started = time.monotonic()
+    try:
+        summary = _train_here(recipe, display) if local else _train_on_ray(recipe, display)
     finally:
-        if ready is not None:
-            cluster.leave(ready)
+        display.close()
     _last_screen(summary, display, time.monotonic() - started)
     return 130 if summary["status"] == "interrupted" else 0
 
@@ -84,6 +81,7 @@ def _train_here(recipe, display: Display) -> dict:
         stop.set()
 
     summary: dict = {}
+    logging.getLogger("ray.train").setLevel(logging.ERROR)  # it has a handler of its own
     recipe.save_options()
     before = signal.signal(signal.SIGINT, interrupt)
     try:
@@ -263,7 +261,7 @@ def _help(argv: list[str]) -> int:
     from lerobot.configs.parser import print_scoped_help
     from lerobot.configs.train import TrainPipelineConfig
 
-    from ray_jobs.engine.recipe import help_text
+    from ray_jobs.engine.options import help_text
 
     print(__doc__)
     print(help_text())
@@ -274,13 +272,14 @@ def _help(argv: list[str]) -> int:
 
 def _flag(argv: list[str], name: str) -> str | None:
     """The value of a flag, before anything is imported that could parse it properly."""
+    value = None  # the last one counts
     for arg, following in zip(argv, [*argv[1:], None], strict=True):
         if arg.startswith(f"--{name}="):
-            return arg.partition("=")[2]
-        if arg == f"--{name}":
-            return following
-    return None
+            value = arg.partition("=")[2]
+        elif arg == f"--{name}":
+            value = following
+    return value
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, at_end=cluster.leave)

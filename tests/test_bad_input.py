@@ -18,7 +18,7 @@ import pytest
 from conftest import job, tiny_act, tiny_diffusion, train_in_process
 from huggingface_hub import constants
 
-from ray_jobs.engine import preflight, recipe
+from ray_jobs.engine import explain, preflight, recipe
 from ray_jobs.engine.errors import InputError, RunError
 
 STEP = "checkpoints/000002"
@@ -177,7 +177,7 @@ def test_hub_out_of_reach(act, monkeypatch, network, name):
         port = silent.getsockname()[1] if network == "silent" else 1
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", network == "offline")
-        monkeypatch.setattr(recipe, "HUB_WAIT_S", 0.5)
+        monkeypatch.setattr(explain, "HUB_WAIT_S", 0.5)
         begin = time.monotonic()
         message = refusal(*flags)
     assert time.monotonic() - begin < 10
@@ -353,3 +353,17 @@ def test_command(parts, tmp_path, flag, status, right):
     if status == 2:
         assert result.stdout == "" and not (tmp_path / "run").exists()
     assert left_behind(mark) == []
+
+
+def test_backbone_weights_out_of_reach(parts, tmp_path, monkeypatch):
+    """LeRobot's default backbone is a download: refused before the run where it cannot be had."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    flags = [f for f in tiny_act(parts, tmp_path / "run") if "backbone_weights" not in f]
+    with pytest.raises(InputError, match="cannot be downloaded") as refused:
+        check(*flags)
+    assert "pretrained_backbone_weights=null" in str(refused.value) and "resnet18" in str(refused.value)
+
+
+def refuse(*args, **kwargs):
+    raise OSError("no network")

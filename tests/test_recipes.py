@@ -9,7 +9,11 @@ from ray_jobs.engine.recipe import resolve
 
 COMMANDS = ROOT.parent / "shared" / "seed" / "commands.json"
 SMALL = {  # what a machine without a GPU and a network needs, appended to the published words
-    "act_minimal": ["--policy.pretrained_backbone_weights=null", "--policy.dim_model=64", "--policy.n_heads=2"],
+    "act_minimal": [
+        "--policy.pretrained_backbone_weights=null",
+        "--policy.dim_model=64",
+        "--policy.n_heads=2",
+    ],
     "act": ["--policy.pretrained_backbone_weights=null"],
     "diffusion": ["--policy.down_dims=[32,64]"],
 }
@@ -57,7 +61,7 @@ def test_device_is_the_workers(real, tmp_path):
 
 def test_demo_from_nothing(tmp_path):
     """Records, trains, draws; a second run uses the recording again and overwrites nothing."""
-    flags = (f"--output_dir={tmp_path}", "--episodes=4", "--steps=4")
+    flags = (f"--output_dir={tmp_path}", "--episodes=4", "--steps=1")
     first = job("ray_jobs.demo", *flags)
     assert first.returncode == 0 and first.stderr == "", first.stderr
     assert "val/action_error" in first.stdout

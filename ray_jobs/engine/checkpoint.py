@@ -72,7 +72,7 @@ def fault(checkpoint_dir: Path, policy_type: str | None = None) -> str | None:
             except ValueError:
                 return f"{path} is not JSON: the checkpoint is damaged"
             if path.name == "config.json" and policy_type not in (None, content.get("type")):
-                return f"{checkpoint_dir} holds a {content.get('type')} policy, the command asks for {policy_type}"
+                return f"{checkpoint_dir} holds a policy of type {content.get('type')}, the command asks for {policy_type}"
     weights = list(pretrained.glob("*model.safetensors"))
     if not weights:
         return f"{pretrained} holds no weights (model.safetensors)"

@@ -20,6 +20,9 @@ TRAIN_ENV = {
 }
 
 
+_ready: Future | None = None  # set once this process has begun to connect
+
+
 def start(address: str | None) -> Future:
     """Start or join Ray in the background.
 
@@ -30,7 +33,10 @@ def start(address: str | None) -> Future:
     Returns:
         A future of None; its `result()` raises InputError if the cluster cannot be reached.
     """
-    done: Future = Future()
+    global _ready
+    if _ready is not None and _ready.exception() is None:
+        return _ready  # a second run of the same process, as in the demo
+    done = _ready = Future()
 
     def connect() -> None:
         os.environ.update(TRAIN_ENV)
@@ -69,12 +75,13 @@ def _silence_raylet() -> None:
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
 
 
-def leave(ready: Future) -> None:
+def leave() -> None:
     """Disconnect from Ray, once connecting has ended one way or the other; ends a cluster of our own."""
-    ready.exception()
-    import ray
+    if _ready is not None:
+        _ready.exception()
+        import ray
 
-    ray.shutdown()
+        ray.shutdown()
 
 
 def _import_training() -> None:

@@ -30,11 +30,11 @@ def quiet() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     warnings.simplefilter("ignore")
     # Without FFmpeg, LeRobot logs 150 lines of torchcodec's traceback before it falls back to PyAV.
-    logging.basicConfig(level=logging.CRITICAL, force=True)
+    logging.disable(logging.ERROR)
 
 
-def run_job(main: Callable[[list[str]], int]) -> None:
-    """Run a job's main and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
+def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> None:
+    """Run a job's main, then `at_end`, and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
     # `ray job stop` and process managers send SIGTERM: the same as Ctrl-C here.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -48,6 +48,8 @@ def run_job(main: Callable[[list[str]], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         status = 130
+    sys.stdout.flush()
+    at_end()  # last: nobody should wait for Ray's end to read what is wrong
     sys.exit(status)
 
 

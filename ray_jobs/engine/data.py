@@ -12,13 +12,21 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
+from datasets.exceptions import DatasetGenerationError
 from lerobot.configs.train import TrainPipelineConfig
-from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset, compute_sampler_state
+from lerobot.datasets import (
+    EpisodeAwareSampler,
+    LeRobotDataset,
+    LeRobotDatasetMetadata,
+    compute_sampler_state,
+)
 from lerobot.datasets.factory import make_dataset, make_train_eval_datasets
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.collate import lerobot_collate_fn
@@ -37,12 +45,30 @@ def make_datasets(
     Args:
         eval_episodes: An explicit list of held-out episodes, or None to follow `cfg.dataset.eval_split`.
     """
-    if eval_episodes is None:
-        return make_train_eval_datasets(cfg)
-    held_out = copy.deepcopy(cfg)
-    held_out.dataset.episodes = eval_episodes
-    held_out.dataset.image_transforms.enable = False
-    return make_dataset(cfg), make_dataset(held_out)
+    try:
+        if eval_episodes is None:
+            return make_train_eval_datasets(cfg)
+        held_out = copy.deepcopy(cfg)
+        held_out.dataset.episodes = eval_episodes
+        held_out.dataset.image_transforms.enable = False
+        return make_dataset(cfg), make_dataset(held_out)
+    except DatasetGenerationError as error:
+        raise RunError(_torn_table(cfg) or f"cannot read {cfg.dataset.repo_id}: {error}") from error
+
+
+def _torn_table(cfg: TrainPipelineConfig) -> str | None:
+    """Which parquet file cannot be read; `datasets` does not say."""
+    meta = LeRobotDatasetMetadata(cfg.dataset.repo_id, root=cfg.dataset.root, revision=cfg.dataset.revision)
+    episodes: dict[Path, list[int]] = {}
+    for episode in range(meta.total_episodes):
+        episodes.setdefault(meta.root / meta.get_data_file_path(episode), []).append(episode)
+    for path, inside in episodes.items():
+        try:
+            pq.read_table(path)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            return f"cannot read episodes {inside[0]} to {inside[-1]} from {path}: {reason}"
+    return None
 
 
 class FrameReader:

@@ -7,14 +7,17 @@ import math
 import os
 import shlex
 import shutil
+import socket
 import tempfile
 import uuid
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import av
 import pyarrow.parquet
 import torch
+import torchvision
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.policies import PreTrainedConfig
@@ -37,8 +40,9 @@ from safetensors import SafetensorError, safe_open
 
 from ray_jobs.engine import checkpoint
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.explain import HUB_WAIT_S, first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.objective import chunk_length
-from ray_jobs.engine.recipe import Recipe, first_line, hub_answer, hub_or_cache
+from ray_jobs.engine.recipe import Recipe
 
 VIDEO_BACKENDS = ("pyav", "torchcodec", "video_reader")
 COUNTED = ("act", "diffusion")  # policies that can be built without downloads and without memory
@@ -57,6 +61,7 @@ def check(recipe: Recipe) -> None:
     _validation(recipe)
     network = _network(recipe.lerobot.policy, _features(recipe, meta))
     _optimizer(recipe)
+    _backbone(recipe.lerobot.policy)
     _weights(recipe, network)
     _resume(recipe)
     _output_dir(recipe, network)
@@ -335,6 +340,29 @@ def _optimizer(recipe: Recipe) -> None:
         raise InputError(
             f"the optimizer or its schedule cannot be built: {first_line(error)}\n"
             f"They are {cfg.optimizer} and {cfg.scheduler}."
+        ) from None
+
+
+def _backbone(policy: PreTrainedConfig) -> None:
+    """See that torchvision's pretrained weights are here or can be downloaded."""
+    name = getattr(policy, "pretrained_backbone_weights", None)
+    if name is None or policy.pretrained_path is not None:
+        return
+    try:
+        url = torchvision.models.get_weight(name).url
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(
+            f"--policy.pretrained_backbone_weights={name}: torchvision has no such weights."
+        ) from None
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if file.is_file():
+        return
+    try:
+        socket.create_connection((urlsplit(url).hostname, 443), timeout=HUB_WAIT_S).close()
+    except OSError:
+        raise InputError(
+            f"--policy.pretrained_backbone_weights={name} (LeRobot's default) is not here and cannot be "
+            f"downloaded.\nPut {url} at {file}, or start untrained: --policy.pretrained_backbone_weights=null"
         ) from None
 
 
