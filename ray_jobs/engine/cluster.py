@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 from ray_jobs.engine.errors import InputError
 
-# Ray Train hands these to its workers. A worker process that was started ahead with the very same variables
-# is taken over by Ray Train.
+# For Ray Train's controller and workers.
 TRAIN_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # its 2 s would hold up the end of every run
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
 
 
@@ -51,8 +49,6 @@ def start(address: str | None) -> Future:
                 logging_level="CRITICAL",
                 log_to_driver=debug,
             )
-            if len(ray.nodes()) == 1:  # a worker process imports torch and LeRobot while the driver does
-                ray.remote(num_cpus=0, runtime_env={"env_vars": TRAIN_ENV})(_import_training).remote()
             if not debug:
                 _silence_raylet()
         except Exception as error:
@@ -82,13 +78,6 @@ def leave() -> None:
         import ray
 
         ray.shutdown()
-
-
-def _import_training() -> None:
-    from ray_jobs.engine.console import quiet
-
-    quiet()
-    import ray_jobs.engine.loop  # noqa: F401
 
 
 @dataclass

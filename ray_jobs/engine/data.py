@@ -83,7 +83,8 @@ class FrameReader:
     def __init__(self, dataset: LeRobotDataset, threads: int):
         self.dataset = dataset
         self.meta = dataset.meta
-        self.pool = ThreadPoolExecutor(threads, "decode") if threads else None
+        # One torch thread each: the training's own threads would wait for theirs (OpenMP's count is per thread).
+        self.pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,)) if threads else None
         table = dataset.hf_dataset.data
         self.columns = {key: _contiguous(table.column(key)) for key in dataset.hf_dataset.features}
         self.tasks = self.meta.tasks.index.to_numpy()
@@ -266,7 +267,7 @@ def _read(
     if cfg.num_workers == 0:
         yield from map(reader, rows)
         return
-    with ThreadPoolExecutor(1, "prefetch") as prefetch:
+    with ThreadPoolExecutor(1, "prefetch", torch.set_num_threads, (1,)) as prefetch:
         ahead = deque(prefetch.submit(reader, next(rows)) for _ in range(PREFETCHED_BATCHES))
         try:
             while True:
