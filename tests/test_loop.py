@@ -87,7 +87,12 @@ RESUMES = {
         6,
         ("--ray.ema=true", "--data.eval_episodes=[0]", "--eval_steps=3", "--policy.optimizer_lr=0.01"),
     ),
-    "diffusion and its schedule": ("diffusion", 6, 3, ("--policy.scheduler_warmup_steps=2",)),
+    "diffusion and its schedule": (
+        "diffusion",
+        6,
+        3,
+        ("--policy.scheduler_warmup_steps=2", "--policy.pretrained_backbone_weights=null"),
+    ),
     "bf16 and channels_last": ("act", 6, 3, ("--policy.use_amp=true", "--dataset.episodes=[0,1]")),
 }
 

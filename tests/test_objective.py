@@ -20,7 +20,10 @@ from ray_jobs.engine.recipe import resolve
 
 HELD_OUT = [0, 2]
 SCORES = ("val/loss", "val/action_error", "val/action_error_raw")
-FLAGS = {"act": tiny_act, "diffusion": tiny_diffusion}
+FLAGS = {
+    "act": tiny_act,
+    "diffusion": lambda *args: [*tiny_diffusion(*args), "--policy.pretrained_backbone_weights=null"],
+}
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,9 @@ def start(address: str | None) -> Future:
         os.environ.update(TRAIN_ENV)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
+        # Under `uv run`, Ray would copy this folder and build an environment of its own for the workers. The
+        # nodes have theirs.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         import ray
 
         debug = bool(os.environ.get("RAY_JOBS_DEBUG"))
