@@ -69,6 +69,7 @@ def tiny_diffusion(root: Path, output_dir: Path, *more: str) -> list[str]:
         f"--dataset.root={root}",
         "--dataset.video_backend=pyav",
         "--policy.type=diffusion",
+        "--policy.pretrained_backbone_weights=null",
         "--policy.device=cpu",
         "--policy.push_to_hub=false",
         "--policy.down_dims=[32,64]",

@@ -59,9 +59,10 @@ def check(recipe: Recipe) -> None:
     _episodes(recipe, meta)
     _files(recipe, meta)
     _validation(recipe)
-    network = _network(recipe.lerobot.policy, _features(recipe, meta))
+    features = _features(recipe, meta)
+    network = _network(recipe.lerobot.policy, features)
     _optimizer(recipe)
-    _backbone(recipe.lerobot.policy)
+    _backbone(recipe.lerobot.policy, features)
     _weights(recipe, network)
     _resume(recipe)
     _output_dir(recipe, network)
@@ -343,10 +344,11 @@ def _optimizer(recipe: Recipe) -> None:
         ) from None
 
 
-def _backbone(policy: PreTrainedConfig) -> None:
+def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> None:
     """See that torchvision's pretrained weights are here or can be downloaded."""
     name = getattr(policy, "pretrained_backbone_weights", None)
-    if name is None or policy.pretrained_path is not None:
+    cameras = any(feature.type is FeatureType.VISUAL for feature in features.values())
+    if name is None or policy.pretrained_path is not None or not cameras:
         return
     try:
         url = torchvision.models.get_weight(name).url
