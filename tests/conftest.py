@@ -35,16 +35,27 @@ def real() -> Path:
     return REAL
 
 
-def tiny_act(root: Path, output_dir: Path, *more: str) -> list[str]:
-    """Flags of an ACT small enough for a CPU test; `more` overrides."""
+def _common(root: Path, output_dir: Path) -> list[str]:
     return [
         "--dataset.repo_id=local/parts",
         f"--dataset.root={root}",
         "--dataset.video_backend=pyav",
-        "--policy.type=act",
         "--policy.device=cpu",
         "--policy.push_to_hub=false",
         "--policy.pretrained_backbone_weights=null",
+        f"--output_dir={output_dir}",
+        "--batch_size=4",
+        "--num_workers=1",
+        "--log_freq=1",
+        "--env_eval_freq=0",
+    ]
+
+
+def tiny_act(root: Path, output_dir: Path, *more: str) -> list[str]:
+    """Flags of an ACT small enough for a CPU test; `more` overrides."""
+    return [
+        *_common(root, output_dir),
+        "--policy.type=act",
         "--policy.chunk_size=8",
         "--policy.n_action_steps=8",
         "--policy.dim_model=32",
@@ -53,11 +64,6 @@ def tiny_act(root: Path, output_dir: Path, *more: str) -> list[str]:
         "--policy.n_encoder_layers=1",
         "--policy.n_vae_encoder_layers=1",
         "--policy.latent_dim=8",
-        f"--output_dir={output_dir}",
-        "--batch_size=4",
-        "--num_workers=1",
-        "--log_freq=1",
-        "--env_eval_freq=0",
         *more,
     ]
 
@@ -65,13 +71,8 @@ def tiny_act(root: Path, output_dir: Path, *more: str) -> list[str]:
 def tiny_diffusion(root: Path, output_dir: Path, *more: str) -> list[str]:
     """Flags of a Diffusion Policy small enough for a CPU test; `more` overrides."""
     return [
-        "--dataset.repo_id=local/parts",
-        f"--dataset.root={root}",
-        "--dataset.video_backend=pyav",
+        *_common(root, output_dir),
         "--policy.type=diffusion",
-        "--policy.pretrained_backbone_weights=null",
-        "--policy.device=cpu",
-        "--policy.push_to_hub=false",
         "--policy.down_dims=[32,64]",
         "--policy.horizon=8",
         "--policy.n_action_steps=4",
@@ -79,11 +80,6 @@ def tiny_diffusion(root: Path, output_dir: Path, *more: str) -> list[str]:
         "--policy.diffusion_step_embed_dim=16",
         "--policy.spatial_softmax_num_keypoints=8",
         "--policy.num_train_timesteps=10",
-        f"--output_dir={output_dir}",
-        "--batch_size=4",
-        "--num_workers=1",
-        "--log_freq=1",
-        "--env_eval_freq=0",
         *more,
     ]
 
