@@ -13,15 +13,22 @@ import os
 import pickle
 import shlex
 import signal
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import Display, duration, quiet, run_job
+from ray_jobs.engine.console import Display, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.options import RayOptions, asked_device, asks_to_resume, parse_options, read_flags
+
+if TYPE_CHECKING:
+    from ray_jobs.engine.recipe import Recipe
 
 FAILED_FILE = ".failed"  # why a worker gave up, for those that Ray starts in its place
 ERROR_LOG = "error.log"
@@ -34,26 +41,37 @@ def main(argv: list[str]) -> int:
     quiet()
     if {"--help", "-h"} & set(argv):
         return _help(argv)
-    # Ray starts while torch and LeRobot are being imported; nothing is scheduled before the checks passed.
-    local = _flag(argv, "ray.num_workers") == "0"
-    ready = None if local else cluster.start(_flag(argv, "ray.address"))
-    from ray_jobs.engine import preflight
-    from ray_jobs.engine.recipe import resolve
+    workers = _start_workers(argv)
+    with no_garbage_collection():
+        from ray_jobs.engine import preflight
+        from ray_jobs.engine.recipe import resolve
 
     recipe = resolve(argv)
     preflight.check(recipe)
     display = Display()
     for notice in recipe.notices:
         display.say(notice)
-    if ready is not None:
-        ready.result()
     started = time.monotonic()
     try:
-        summary = _train_here(recipe, display) if local else _train_on_ray(recipe, display)
+        if recipe.options.ray.num_workers == 0:
+            summary = _train_here(recipe, display)
+        else:
+            summary = _train_on_ray(recipe, workers or Workers(recipe.options.ray, recipe.device), display)
     finally:
         display.close()
     _last_screen(summary, display, time.monotonic() - started)
     return 130 if summary["status"] == "interrupted" else 0
+
+
+def _start_workers(argv: list[str]) -> "Workers | None":
+    """The run's workers, as far as the command line alone tells what they are: a resumed run's options lie
+    in its folder. What is wrong with the command line is said by `resolve`, before Ray is started."""
+    with contextlib.suppress(InputError):
+        flags, _ = read_flags(argv)
+        options = parse_options(flags).ray
+        if options.num_workers and not asks_to_resume(flags):
+            return Workers(options, asked_device(flags))
+    return None
 
 
 # ---------------------------------------------------------------------- in this process
@@ -94,52 +112,93 @@ def _train_here(recipe, display: Display) -> dict:
 # ---------------------------------------------------------------------- on Ray workers
 
 
-def _train_on_ray(recipe, display: Display) -> dict:
-    """Run the loop on Ray Train's workers, show what they report, hand on Ctrl-C; returns the summary."""
+class Workers:
+    """Ray Train's workers of one run, started in a thread while this process imports LeRobot and checks the
+    recipe. They import LeRobot, too, and then wait to be given the recipe.
+
+    Only a cluster of our own is used before the recipe has been checked; one that others share is joined,
+    but nothing is scheduled on it.
+    """
+
+    def __init__(self, options: RayOptions, device: str | None):
+        self.options = options
+        self.device = device
+        self.joined = cluster.start(options.address)
+        self.checked: Future = Future()
+        self.line: Future = Future()
+        self.error: Exception | None = None
+        # A thread, so that Ctrl-C comes to us and not to Ray Train, which would kill the workers.
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def train(self, recipe: "Recipe"):
+        """Let the workers begin; returns the line to them.
+
+        Raises:
+            InputError: The cluster cannot be reached, or has no room.
+        """
+        self.checked.set_result(recipe)
+        return self.line.result()
+
+    def _run(self) -> None:
+        try:
+            if self.joined.result():
+                with tempfile.TemporaryDirectory() as storage:
+                    self._fit(storage)
+            else:
+                self._fit(str(self.checked.result().output_dir))
+        except Exception as error:
+            self.error = error
+            if not self.line.done():
+                self.line.set_exception(error)
+
+    def _fit(self, storage: str) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        options = self.options
+        each = self.each = cluster.share(
+            options.num_workers, options.cpus_per_worker, options.gpus_per_worker, self.device
+        )
+        line = cluster.open_line()
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"line": line},
+            scaling_config=ScalingConfig(
+                num_workers=options.num_workers, use_gpu=each.gpus > 0, resources_per_worker=each.resources
+            ),
+            run_config=RunConfig(
+                name=".ray",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=options.max_failures),
+                worker_runtime_env={"env_vars": each.env},
+            ),
+        )
+        self.line.set_result(line)
+        trainer.fit()
+
+
+def _train_on_ray(recipe, workers: Workers, display: Display) -> dict:
+    """Give the recipe to the workers, show what they report, hand on Ctrl-C; returns the summary."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
 
-    options = recipe.options.ray
-    each = cluster.share(options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device)
+    line = workers.train(recipe)
     recipe.save_options()
     (recipe.output_dir / FAILED_FILE).unlink(missing_ok=True)
-    line = cluster.open_line()
-    trainer = TorchTrainer(
-        _worker,
-        # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
-        train_loop_config={"recipe": pickle.dumps(recipe), "line": line},
-        scaling_config=ScalingConfig(
-            num_workers=options.num_workers, use_gpu=each.gpus > 0, resources_per_worker=each.resources
-        ),
-        run_config=RunConfig(
-            name=".ray",
-            storage_path=str(recipe.output_dir),
-            failure_config=FailureConfig(max_failures=options.max_failures),
-            worker_runtime_env={"env_vars": cluster.TRAIN_ENV},
-        ),
-    )
-    outcome: dict = {}
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:
-            outcome["error"] = error
-
-    # In a thread, so that Ctrl-C comes to us and not to Ray Train, which would kill the workers.
-    fitting = threading.Thread(target=fit, daemon=True)
-    fitting.start()
+    # As bytes: the actor in between would import LeRobot to hold the recipe itself.
+    line.give.remote(pickle.dumps(recipe))
     interrupts, waiting_since = 0, time.monotonic()
-    while fitting.is_alive():
+    while workers.thread.is_alive():
         try:
             for event in ray.get(line.hear.remote(0.5)):
                 display.show(event)
             if not display.facts and time.monotonic() - waiting_since > 60:
                 free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-                display.say(f"waiting for {options.num_workers} worker(s) with {each}; free now: {free}")
+                display.say(
+                    f"waiting for {workers.options.num_workers} worker(s) with {workers.each}; free now: {free}"
+                )
                 waiting_since = time.monotonic()
         except KeyboardInterrupt:
             interrupts += 1
@@ -155,22 +214,24 @@ def _train_on_ray(recipe, display: Display) -> dict:
         reason = failed.read_text()
         failed.unlink()
         raise RunError(reason)
-    if "error" in outcome:
-        raise RunError(_explain(outcome["error"], recipe.output_dir))
+    if workers.error:
+        raise RunError(_explain(workers.error, recipe.output_dir))
     return read_json(recipe.output_dir / SUMMARY_FILE)
 
 
 def _worker(config: dict) -> None:
     """One training worker: unpack the recipe, run the loop, report to the driver and to Ray Train."""
     quiet()
-    import ray
-    import ray.train
-    import torch
-    from ray.train.torch import get_device
+    with no_garbage_collection():
+        import ray
+        import ray.train
+        import torch
+        from ray.train.torch import get_device
 
-    from ray_jobs.engine import loop
+        from ray_jobs.engine import loop
 
-    recipe, line = pickle.loads(config["recipe"]), config["line"]
+    line = config["line"]
+    recipe = pickle.loads(ray.get(line.take.remote()))
     failed = recipe.output_dir / FAILED_FILE
     if failed.exists():
         return
@@ -265,20 +326,9 @@ def _help(argv: list[str]) -> int:
 
     print(__doc__)
     print(help_text())
-    if _flag(argv, "policy.type"):
+    if any(word.startswith("--policy.type") for word in argv):
         print_scoped_help(TrainPipelineConfig, argv)
     return 0
-
-
-def _flag(argv: list[str], name: str) -> str | None:
-    """The value of a flag, before anything is imported that could parse it properly."""
-    value = None  # the last one counts
-    for arg, following in zip(argv, [*argv[1:], None], strict=True):
-        if arg.startswith(f"--{name}="):
-            value = arg.partition("=")[2]
-        elif arg == f"--{name}":
-            value = following
-    return value
 
 
 if __name__ == "__main__":

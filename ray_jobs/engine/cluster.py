@@ -16,7 +16,16 @@ from ray_jobs.engine.errors import InputError
 TRAIN_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # its 2 s would hold up the end of every run
 }
-
+# Nobody preempts the one node of a cluster of our own, and nobody watches its dashboard: eleven processes less.
+OWN_CLUSTER_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# For workers that train on CPUs. glibc gives large blocks back at every free and the kernel must clear them again
+# for the next step: of an ACT step on two cores, keeping them saves 10 % in float32 and 15 % in bfloat16.
+CPU_WORKER_ENV = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 _ready: Future | None = None  # set once this process has begun to connect
 
@@ -29,7 +38,7 @@ def start(address: str | None) -> Future:
             cluster running on this machine, else a new one.
 
     Returns:
-        A future of None; its `result()` raises InputError if the cluster cannot be reached.
+        A future of whether the cluster is our own; its `result()` raises InputError if it cannot be reached.
     """
     global _ready
     if _ready is not None and _ready.exception() is None:
@@ -46,19 +55,26 @@ def start(address: str | None) -> Future:
         import ray
 
         debug = bool(os.environ.get("RAY_JOBS_DEBUG"))
+        how = {"logging_level": "CRITICAL", "log_to_driver": debug}
+        ours = address == "local"
         try:
-            ray.init(
-                address=address,
-                logging_level="CRITICAL",
-                log_to_driver=debug,
-            )
+            if not ours:
+                try:
+                    ray.init(address=address or "auto", **how)
+                except ConnectionError:
+                    if address is not None or os.environ.get("RAY_ADDRESS"):
+                        raise
+                    ours = True  # there is none to join
+            if ours:
+                os.environ.update(OWN_CLUSTER_ENV)
+                ray.init(address="local", include_dashboard=False, **how)
             if not debug:
                 _silence_raylet()
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             done.set_exception(InputError(f"cannot reach Ray at --ray.address={address}: {reason}"))
         else:
-            done.set_result(None)
+            done.set_result(ours)
             # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
             threading.Event().wait()
 
@@ -93,6 +109,10 @@ class Share:
     @property
     def resources(self) -> dict[str, float]:
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+    @property
+    def env(self) -> dict[str, str]:
+        return TRAIN_ENV if self.gpus else TRAIN_ENV | CPU_WORKER_ENV
 
     def __str__(self) -> str:
         return f"{self.cpus} CPUs, {self.gpus:g} GPUs"
@@ -151,6 +171,14 @@ class Line:
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
         self.stop = asyncio.Event()
+        self.recipe: asyncio.Future = asyncio.Future()
+
+    async def give(self, recipe: bytes) -> None:
+        self.recipe.set_result(recipe)
+
+    async def take(self) -> bytes:
+        """The recipe, once the driver has checked it."""
+        return await asyncio.shield(self.recipe)
 
     async def tell(self, event: dict) -> None:
         await self.events.put(event)

@@ -1,4 +1,4 @@
-"""The command line before it is parsed: flags by name, mistyped ones with the nearest right one."""
+"""Flags looked over before LeRobot parses them: mistyped ones get the nearest right one."""
 
 import dataclasses
 import difflib
@@ -6,10 +6,9 @@ import functools
 import json
 import re
 from argparse import Action
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import draccus
 import lerobot.policies  # noqa: F401  (registers every --policy.type)
 from draccus.argparsing import ArgumentParser
 from lerobot.configs import parser as lerobot_parser
@@ -21,37 +20,6 @@ import ray_jobs.part_sorting  # noqa: F401  (registers --env.type=part_sorting)
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.options import Options
-
-# Flags of published recipes that today's LeRobot spells differently.
-RENAMED = {"eval_freq": "env_eval_freq"}
-
-
-def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Flags by name, those of older recipes renamed, and notices. The last of a repeated flag counts, as it
-    does for argparse (LeRobot's own look-ups would take the first)."""
-    flags, notices = {}, []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise InputError(
-                f"'{word}' is not a flag. They look like --steps=1000; a value with spaces needs quotes."
-            )
-        name, equals, value = word[2:].partition("=")
-        if not equals and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        try:
-            draccus.cfgparsing.parse_string(value)
-        except Exception:
-            raise InputError(
-                f"--{name}={value}: cannot be read. Every bracket and quote must be closed, as in '[1,2]'."
-            ) from None
-        if name in RENAMED:
-            notices.append(f"--{name} is called --{RENAMED[name]} today: understood as that.")
-            name = RENAMED[name]
-        flags.pop(name, None)
-        flags[name] = value
-    return flags, notices
 
 
 def check_flags(flags: dict[str, str]) -> None:

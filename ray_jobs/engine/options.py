@@ -1,14 +1,23 @@
-"""Our own groups of options, `--ray.*`, `--data.*` and `--checkpoint.*`; draccus parses them."""
+"""The command line as typed, and our own groups of options in it: `--ray.*`, `--data.*`, `--checkpoint.*`.
+
+Imports neither torch nor LeRobot: a job knows what it asks of Ray while those are still being imported.
+"""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import draccus
 
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.explain import parse
 
 OPTIONS_FILE = "options.json"  # a run's options, beside LeRobot's checkpoints in the output folder
+
+# Flags of published recipes that today's LeRobot spells differently.
+RENAMED = {"eval_freq": "env_eval_freq"}
 
 
 def at_least(name: str, value: float | None, least: int) -> None:
@@ -80,6 +89,57 @@ class Options:
     ray: RayOptions = field(default_factory=RayOptions)
     data: DataOptions = field(default_factory=DataOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+
+def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Flags by name, those of older recipes renamed, and notices. The last of a repeated flag counts, as it
+    does for argparse (LeRobot's own look-ups would take the first)."""
+    flags, notices = {}, []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise InputError(
+                f"'{word}' is not a flag. They look like --steps=1000; a value with spaces needs quotes."
+            )
+        name, equals, value = word[2:].partition("=")
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        try:
+            draccus.cfgparsing.parse_string(value)
+        except Exception:
+            raise InputError(
+                f"--{name}={value}: cannot be read. Every bracket and quote must be closed, as in '[1,2]'."
+            ) from None
+        if name in RENAMED:
+            notices.append(f"--{name} is called --{RENAMED[name]} today: understood as that.")
+            name = RENAMED[name]
+        flags.pop(name, None)
+        flags[name] = value
+    return flags, notices
+
+
+def split_flags(flags: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Our flags and LeRobot's, as arguments."""
+    prefixes = tuple(f"{group.name}." for group in dataclasses.fields(Options))
+    ours = [f"--{name}={value}" for name, value in flags.items() if name.startswith(prefixes)]
+    theirs = [f"--{name}={value}" for name, value in flags.items() if not name.startswith(prefixes)]
+    return ours, theirs
+
+
+def parse_options(flags: dict[str, str], saved: Path | None = None) -> Options:
+    """Our options among `flags`, on top of those of a `saved` options file."""
+    ours, _ = split_flags(flags)
+    return parse(lambda: draccus.parse(Options, config_path=saved, args=ours), flags)
+
+
+def asked_device(flags: dict[str, str]) -> str | None:
+    """`--policy.device` as typed. The parsed one cannot tell: LeRobot rewrites it on a driver without a GPU."""
+    return None if flags.get("policy.device") == "null" else flags.get("policy.device")
+
+
+def asks_to_resume(flags: dict[str, str]) -> bool:
+    return flags.get("resume", "false").lower() in ("true", "yes", "1")
 
 
 def help_text() -> str:

@@ -6,7 +6,6 @@ re-reads `sys.argv`, which a worker does not share.
 """
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,17 @@ from ray_jobs.engine.checkpoint import checkpoint_steps, last_checkpoint
 from ray_jobs.engine.checkpoint import fault as checkpoint_fault
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import hub_or_cache, parse
-from ray_jobs.engine.flags import check_flags, check_sources, read_flags
-from ray_jobs.engine.options import OPTIONS_FILE, Options, at_least
+from ray_jobs.engine.flags import check_flags, check_sources
+from ray_jobs.engine.options import (
+    OPTIONS_FILE,
+    Options,
+    asked_device,
+    asks_to_resume,
+    at_least,
+    parse_options,
+    read_flags,
+    split_flags,
+)
 
 
 @dataclass
@@ -64,19 +72,17 @@ def resolve(argv: Sequence[str]) -> Recipe:
     """
     flags, notices = read_flags(argv)
     check_flags(flags)
-    prefixes = tuple(f"{group.name}." for group in dataclasses.fields(Options))
-    ours = [f"--{name}={value}" for name, value in flags.items() if name.startswith(prefixes)]
-    theirs = [f"--{name}={value}" for name, value in flags.items() if not name.startswith(prefixes)]
-    asked_resume = flags.get("resume", "false").lower() in ("true", "yes", "1")
+    _, theirs = split_flags(flags)
+    asked_resume = asks_to_resume(flags)
     saved_options = None
     if asked_resume:
         theirs, saved_options = _resume_arguments(theirs)
     check_sources(theirs)
 
-    options = parse(lambda: draccus.parse(Options, config_path=saved_options, args=ours), flags)
+    options = parse_options(flags, saved_options)
     cfg = _lerobot_config(theirs, flags, options, asked_resume)
 
-    device = None if flags.get("policy.device") == "null" else flags.get("policy.device")
+    device = asked_device(flags)
     if device is not None and device != cfg.trainable_config.device:
         notices.append(f"No {device} device on this machine: the worker's own device decides.")
     idle = next((name for name in flags if name.startswith(("optimizer.", "scheduler."))), None)

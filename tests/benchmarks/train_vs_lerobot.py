@@ -114,7 +114,7 @@ def _watch(pid: int, peak: list[int]) -> None:
         except psutil.Error:
             return
         peak[0] = max(peak[0], total)
-        time.sleep(1)
+        time.sleep(5)  # a look holds the processes up
 
 
 def main() -> None:
@@ -125,7 +125,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--amp", action="store_true", help="--policy.use_amp=true on both sides")
-    parser.add_argument("--num_workers", type=int, default=2, help="decoding workers, LeRobot's flag")
+    parser.add_argument(
+        "--num_workers", type=int, default=4, help="decoding workers, LeRobot's flag and its default"
+    )
     args, more = parser.parse_known_args()
     flags = [f"--dataset.root={args.root}", f"--num_workers={args.num_workers}", *more]
     flags += [f"--policy.use_amp={str(args.amp).lower()}"]
