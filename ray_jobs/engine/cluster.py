@@ -55,19 +55,16 @@ def start(address: str | None) -> Future:
         import ray
 
         debug = bool(os.environ.get("RAY_JOBS_DEBUG"))
-        how = {"logging_level": "CRITICAL", "log_to_driver": debug}
-        ours = address == "local"
         try:
-            if not ours:
-                try:
-                    ray.init(address=address or "auto", **how)
-                except ConnectionError:
-                    if address is not None or os.environ.get("RAY_ADDRESS"):
-                        raise
-                    ours = True  # there is none to join
-            if ours:
-                os.environ.update(OWN_CLUSTER_ENV)
-                ray.init(address="local", include_dashboard=False, **how)
+            ray.init(
+                address=address,
+                logging_level="CRITICAL",
+                log_to_driver=debug,
+                include_dashboard=False,  # of a cluster that is started; those that are joined have theirs
+            )
+            # Ray says it nowhere else: whether this process started the cluster or joined one.
+            ours = ray._private.worker.global_worker.node.is_head()
+            os.environ.update(TRAIN_ENV | OWN_CLUSTER_ENV if ours else TRAIN_ENV)
             if not debug:
                 _silence_raylet()
         except Exception as error:
