@@ -30,7 +30,6 @@ from ray_jobs.engine.options import RayOptions, asked_device, asks_to_resume, pa
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
-FAILED_FILE = ".failed"  # why a worker gave up, for those that Ray starts in its place
 ERROR_LOG = "error.log"
 LOCK_FILE = ".lock"
 LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
@@ -82,14 +81,16 @@ def _train_here(recipe, display: Display) -> dict:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from ray_jobs.engine import loop
+    from ray_jobs.engine import assets, loop
 
     stop = threading.Event()
 
     def worker() -> None:
         with _lock(recipe.output_dir):
             nonlocal summary
+            recipe.save_options()
             device = recipe.lerobot.policy.device
+            assets.mount(recipe.options.assets.dir, recipe.lerobot.policy, weights=True)
             summary = loop.train(recipe, device=device, report=display.show, should_stop=stop.is_set)
 
     def interrupt(signum, frame) -> None:
@@ -100,12 +101,12 @@ def _train_here(recipe, display: Display) -> dict:
 
     summary: dict = {}
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # it has a handler of its own
-    recipe.save_options()
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         TorchTrainer(worker, scaling_config=ScalingConfig(num_workers=0)).fit()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return summary
 
 
@@ -185,8 +186,6 @@ def _train_on_ray(recipe, workers: Workers, display: Display) -> dict:
     from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
 
     line = workers.train(recipe)
-    recipe.save_options()
-    (recipe.output_dir / FAILED_FILE).unlink(missing_ok=True)
     # As bytes: the actor in between would import LeRobot to hold the recipe itself.
     line.give.remote(pickle.dumps(recipe))
     interrupts, waiting_since = 0, time.monotonic()
@@ -209,10 +208,7 @@ def _train_on_ray(recipe, workers: Workers, display: Display) -> dict:
     for event in ray.get(line.hear.remote(0)):
         display.show(event)
 
-    failed = recipe.output_dir / FAILED_FILE
-    if failed.exists():
-        reason = failed.read_text()
-        failed.unlink()
+    if reason := ray.get(line.why_failed.remote()):
         raise RunError(reason)
     if workers.error:
         raise RunError(_explain(workers.error, recipe.output_dir))
@@ -228,13 +224,12 @@ def _worker(config: dict) -> None:
         import torch
         from ray.train.torch import get_device
 
-        from ray_jobs.engine import loop
+        from ray_jobs.engine import assets, loop
 
     line = config["line"]
     recipe = pickle.loads(ray.get(line.take.remote()))
-    failed = recipe.output_dir / FAILED_FILE
-    if failed.exists():
-        return
+    if ray.get(line.why_failed.remote()):
+        return  # Ray has started this worker in place of one that knew better
     context = ray.train.get_context()
     main = context.get_world_rank() == 0
     if context.get_world_size() == 1:
@@ -260,16 +255,20 @@ def _worker(config: dict) -> None:
             ray.train.report({k: v for k, v in event.items() if isinstance(v, int | float)})
 
     try:
+        assets.mount(recipe.options.assets.dir, recipe.lerobot.policy, weights=True)
         with _lock(recipe.output_dir) if main else contextlib.nullcontext():
+            if main:
+                recipe.save_options()
             loop.train(recipe, device=str(get_device()), report=report, should_stop=stop.is_set)
     except (InputError, RunError) as error:
-        failed.write_text(str(error))
+        ray.get(line.fail.remote(str(error)))
         raise
 
 
 @contextlib.contextmanager
 def _lock(output_dir: Path) -> Iterator[None]:
     """Hold a run's folder: two runs must never write into one. Ends with the process, however it ends."""
+    output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / LOCK_FILE).open("w") as file:
         give_up = time.monotonic() + LOCK_WAIT_S
         while True:
@@ -288,6 +287,7 @@ def _explain(error: Exception, output_dir: Path) -> str:
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items())
     log = output_dir / ERROR_LOG
+    output_dir.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(traceback.format_exception(cause)))
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     last = lines[-1].strip() if lines else type(cause).__name__

@@ -107,10 +107,14 @@ def test_killed_while_saving(parts, undisturbed, tmp_path):
     run = Run(tiny_act(parts, output_dir, *STEPS))
     run.wait_for("step 19/40")
     scratch = output_dir / "checkpoints" / ".000020.tmp"
+    workers = run.workers()
+    give_up = time.monotonic() + 60
     while not scratch.exists():
+        assert time.monotonic() < give_up and run.process.poll() is None, "no checkpoint of step 20 was begun"
         time.sleep(0.0005)
-    for worker in run.workers():
+    for worker in workers:
         worker.kill()
+    assert not (output_dir / "checkpoints" / "000020").exists(), "the kill came too late to prove anything"
     whole = checkpoint.checkpoint_steps(output_dir)
     assert [checkpoint.fault(path) for path in whole.values()] == [None] * len(whole)
     assert run.end() == 0, run.printed
@@ -139,12 +143,42 @@ def test_ctrl_c_leaves_a_checkpoint(parts, tmp_path, workers):
 
 
 def test_two_runs_never_share_a_folder(parts, tmp_path):
-    """A second run in the folder of a living one is refused, not mixed in."""
+    """A second run in the folder of a living one is refused, not mixed in; the first one notices nothing."""
     flags = tiny_act(parts, tmp_path / "run", "--steps=5000", "--save_freq=5")
     run = Run(flags)
     run.wait_for("step 6/5000")
-    result = job("ray_jobs.train", *flags, "--resume=true", "--ray.num_workers=0")
+    options = (tmp_path / "run" / "options.json").read_text()
+    result = job("ray_jobs.train", *flags, "--resume=true", "--checkpoint.keep_last=1")
     assert result.returncode == 1
     assert "another run is writing" in result.stderr
+    assert (tmp_path / "run" / "options.json").read_text() == options
     os.killpg(run.process.pid, signal.SIGINT)
     assert run.end() == 130
+
+
+def test_sigterm_in_this_process_leaves_a_checkpoint(parts, tmp_path):
+    """`ray job stop` and process managers send SIGTERM: the same as Ctrl-C, without Ray workers as well."""
+    flags = tiny_act(parts, tmp_path / "run", "--steps=5000", "--save_freq=5000", "--ray.num_workers=0")
+    run = Run(flags)
+    run.wait_for("step 12/5000")
+    run.process.terminate()
+    assert run.end() == 130, run.printed
+    assert int(checkpoint.last_checkpoint(tmp_path / "run").name) >= 12
+
+
+def test_failure_on_a_worker_is_told_once(parts, tmp_path):
+    """A loss that explodes on a Ray worker: one error with the step, no restart, status 1."""
+    flags = tiny_act(parts, tmp_path / "run", "--steps=30", "--policy.optimizer_lr=1e30", "--save_freq=100")
+    result = job("ray_jobs.train", *flags)
+    assert result.returncode == 1
+    assert result.stderr.startswith("failed: step ") and "the loss is" in result.stderr
+    assert "a worker was lost" not in result.stdout and "Traceback" not in result.stderr
+
+
+def test_relative_paths_reach_the_workers(parts, undisturbed, tmp_path):
+    """Workers run in folders of their own: a relative --policy.path means the user's folder."""
+    start = os.path.relpath(undisturbed / "checkpoints/000010/pretrained_model", ROOT)
+    flags = [f for f in tiny_act(parts, tmp_path / "run", "--steps=2") if not f.startswith("--policy.")]
+    result = job("ray_jobs.train", *flags, f"--policy.path={start}", "--policy.push_to_hub=false")
+    assert result.returncode == 0, result.stderr
+    assert "step 2/2" in result.stdout

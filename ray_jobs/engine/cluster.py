@@ -41,6 +41,14 @@ def start(address: str | None) -> Future:
         A future of whether the cluster is our own; its `result()` raises InputError if it cannot be reached.
     """
     global _ready
+    if address and address.startswith("ray://"):
+        raise InputError(
+            f"--ray.address={address}: Ray Client is not supported. Submit to it instead: "
+            "`ray job submit` runs the command on the cluster."
+        )
+    asked = f"--ray.address={address}" if address else None
+    if address is None and os.environ.get("RAY_ADDRESS"):
+        asked = f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
     if _ready is not None and _ready.exception() is None:
         return _ready  # a second run of the same process, as in the demo
     done = _ready = Future()
@@ -52,16 +60,24 @@ def start(address: str | None) -> Future:
         # Under `uv run`, Ray would copy this folder and build an environment of its own for the workers. The
         # nodes have theirs.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = (
+            "0"  # a thread that outlives `leave` must not start another Ray
+        )
         import ray
 
         debug = bool(os.environ.get("RAY_JOBS_DEBUG"))
+        how = {
+            "logging_level": "CRITICAL",
+            "log_to_driver": debug,
+            "include_dashboard": False,  # of a cluster that is started; those that are joined have theirs
+        }
         try:
-            ray.init(
-                address=address,
-                logging_level="CRITICAL",
-                log_to_driver=debug,
-                include_dashboard=False,  # of a cluster that is started; those that are joined have theirs
-            )
+            try:
+                ray.init(address=address, **how)
+            except ConnectionError:
+                if asked:
+                    raise
+                ray.init(address="local", **how)  # the one that `ray start` has left a note of is gone
             # Ray says it nowhere else: whether this process started the cluster or joined one.
             ours = ray._private.worker.global_worker.node.is_head()
             os.environ.update(TRAIN_ENV | OWN_CLUSTER_ENV if ours else TRAIN_ENV)
@@ -69,7 +85,12 @@ def start(address: str | None) -> Future:
                 _silence_raylet()
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            done.set_exception(InputError(f"cannot reach Ray at --ray.address={address}: {reason}"))
+            done.set_exception(
+                InputError(
+                    f"cannot reach Ray at {asked}: {reason}\n`ray start --head` starts one, "
+                    "--ray.address=local one for this run alone."
+                )
+            )
         else:
             done.set_result(ours)
             # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
@@ -169,6 +190,7 @@ class Line:
         self.events: asyncio.Queue = asyncio.Queue()
         self.stop = asyncio.Event()
         self.recipe: asyncio.Future = asyncio.Future()
+        self.failure: str | None = None
 
     async def give(self, recipe: bytes) -> None:
         self.recipe.set_result(recipe)
@@ -183,13 +205,21 @@ class Line:
     async def hear(self, timeout_s: float) -> list[dict]:
         """Events since the last call; waits up to `timeout_s` for the first."""
         heard = []
-        try:
-            heard.append(await asyncio.wait_for(self.events.get(), timeout_s))
-        except TimeoutError:
-            return heard
+        if self.events.empty() and timeout_s > 0:
+            try:
+                heard.append(await asyncio.wait_for(self.events.get(), timeout_s))
+            except TimeoutError:
+                return heard
         while not self.events.empty():
             heard.append(self.events.get_nowait())
         return heard
+
+    async def fail(self, reason: str) -> None:
+        self.failure = self.failure or reason
+
+    async def why_failed(self) -> str | None:
+        """What a worker gave the run up for: no other need try."""
+        return self.failure
 
     async def ask_to_stop(self) -> None:
         self.stop.set()

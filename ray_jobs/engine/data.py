@@ -6,9 +6,11 @@ contiguous arrays and gathered for the whole batch at once, videos are decoded i
 (PyAV releases the GIL) one batch ahead. No worker processes: nothing to spawn, nothing to copy.
 """
 
+import contextlib
 import copy
 import itertools
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from ray_jobs.engine.errors import RunError
 
 PREFETCHED_BATCHES = 2
+DECODER = threading.Lock()  # LeRobot keeps one torchcodec decoder per file, and they are not thread-safe
 
 
 def make_datasets(
@@ -153,14 +156,16 @@ class FrameReader:
     def _frames(self, key: str, episode: int, timestamps: list[float]) -> torch.Tensor:
         """uint8 frames of one camera: (C, H, W), or (T, C, H, W) with more than one timestamp."""
         path = self.files[key][episode]
+        backend = self.dataset._video_backend
         try:
-            return decode_video_frames(
-                path,
-                [self.file_start[key][episode] + t for t in timestamps],
-                self.dataset.tolerance_s,
-                self.dataset._video_backend,
-                return_uint8=True,
-            ).squeeze(0)
+            with DECODER if backend == "torchcodec" else contextlib.nullcontext():
+                return decode_video_frames(
+                    path,
+                    [self.file_start[key][episode] + t for t in timestamps],
+                    self.dataset.tolerance_s,
+                    backend,
+                    return_uint8=True,
+                ).squeeze(0)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(f"cannot read {key} of episode {episode} from {path}: {reason}") from error

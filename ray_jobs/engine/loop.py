@@ -27,6 +27,7 @@ from lerobot.utils.utils import has_method
 
 from ray_jobs.engine import checkpoint
 from ray_jobs.engine.data import make_datasets, to_device, training_batches
+from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.recipe import Recipe
@@ -60,7 +61,10 @@ def train(
     started = time.time()
     options = recipe.options
     cfg = copy.deepcopy(recipe.lerobot)  # `recipe.lerobot` stays what train_config.json will say
-    cfg.policy.device = device
+    # The type alone: an index in a checkpoint's config is not understood everywhere.
+    cfg.policy.device = recipe.lerobot.policy.device = torch.device(device).type
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     accelerator = make_accelerator(cfg, options.ray.grad_accumulation)
     main = accelerator.is_main_process
 
@@ -142,6 +146,9 @@ def train(
     stop_flag = StopFlag(accelerator, should_stop)
     scores = Scores([record for record in read_metrics(recipe.output_dir) if record["step"] <= step])
     status = "finished"
+    patience = options.ray.early_stopping
+    if patience and scores.evaluations_since_best >= patience:
+        patience += scores.evaluations_since_best  # the run was stopped early, and is continued on purpose
 
     @contextlib.contextmanager
     def averaged():
@@ -155,7 +162,7 @@ def train(
 
     averaged_weights = averaged if average is not None else None
 
-    def save() -> None:
+    def save(*, only_best: bool) -> None:
         window.check_finite(accelerator)
         if main:
             checkpoint.save(
@@ -169,7 +176,7 @@ def train(
                 postprocessor=postprocessor,
                 accelerator=accelerator,
             )
-            scores.keep(recipe.output_dir, step, cfg.save_freq, cfg.steps, options.checkpoint)
+            scores.keep(recipe.output_dir, step, options.checkpoint, only_best=only_best)
         accelerator.wait_for_everyone()
         report({"kind": "checkpoint", "step": step})
 
@@ -228,7 +235,8 @@ def train(
                 report({"kind": "log", "step": step, **metrics})
 
             improved = False
-            if validation is not None and (step % recipe.eval_steps == 0 or step == cfg.steps):
+            evaluated = validation is not None and (step % recipe.eval_steps == 0 or step == cfg.steps)
+            if evaluated:
                 window.check_finite(accelerator)
                 with (averaged_weights or contextlib.nullcontext)():
                     values = validation(model, preprocessor, postprocessor, accelerator)
@@ -239,15 +247,13 @@ def train(
                 window.begin_step()
 
             stopping = stop_flag.raised() and step < cfg.steps
-            patience = options.ray.early_stopping
-            if patience and scores.evaluations_since_best >= patience:
+            if evaluated and patience and scores.evaluations_since_best >= patience:
                 stopping, status = True, "stopped early"
             elif stopping:
                 status = "interrupted"
-            if cfg.save_checkpoint and (
-                should_save_checkpoint(step, cfg.save_freq, cfg.steps) or improved or stopping
-            ):
-                save()
+            regular = stopping or should_save_checkpoint(step, cfg.save_freq, cfg.steps)
+            if cfg.save_checkpoint and (regular or improved):
+                save(only_best=not regular)
             if stopping:
                 break
     except Exception as error:
@@ -261,8 +267,27 @@ def train(
     result = summary(status)
     if main:
         tracker.finish(result, checkpoint.last_checkpoint(recipe.output_dir))
+        if cfg.policy.push_to_hub and status != "interrupted":
+            with (averaged_weights or contextlib.nullcontext)():
+                report(
+                    {"kind": "notice", "text": push(cfg, model, preprocessor, postprocessor, dataset.meta)}
+                )
     accelerator.wait_for_everyone()
     return result
+
+
+def push(cfg: TrainPipelineConfig, policy, preprocessor, postprocessor, meta) -> str:
+    """Upload the trained policy to the Hub, as `lerobot-train` does. Returns what to tell about it: a trained
+    policy is none the worse for a network that failed."""
+    try:
+        policy.push_model_to_hub(
+            cfg, dataset_meta=meta, **({"peft_model": policy} if cfg.policy.use_peft else {})
+        )
+        preprocessor.push_to_hub(cfg.policy.repo_id)
+        postprocessor.push_to_hub(cfg.policy.repo_id)
+    except Exception as error:
+        return f"not uploaded to {cfg.policy.repo_id}: {first_line(error)}"
+    return f"uploaded to {cfg.policy.repo_id}"
 
 
 def make_accelerator(cfg: TrainPipelineConfig, grad_accumulation: int) -> Accelerator:

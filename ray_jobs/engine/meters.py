@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from lerobot.common.train_utils import should_save_checkpoint
 
 from ray_jobs.engine import checkpoint
 from ray_jobs.engine.errors import RunError
@@ -92,6 +91,7 @@ class Scores:
     def __init__(self, history: list[dict]):
         self.last_values: dict = {}
         self.values: dict[int, float] = {}  # step -> METRIC
+        self.only_best: set[int] = set()  # checkpoints saved for nothing but their validation
         for record in history:
             self.add(record["step"], {key: value for key, value in record.items() if key != "step"})
 
@@ -115,15 +115,19 @@ class Scores:
     def evaluations_since_best(self) -> int:
         return sum(step > self.best["step"] for step in self.values)
 
-    def keep(
-        self, output_dir: Path, step: int, save_freq: int, steps: int, options: CheckpointOptions
-    ) -> None:
-        """After the checkpoint of `step`: set the `best` link, remove the checkpoints nobody asked to keep."""
+    def keep(self, output_dir: Path, step: int, options: CheckpointOptions, *, only_best: bool) -> None:
+        """After the checkpoint of `step`: set the `best` link, remove the checkpoints nobody asked to keep.
+
+        Args:
+            only_best: The checkpoint was saved for its validation alone, and goes once others are better.
+        """
+        if only_best:
+            self.only_best.add(step)
         saved = checkpoint.checkpoint_steps(output_dir)
         best = sorted((s for s in saved if s in self.values), key=self.values.get)[: options.keep_best]
         if best:
             checkpoint.link(saved[best[0]], checkpoint.BEST_CHECKPOINT_LINK)
-        newest = sorted(s for s in saved if should_save_checkpoint(s, save_freq, steps) or s == step)
+        newest = sorted(s for s in saved if s not in self.only_best or s == step)
         if options.keep_last is not None:
             newest = newest[-options.keep_last :]
         checkpoint.prune(output_dir, {*best, *newest})

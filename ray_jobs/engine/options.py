@@ -1,4 +1,5 @@
-"""The command line as typed, and our own groups of options in it: `--ray.*`, `--data.*`, `--checkpoint.*`.
+"""The command line as typed, and our own groups of options in it: `--ray.*`, `--data.*`,
+`--checkpoint.*`, `--assets.*`.
 
 Imports neither torch nor LeRobot: a job knows what it asks of Ray while those are still being imported.
 """
@@ -13,11 +14,9 @@ import draccus
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import parse
+from ray_jobs.engine.translations import translate
 
 OPTIONS_FILE = "options.json"  # a run's options, beside LeRobot's checkpoints in the output folder
-
-# Flags of published recipes that today's LeRobot spells differently.
-RENAMED = {"eval_freq": "env_eval_freq"}
 
 
 def at_least(name: str, value: float | None, least: int) -> None:
@@ -83,18 +82,27 @@ class CheckpointOptions:
 
 
 @dataclass
+class AssetsOptions:
+    """Where pretrained models and tokenizers lie that were fetched ahead."""
+
+    dir: Path = Path("pretrained")
+    """Folder of `hf download org/name --local-dir DIR/name`: found there under their Hub names, offline."""
+
+
+@dataclass
 class Options:
     """Everything on the command line that is not LeRobot's."""
 
     ray: RayOptions = field(default_factory=RayOptions)
     data: DataOptions = field(default_factory=DataOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    assets: AssetsOptions = field(default_factory=AssetsOptions)
 
 
 def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Flags by name, those of older recipes renamed, and notices. The last of a repeated flag counts, as it
+    """Flags by name, those of older recipes translated, and notices. The last of a repeated flag counts, as it
     does for argparse (LeRobot's own look-ups would take the first)."""
-    flags, notices = {}, []
+    flags = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -111,12 +119,9 @@ def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             raise InputError(
                 f"--{name}={value}: cannot be read. Every bracket and quote must be closed, as in '[1,2]'."
             ) from None
-        if name in RENAMED:
-            notices.append(f"--{name} is called --{RENAMED[name]} today: understood as that.")
-            name = RENAMED[name]
         flags.pop(name, None)
         flags[name] = value
-    return flags, notices
+    return translate(flags)
 
 
 def split_flags(flags: dict[str, str]) -> tuple[list[str], list[str]]:
@@ -127,10 +132,15 @@ def split_flags(flags: dict[str, str]) -> tuple[list[str], list[str]]:
     return ours, theirs
 
 
-def parse_options(flags: dict[str, str], saved: Path | None = None) -> Options:
-    """Our options among `flags`, on top of those of a `saved` options file."""
+def parse_options(flags: dict[str, str], saved: dict | None = None) -> Options:
+    """Our options among `flags`, on top of those `saved` by the run that is resumed (see `Recipe.save_options`)."""
     ours, _ = split_flags(flags)
-    return parse(lambda: draccus.parse(Options, config_path=saved, args=ours), flags)
+    before = [
+        f"--{group}.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for group, options in (saved or {}).items()
+        for name, value in options.items()
+    ]
+    return parse(lambda: draccus.parse(Options, args=[*before, *ours]), flags)
 
 
 def asked_device(flags: dict[str, str]) -> str | None:
@@ -149,7 +159,7 @@ def help_text() -> str:
         group_type = group.default_factory
         lines.append(f"  {group_type.__doc__}")
         for option in dataclasses.fields(group_type):
-            default = "" if option.default is None else f" [{json.dumps(option.default)}]"
+            default = "" if option.default is None else f" [{json.dumps(option.default, default=str)}]"
             help_line = draccus.wrappers.docstring.get_attribute_docstring(
                 group_type, option.name
             ).docstring_below

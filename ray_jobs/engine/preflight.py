@@ -38,7 +38,7 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import checkpoint
+from ray_jobs.engine import assets, checkpoint
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.objective import chunk_length
@@ -54,15 +54,16 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
     """
-    _lengths(recipe.lerobot.policy)
+    policy = recipe.lerobot.policy
+    _lengths(policy)
     meta = _dataset(recipe)
     _episodes(recipe, meta)
     _files(recipe, meta)
     _validation(recipe)
     features = _features(recipe, meta)
-    network = _network(recipe.lerobot.policy, features)
+    network = _network(policy, features)
     _optimizer(recipe)
-    _backbone(recipe.lerobot.policy, features)
+    _pretrained(policy, features, recipe.options.assets.dir)
     _weights(recipe, network)
     _resume(recipe)
     _output_dir(recipe, network)
@@ -344,18 +345,19 @@ def _optimizer(recipe: Recipe) -> None:
         ) from None
 
 
-def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> None:
-    """See that torchvision's pretrained weights are here or can be downloaded."""
+def _pretrained(policy: PreTrainedConfig, features: dict[str, PolicyFeature], folder: Path) -> None:
+    """See that everything pretrained that the policy starts from is here or can be downloaded."""
     name = getattr(policy, "pretrained_backbone_weights", None)
-    cameras = any(feature.type is FeatureType.VISUAL for feature in features.values())
-    if name is None or policy.pretrained_path is not None or not cameras:
-        return
     try:
-        url = torchvision.models.get_weight(name).url
+        url = name and torchvision.models.get_weight(name).url
     except (ValueError, KeyError, AttributeError):
         raise InputError(
             f"--policy.pretrained_backbone_weights={name}: torchvision has no such weights."
         ) from None
+    assets.mount(folder, policy, weights=False)
+    cameras = any(feature.type is FeatureType.VISUAL for feature in features.values())
+    if url is None or policy.pretrained_path is not None or not cameras:
+        return
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if file.is_file():
         return
@@ -364,7 +366,7 @@ def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> N
     except OSError:
         raise InputError(
             f"--policy.pretrained_backbone_weights={name} (LeRobot's default) is not here and cannot be "
-            f"downloaded.\nPut {url} at {file}, or start untrained: --policy.pretrained_backbone_weights=null"
+            f"downloaded.\nPut {url} into {folder}, or start untrained: --policy.pretrained_backbone_weights=null"
         ) from None
 
 
@@ -374,9 +376,11 @@ def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> N
 def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
     """See that the weights to start from are whole and fit the flags, as far as their headers show."""
     policy, folder = recipe.lerobot.policy, recipe.lerobot.policy.pretrained_path
-    if folder is None or not Path(folder).is_dir():
-        return  # a new policy, or one that the workers download
-    folder = Path(folder)
+    if folder is None:
+        return
+    folder = Path(folder) if Path(folder).is_dir() else assets.find(recipe.options.assets.dir, str(folder))
+    if folder is None:
+        return  # the workers download it
     needed = [f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"]
     if not any(folder.glob("*model.safetensors")):
         needed.append("model.safetensors")

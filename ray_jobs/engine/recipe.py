@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import draccus
+from huggingface_hub import get_token
 from lerobot.configs import parser as lerobot_parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
+from ray_jobs.engine import assets
 from ray_jobs.engine.checkpoint import checkpoint_steps, last_checkpoint
 from ray_jobs.engine.checkpoint import fault as checkpoint_fault
 from ray_jobs.engine.errors import InputError
@@ -32,6 +34,8 @@ from ray_jobs.engine.options import (
     read_flags,
     split_flags,
 )
+
+ASKED = "asked"  # part of the options file: what was asked for in LeRobot's flags and train_config.json cannot tell
 
 
 @dataclass
@@ -57,7 +61,13 @@ class Recipe:
         """Write our options beside the checkpoints, where `--resume` finds them."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         scratch = self.output_dir / f".{OPTIONS_FILE}.tmp"  # a kill must not leave half of it
-        scratch.write_text(json.dumps(draccus.encode(self.options), indent=2) + "\n")
+        asked = {
+            "device": self.device,
+            "eval_steps": self.eval_steps,
+            "wandb_run_id": self.lerobot.wandb.run_id,
+        }
+        content = {**draccus.encode(self.options), ASKED: asked}
+        scratch.write_text(json.dumps(content, indent=2) + "\n")
         scratch.replace(self.output_dir / OPTIONS_FILE)
 
 
@@ -74,17 +84,36 @@ def resolve(argv: Sequence[str]) -> Recipe:
     check_flags(flags)
     _, theirs = split_flags(flags)
     asked_resume = asks_to_resume(flags)
-    saved_options = None
+    saved: dict = {}
     if asked_resume:
-        theirs, saved_options = _resume_arguments(theirs)
+        theirs, saved = _resume_arguments(theirs)
+    asked = saved.pop(ASKED, {})
     check_sources(theirs)
 
-    options = parse_options(flags, saved_options)
+    options = parse_options(flags, saved)
+    options.assets.dir = options.assets.dir.absolute()  # workers run in folders of their own
+    for flag in ("policy.path", "policy.pretrained_path"):
+        name = lerobot_parser.parse_arg(flag, theirs)
+        if name is not None and not Path(name).exists():
+            assets.provide(options.assets.dir, {name: assets.WORDS}, weights=False, flag=f"--{flag}=")
     cfg = _lerobot_config(theirs, flags, options, asked_resume)
 
-    device = asked_device(flags)
+    if options.data.eval_episodes is not None and "eval_steps" not in flags:
+        cfg.eval_steps = asked.get("eval_steps", cfg.eval_steps)
+    if cfg.wandb.run_id is None:
+        cfg.wandb.run_id = asked.get("wandb_run_id")
+    device = asked_device(flags) if "policy.device" in flags else asked.get("device")
     if device is not None and device != cfg.trainable_config.device:
         notices.append(f"No {device} device on this machine: the worker's own device decides.")
+    if (device or "").startswith("cuda:") and options.ray.num_workers:
+        notices.append(
+            f"--policy.device={device}: Ray gives every worker a GPU of its own, whatever its number."
+        )
+    if cfg.env is not None and cfg.env_eval_freq > 0:
+        notices.append("The simulator is not run while training; lerobot-eval scores a checkpoint in it.")
+    if cfg.policy.push_to_hub and (reason := _no_upload(cfg.policy.repo_id)):
+        cfg.policy.push_to_hub = False
+        notices.append(f"The policy will not be uploaded to --policy.repo_id={cfg.policy.repo_id}: {reason}.")
     idle = next((name for name in flags if name.startswith(("optimizer.", "scheduler."))), None)
     if idle and cfg.use_policy_training_preset and not cfg.resume:
         notices.append(
@@ -93,6 +122,10 @@ def resolve(argv: Sequence[str]) -> Recipe:
         )
     # Workers run in folders of their own.
     cfg.output_dir = Path(cfg.output_dir).absolute()
+    for owner, name in ((cfg.policy, "pretrained_path"), (cfg, "checkpoint_path")):
+        path = getattr(owner, name)
+        if path is not None and Path(path).exists():
+            setattr(owner, name, Path(path).absolute())
     if cfg.dataset.root is not None:
         cfg.dataset.root = str(Path(cfg.dataset.root).absolute())
     eval_steps = cfg.eval_steps
@@ -103,12 +136,12 @@ def resolve(argv: Sequence[str]) -> Recipe:
     return Recipe(cfg, options, device, eval_steps, notices)
 
 
-def _resume_arguments(theirs: list[str]) -> tuple[list[str], Path | None]:
+def _resume_arguments(theirs: list[str]) -> tuple[list[str], dict]:
     """Complete a `--resume=true` command with the checkpoint it means.
 
     LeRobot wants `--config_path`; the same command as at the start will do here, since its `--output_dir`
     leads to the newest checkpoint. A run that was killed before its first checkpoint starts over. Returns
-    the arguments and, if there is one, the file of our saved options.
+    the arguments and what `Recipe.save_options` wrote, if it did.
     """
     config_path = lerobot_parser.parse_arg("config_path", theirs)
     policy_type = lerobot_parser.get_type_arg("policy", theirs)
@@ -150,15 +183,14 @@ def _resume_arguments(theirs: list[str]) -> tuple[list[str], Path | None]:
             raise InputError(f"--resume=true: nothing to resume, there is no run in {output_dir}.")
     saved_options = run_dir / OPTIONS_FILE
     if not saved_options.is_file():
-        return theirs, None
+        return theirs, {}
     try:
-        json.loads(saved_options.read_text())
+        return theirs, json.loads(saved_options.read_text())
     except ValueError:
         raise InputError(
             f"cannot resume: {saved_options} is damaged. Remove it, and give the run's --ray, --data and "
             "--checkpoint flags again."
         ) from None
-    return theirs, saved_options
 
 
 def _check_checkpoint(folder: Path, policy_type: str | None) -> None:
@@ -221,11 +253,22 @@ def _lerobot_config(
         raise InputError("--dataset.streaming=true: not supported; data sets are read from local files here.")
     if cfg.sample_weighting is not None:
         raise InputError("--sample_weighting: not supported here; lerobot-train has it.")
+    if cfg.save_checkpoint_to_hub:
+        raise InputError(
+            "--save_checkpoint_to_hub=true: not supported; --policy.push_to_hub uploads the trained policy."
+        )
     if cfg.job.is_remote:
         raise InputError(
             f"--job.target={cfg.job.target}: runs go to Ray here; lerobot-train submits to HF Jobs."
         )
     return cfg
+
+
+def _no_upload(repo_id: str) -> str | None:
+    """Why a policy cannot be uploaded, as far as it shows before the training."""
+    if repo_id.lower() in ("none", "null"):
+        return "that is no name"
+    return None if get_token() else "there is no Hub login here (`hf auth login`)"
 
 
 def _check_output_dir(folder: Path) -> None:

@@ -88,7 +88,7 @@ class Tracker:
             self.wandb.summary.update(
                 {k: v for k, v in summary.items() if isinstance(v, int | float | str | dict)}
             )
-            if checkpoint_dir is not None and summary["status"] == "finished":
+            if checkpoint_dir is not None and summary["status"] != "failed":
                 self._log_artifact(checkpoint_dir)
             self.wandb.finish(exit_code=0 if summary["status"] != "failed" else 1)
 

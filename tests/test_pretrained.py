@@ -1,0 +1,150 @@
+"""What the published recipes name: their flags, and models and tokenizers fetched ahead into a folder."""
+
+import json
+import re
+import socket
+
+import pytest
+from conftest import ROOT, tiny_act, train_in_process
+from huggingface_hub import constants
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ray_jobs.engine import assets
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.flags import check_flags
+from ray_jobs.engine.options import read_flags
+
+SEED = ROOT.parent / "shared" / "seed"
+HOSTS = []  # what a test tried to look up
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """An empty Hub cache, and every look-up of a host's name noted and refused; the process as before afterwards."""
+
+    def refuse(host, *args, **kwargs):
+        HOSTS.append(host)
+        raise socket.gaierror(f"no network in this test: {host}")
+
+    HOSTS.clear()
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.setattr(constants, name, getattr(constants, name))
+    monkeypatch.setattr(assets, "USERS_CACHE", tmp_path / "hub_cache")
+    monkeypatch.setattr(assets, "_overlay", None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def tiny_tokenizer(folder) -> None:
+    """A tokenizer of four words, as `hf download` would leave one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "sort": 2, "parts": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(
+        folder
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
+
+
+def commands() -> dict[str, list[str]]:
+    file = SEED / "commands.json"
+    if not file.is_file():
+        pytest.skip(f"the published commands are not there ({file})")
+    return json.loads(file.read_text())
+
+
+def test_every_published_flag_is_understood():
+    """All nine commands, and all rows of the page's tables under the policy they stand under."""
+    for name, words in commands().items():
+        flags, _ = read_flags(words)
+        check_flags(flags)
+        assert "dataset.repo_id" in flags, name
+    page = (SEED / "model_training.txt").read_text()
+    sections = re.split(r"^(\d)\. .*$", page, flags=re.M)
+    policies = {"1": "act", "2": "diffusion", "3": "pi0", "4": "pi05", "5": "smolvla"}
+    rows = 0
+    for number, text in zip(sections[1::2], sections[2::2], strict=True):
+        for row in re.findall(r"^(policy\.[a-z_]+?)(?=[A-Z])", text, flags=re.M):
+            # The values of the page's commands are tried above; here the name is what counts.
+            typed = {"policy.type": policies[number], "policy.dtype": "float32"}
+            values = {"policy.gradient_checkpointing": "false", "policy.device": "cpu"}
+            if row not in typed:
+                typed[row] = values.get(row, "1")
+            flags, _ = read_flags(
+                [
+                    f"--{flag}={value}"
+                    for flag, value in typed.items()
+                    if flag != "policy.dtype" or row == flag
+                ]
+            )
+            check_flags(flags)
+            rows += 1
+    assert rows > 80
+
+
+@pytest.mark.parametrize(
+    ("typed", "today", "notice"),
+    [
+        ("policy.image_resolution=[224,224]", {"policy.resize_imgs_with_padding": "[224,224]"}, "is called"),
+        ("policy.dtype=float32", {"policy.use_amp": "false"}, "understood as that"),
+        ("policy.gradient_checkpointing=false", {}, "does in any case"),
+    ],
+)
+def test_smolvla_flags_are_translated(typed, today, notice):
+    flags, notices = read_flags(["--policy.type=smolvla", f"--{typed}"])
+    assert flags == {"policy.type": "smolvla", **today}
+    assert len(notices) == 1 and notice in notices[0]
+
+
+@pytest.mark.parametrize("typed", ["policy.dtype=bfloat16", "policy.gradient_checkpointing=true"])
+def test_smolvla_flags_that_cannot_be_honoured(typed):
+    with pytest.raises(InputError, match=re.escape(f"--{typed}: SmolVLA")):
+        read_flags(["--policy.type=smolvla", f"--{typed}"])
+    assert read_flags(["--policy.type=pi0", f"--{typed}"])[1] == []  # the others have these switches
+
+
+def test_tokenizer_under_its_hub_name(no_network, tmp_path):
+    """What LeRobot's pi0 processor asks for, from a folder without the Hub's name on it."""
+    name = "google/paligemma-3b-pt-224"
+    tiny_tokenizer(tmp_path / "pretrained" / "paligemma-3b-pt-224")
+    assets.provide(tmp_path / "pretrained", {name: assets.WORDS}, weights=True)
+    assert AutoTokenizer.from_pretrained(name)("sort parts")["input_ids"] == [2, 3]
+    assert HOSTS == []
+
+
+def test_policy_under_its_hub_name(no_network, parts, tmp_path):
+    """A checkpoint in `pretrained/` is fine-tuned by its Hub name: no connection is tried, its weights are used."""
+    flags = tiny_act(parts, tmp_path / "first", "--steps=2", "--seed=1")
+    train_in_process(flags)
+    start = tmp_path / "pretrained" / "some_org" / "tiny_act"
+    start.parent.mkdir(parents=True)
+    (tmp_path / "first/checkpoints/000002/pretrained_model").rename(start)
+    common = [flag for flag in flags if not flag.startswith(("--policy.", "--output_dir"))]
+    losses = {}
+    for where in ("some_org/tiny_act", str(start)):
+        output_dir = tmp_path / where.replace("/", "_")
+        _, events = train_in_process(
+            [
+                *common,
+                f"--policy.path={where}",
+                "--policy.push_to_hub=false",
+                f"--assets.dir={tmp_path / 'pretrained'}",
+                f"--output_dir={output_dir}",
+            ]
+        )
+        losses[where] = [event["train/loss"] for event in events if event["kind"] == "log"]
+    assert losses["some_org/tiny_act"] == losses[str(start)]
+    assert HOSTS == []
+
+
+def test_missing_asset_names_the_command(no_network, tmp_path):
+    folder = tmp_path / "pretrained"
+    with pytest.raises(InputError) as refused:
+        assets.provide(folder, {"google/paligemma-3b-pt-224": assets.WORDS}, weights=True)
+    message = str(refused.value)
+    assert f"hf download google/paligemma-3b-pt-224 --local-dir {folder}/paligemma-3b-pt-224" in message
+    assert "accept the licence" in message and len(message.splitlines()) == 2
+    (folder / "paligemma-3b-pt-224").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"has no config.json"):
+        assets.provide(folder, {"google/paligemma-3b-pt-224": assets.WORDS}, weights=True)
