@@ -6,6 +6,7 @@ folders are laid out here as a Hub cache, by links, in a folder that belongs to 
 """
 
 import atexit
+import contextlib
 import json
 import shutil
 import tempfile
@@ -48,9 +49,10 @@ def needed(policy: PreTrainedConfig, folder: Path) -> dict[str, list[str]]:
             repos[start] = WORDS + NUMBERS
         saved = (find(folder, start) or Path(start)) / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
         if saved.is_file():
-            steps = json.loads(saved.read_text()).get("steps", [])
-            names = (step.get("config", {}).get("tokenizer_name") for step in steps)
-            repos |= {name: WORDS for name in names if name and name not in repos}
+            with contextlib.suppress(ValueError):  # a damaged file is told of where the weights are looked over
+                steps = json.loads(saved.read_text()).get("steps", [])
+                names = (step.get("config", {}).get("tokenizer_name") for step in steps)
+                repos |= {name: WORDS for name in names if name and name not in repos}
     return {name: files for name, files in repos.items() if not Path(name).is_dir()}
 
 
