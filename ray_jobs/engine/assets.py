@@ -49,7 +49,9 @@ def needed(policy: PreTrainedConfig, folder: Path) -> dict[str, list[str]]:
             repos[start] = WORDS + NUMBERS
         saved = (find(folder, start) or Path(start)) / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
         if saved.is_file():
-            with contextlib.suppress(ValueError):  # a damaged file is told of where the weights are looked over
+            with contextlib.suppress(
+                ValueError
+            ):  # a damaged file is told of where the weights are looked over
                 steps = json.loads(saved.read_text()).get("steps", [])
                 names = (step.get("config", {}).get("tokenizer_name") for step in steps)
                 repos |= {name: WORDS for name in names if name and name not in repos}

@@ -1,0 +1,168 @@
+"""Checks of the data set, before anything expensive is scheduled: is it there, whole, and in today's format?"""
+
+import contextlib
+import json
+import math
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import av
+import pyarrow.parquet
+from lerobot.configs.default import DatasetConfig
+from lerobot.datasets import CODEBASE_VERSION, LeRobotDatasetMetadata
+from lerobot.datasets.utils import DatasetInfo, has_legacy_hub_download_metadata
+from lerobot.utils.constants import (
+    HF_LEROBOT_HOME,
+)
+
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
+from ray_jobs.engine.recipe import Recipe
+
+VIDEO_BACKENDS = ("pyav", "torchcodec", "video_reader")
+
+
+def where_it_is(dataset: DatasetConfig) -> tuple[str, Path | None]:
+    """What the user called the data set, and where it lies here: None if LeRobot will ask the Hub for it."""
+    if dataset.root is not None:
+        return f"--dataset.root={dataset.root}", Path(dataset.root)
+    name, home = f"--dataset.repo_id={dataset.repo_id}", HF_LEROBOT_HOME / dataset.repo_id
+    if home.exists() and not has_legacy_hub_download_metadata(home):
+        return f"{name} in {HF_LEROBOT_HOME}", home
+    return name, None
+
+
+def open_dataset(recipe: Recipe) -> LeRobotDatasetMetadata:
+    """Open the data set's metadata, and say what is wrong with it better than LeRobot does."""
+    dataset = recipe.lerobot.dataset
+    if dataset.video_backend not in VIDEO_BACKENDS:
+        raise InputError(
+            f"--dataset.video_backend={dataset.video_backend}: must be {' or '.join(VIDEO_BACKENDS[:2])}."
+        )
+    name, root = where_it_is(dataset)
+    if root is not None:
+        _info(name, root, dataset.repo_id)
+        # A missing file would make LeRobot ask the Hub for the whole data set.
+        episodes = sorted((root / "meta" / "episodes").glob("*/*.parquet")) or [root / "meta" / "episodes"]
+        for path in (root / "meta" / "tasks.parquet", root / "meta" / "stats.json", *episodes):
+            _whole(name, root, path)
+    try:
+        with contextlib.nullcontext() if root else hub_or_cache():
+            meta = LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision)
+    except Exception as error:
+        if root is None:
+            raise InputError(f"{name}: not in {HF_LEROBOT_HOME}, and {hub_answer(error)}") from None
+        raise InputError(f"{name}: the data set cannot be opened: {first_line(error)}") from None
+    found = len(meta.episodes or ())
+    if not found or found != meta.total_episodes:
+        raise InputError(
+            f"{name}: meta/info.json counts {meta.total_episodes} episodes, meta/episodes has {found}."
+        )
+    return meta
+
+
+def _info(name: str, root: Path, repo_id: str) -> None:
+    """Check info.json, above all the format's version."""
+    info = root / "meta" / "info.json"
+    if not root.exists():
+        raise InputError(f"{name}: there is no such folder.")
+    if not info.is_file():
+        raise InputError(f"{name}: not a LeRobot data set, it has no meta/info.json.")
+    try:
+        content = json.loads(info.read_text())
+        version = str(content["codebase_version"])
+        if version.startswith(CODEBASE_VERSION.split(".")[0] + "."):
+            DatasetInfo.from_dict(content)
+            return
+    except Exception as error:
+        raise InputError(
+            f"{name}: meta/info.json is damaged ({type(error).__name__}: {first_line(error)})."
+        ) from None
+    if version == "v2.1":
+        raise InputError(
+            f"{name}: a LeRobot v2.1 data set; this LeRobot reads {CODEBASE_VERSION}. This converts it in place:\n"
+            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={shlex.quote(repo_id)} "
+            f"--root={shlex.quote(str(root))} --push-to-hub=false"
+        )
+    raise InputError(
+        f"{name}: a LeRobot {version} data set; this LeRobot reads {CODEBASE_VERSION} and can convert v2.1."
+    )
+
+
+def _whole(name: str, root: Path, path: Path, what: str = "") -> None:
+    """Refuse a file of the data set that is missing or torn, as far as its first and last bytes show."""
+    file = f"{name}: {path.relative_to(root)}{what}"
+    if not path.is_file():
+        raise InputError(f"{file} is missing.")
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".parquet":
+            pyarrow.parquet.read_metadata(path)
+        else:
+            av.open(str(path)).close()
+    except Exception as error:
+        raise InputError(f"{file} is damaged: {first_line(error)}") from None
+
+
+def check_files(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """See that every file that will be read is there, and begins and ends as it should."""
+    name, root = where_it_is(recipe.lerobot.dataset)
+    if root is None:
+        return  # the workers download it
+    chosen, held_out = recipe.lerobot.dataset.episodes, recipe.options.data.eval_episodes
+    wanted = set(range(meta.total_episodes) if chosen is None else [*chosen, *(held_out or ())])
+    columns = [("data", meta.data_path, None)]
+    columns += [(f"videos/{camera}", meta.video_path, camera) for camera in meta.video_keys]
+    for column, pattern, camera in columns:
+        chunks, files = (list(meta.episodes[f"{column}/{index}_index"]) for index in ("chunk", "file"))
+        first = {}  # (chunk, file) -> the first episode in it
+        for episode, place in enumerate(zip(chunks, files, strict=True)):
+            # LeRobot opens all parquet files, whatever episodes are asked for.
+            if camera is None or episode in wanted:
+                first.setdefault(place, episode)
+        for (chunk, file), episode in first.items():
+            path = root / pattern.format(chunk_index=chunk, file_index=file, video_key=camera)
+            _whole(name, root, path, f" (episode {episode} is in it)")
+
+
+def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """Work out the training episodes and see that some are left."""
+    dataset, held_out = recipe.lerobot.dataset, recipe.options.data.eval_episodes
+    everything = list(range(meta.total_episodes))
+    for name, episodes in (("dataset.episodes", dataset.episodes), ("data.eval_episodes", held_out)):
+        if episodes is None:
+            continue
+        if not episodes or len(set(episodes)) < len(episodes):
+            fault = "names an episode twice" if episodes else "name at least one episode, or leave it out"
+            raise InputError(f"--{name}={episodes}: {fault}.")
+        wrong = sorted(set(episodes) - set(everything))
+        if wrong:
+            raise InputError(
+                f"--{name}={episodes}: there is no episode {wrong[0]}; the data set has 0 to {everything[-1]}."
+            )
+    chosen = dataset.episodes if dataset.episodes is not None else everything
+    if held_out is not None:
+        dataset.episodes = [episode for episode in chosen if episode not in set(held_out)]
+        if not dataset.episodes:
+            raise InputError(
+                f"--data.eval_episodes={held_out} holds out every episode: none is left to train on."
+            )
+        if recipe.eval_steps == 0:
+            save_freq = recipe.lerobot.save_freq
+            recipe.eval_steps = save_freq if save_freq > 0 else recipe.lerobot.steps
+    elif dataset.eval_split:
+        tasks = list(meta.episodes["tasks"])
+        per_task = Counter(tasks[episode][0] if tasks[episode] else "" for episode in chosen)
+        left = sum(count - math.ceil(count * dataset.eval_split) for count in per_task.values())
+        if left == 0:
+            raise InputError(
+                f"--dataset.eval_split={dataset.eval_split} leaves no training episode: LeRobot rounds up per task "
+                f"({len(per_task)} task(s), {len(chosen)} episode(s)). A smaller share, or --data.eval_episodes."
+            )
+    drop, lengths = getattr(recipe.lerobot.policy, "drop_n_last_frames", 0), list(meta.episodes["length"])
+    if max(lengths[episode] for episode in dataset.episodes or everything) <= drop:
+        raise InputError(
+            f"--policy.drop_n_last_frames={drop}: no training episode is longer, none would be left."
+        )
