@@ -38,7 +38,7 @@ def start(address: str | None) -> Future:
             cluster running on this machine, else a new one.
 
     Returns:
-        A future of whether the cluster is our own; its `result()` raises InputError if it cannot be reached.
+        A future of None; its `result()` raises InputError if the cluster cannot be reached.
     """
     global _ready
     if address and address.startswith("ray://"):
@@ -92,7 +92,7 @@ def start(address: str | None) -> Future:
                 )
             )
         else:
-            done.set_result(ours)
+            done.set_result(None)
             # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
             threading.Event().wait()
 
