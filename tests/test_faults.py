@@ -182,3 +182,14 @@ def test_relative_paths_reach_the_workers(parts, undisturbed, tmp_path):
     result = job("ray_jobs.train", *flags, f"--policy.path={start}", "--policy.push_to_hub=false")
     assert result.returncode == 0, result.stderr
     assert "step 2/2" in result.stdout
+
+
+def test_more_workers_than_there_is_room_for(parts, tmp_path):
+    """Refused with what the cluster has, before a worker is started."""
+    result = job("ray_jobs.train", *tiny_act(parts, tmp_path / "run", "--ray.num_workers=999"))
+    assert result.returncode == 2
+    assert (
+        result.stderr.startswith("error: --ray.num_workers=999")
+        and "this cluster has room for" in result.stderr
+    )
+    assert not (tmp_path / "run").exists()
