@@ -4,6 +4,7 @@ Only light imports at the top: jobs start Ray while they are still importing tor
 """
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401  (its fork hooks must not appear while Ray is being forked off)
 import math
 import os
 import threading
