@@ -17,14 +17,13 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
 from ray_jobs.engine.console import Display, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import InputError, RunError
-from ray_jobs.engine.options import RayOptions, asked_device, asks_to_resume, parse_options, read_flags
+from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
     quiet()
     if {"--help", "-h"} & set(argv):
         return _help(argv)
-    workers = _start_workers(argv)
+    _start_ray(argv)
     with no_garbage_collection():
         from ray_jobs.engine import preflight
         from ray_jobs.engine.recipe import resolve
@@ -51,25 +50,27 @@ def main(argv: list[str]) -> int:
         display.say(notice)
     started = time.monotonic()
     try:
-        if recipe.options.ray.num_workers == 0:
-            summary = _train_here(recipe, display)
-        else:
-            summary = _train_on_ray(recipe, workers or Workers(recipe.options.ray, recipe.device), display)
+        train = _train_on_ray if recipe.options.ray.num_workers else _train_here
+        summary = train(recipe, display)
     finally:
         display.close()
     _last_screen(summary, display, time.monotonic() - started)
     return 130 if summary["status"] == "interrupted" else 0
 
 
-def _start_workers(argv: list[str]) -> "Workers | None":
-    """The run's workers, as far as the command line alone tells what they are: a resumed run's options lie
-    in its folder. What is wrong with the command line is said by `resolve`, before Ray is started."""
+def _start_ray(argv: list[str]) -> None:
+    """Let Ray start, or be joined, while this process imports LeRobot and checks the recipe; nothing is scheduled
+    on it before that. A resumed run may have its options in its folder: its Ray starts later. What is wrong with
+    the command line is said by `resolve`.
+
+    Workers that import LeRobot meanwhile were 1 s faster, but a refused command then shuts Ray down under a
+    thread that uses it, for which Ray 2.60 ends the process with a status of its own.
+    """
     with contextlib.suppress(InputError):
         flags, _ = read_flags(argv)
         options = parse_options(flags).ray
         if options.num_workers and not asks_to_resume(flags):
-            return Workers(options, asked_device(flags))
-    return None
+            cluster.start(options.address)
 
 
 # ---------------------------------------------------------------------- in this process
@@ -80,17 +81,12 @@ def _train_here(recipe, display: Display) -> dict:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from ray_jobs.engine import assets, loop
-
     stop = threading.Event()
 
     def worker() -> None:
-        with _lock(recipe.output_dir):
-            nonlocal summary
-            recipe.save_options()
-            device = recipe.lerobot.policy.device
-            assets.mount(recipe.options.assets.dir, recipe.lerobot.policy, weights=True)
-            summary = loop.train(recipe, device=device, report=display.show, should_stop=stop.is_set)
+        nonlocal summary
+        device = recipe.lerobot.policy.device
+        summary = _loop(recipe, main=True, device=device, report=display.show, should_stop=stop.is_set)
 
     def interrupt(signum, frame) -> None:
         if stop.is_set():
@@ -112,88 +108,51 @@ def _train_here(recipe, display: Display) -> dict:
 # ---------------------------------------------------------------------- on Ray workers
 
 
-class Workers:
-    """Ray Train's workers of one run. Ray is started, or joined, in a thread while this process imports LeRobot
-    and checks the recipe; nothing is scheduled on it before that.
-
-    Starting them earlier, to import LeRobot meanwhile, was 3 s faster, but a refused command then shuts Ray down
-    under a thread that uses it, for which Ray 2.60 ends the process with a status of its own.
-    """
-
-    def __init__(self, options: RayOptions, device: str | None):
-        self.options = options
-        self.device = device
-        self.joined = cluster.start(options.address)
-        self.checked: Future = Future()
-        self.line: Future = Future()
-        self.error: Exception | None = None
-        # A thread, so that Ctrl-C comes to us and not to Ray Train, which would kill the workers.
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def train(self, recipe: "Recipe"):
-        """Let the workers begin; returns the line to them.
-
-        Raises:
-            InputError: The cluster cannot be reached, or has no room.
-        """
-        self.checked.set_result(recipe)
-        return self.line.result()
-
-    def _run(self) -> None:
-        try:
-            self.joined.result()
-            self._fit()
-        except Exception as error:
-            self.error = error
-            if not self.line.done():
-                self.line.set_exception(error)
-
-    def _fit(self) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        recipe, options = self.checked.result(), self.options
-        each = self.each = cluster.share(
-            options.num_workers, options.cpus_per_worker, options.gpus_per_worker, self.device
-        )
-        line = cluster.open_line()
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"line": line},
-            scaling_config=ScalingConfig(
-                num_workers=options.num_workers, use_gpu=each.gpus > 0, resources_per_worker=each.resources
-            ),
-            run_config=RunConfig(
-                name=".ray",
-                storage_path=str(recipe.output_dir),
-                failure_config=FailureConfig(max_failures=options.max_failures),
-                worker_runtime_env={"env_vars": each.env},
-            ),
-        )
-        self.line.set_result(line)
-        trainer.fit()
-
-
-def _train_on_ray(recipe, workers: Workers, display: Display) -> dict:
-    """Give the recipe to the workers, show what they report, hand on Ctrl-C; returns the summary."""
+def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
+    """Run the loop on Ray Train's workers, show what they report, hand on Ctrl-C; returns the summary."""
     import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
 
     from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
 
-    line = workers.train(recipe)
-    # As bytes: the actor in between would import LeRobot to hold the recipe itself.
-    line.give.remote(pickle.dumps(recipe))
+    options = recipe.options.ray
+    cluster.start(options.address).result()
+    each = cluster.share(options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device)
+    line = cluster.open_line()
+    trainer = TorchTrainer(
+        _worker,
+        # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
+        train_loop_config={"recipe": pickle.dumps(recipe), "line": line},
+        scaling_config=ScalingConfig(
+            num_workers=options.num_workers, use_gpu=each.gpus > 0, resources_per_worker=each.resources
+        ),
+        run_config=RunConfig(
+            name=".ray",
+            storage_path=str(recipe.output_dir),
+            failure_config=FailureConfig(max_failures=options.max_failures),
+            worker_runtime_env={"env_vars": each.env},
+        ),
+    )
+    outcome: dict = {}
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            outcome["error"] = error
+
+    # In a thread, so that Ctrl-C comes to us and not to Ray Train, which would kill the workers.
+    fitting = threading.Thread(target=fit, daemon=True)
+    fitting.start()
     interrupts, waiting_since = 0, time.monotonic()
-    while workers.thread.is_alive():
+    while fitting.is_alive():
         try:
             for event in ray.get(line.hear.remote(0.5)):
                 display.show(event)
             if not display.facts and time.monotonic() - waiting_since > 60:
                 free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-                display.say(
-                    f"waiting for {workers.options.num_workers} worker(s) with {workers.each}; free now: {free}"
-                )
+                display.say(f"waiting for {options.num_workers} worker(s) with {each}; free now: {free}")
                 waiting_since = time.monotonic()
         except KeyboardInterrupt:
             interrupts += 1
@@ -206,8 +165,8 @@ def _train_on_ray(recipe, workers: Workers, display: Display) -> dict:
 
     if reason := ray.get(line.why_failed.remote()):
         raise RunError(reason)
-    if workers.error:
-        raise RunError(_explain(workers.error, recipe.output_dir))
+    if "error" in outcome:
+        raise RunError(_explain(outcome["error"], recipe.output_dir))
     return read_json(recipe.output_dir / SUMMARY_FILE)
 
 
@@ -220,10 +179,9 @@ def _worker(config: dict) -> None:
         import torch
         from ray.train.torch import get_device
 
-        from ray_jobs.engine import assets, loop
+        import ray_jobs.engine.loop  # noqa: F401
 
-    line = config["line"]
-    recipe = pickle.loads(ray.get(line.take.remote()))
+    recipe, line = pickle.loads(config["recipe"]), config["line"]
     if ray.get(line.why_failed.remote()):
         return  # Ray has started this worker in place of one that knew better
     context = ray.train.get_context()
@@ -251,14 +209,21 @@ def _worker(config: dict) -> None:
             ray.train.report({k: v for k, v in event.items() if isinstance(v, int | float)})
 
     try:
-        assets.mount(recipe.options.assets.dir, recipe.lerobot.policy, weights=True)
-        with _lock(recipe.output_dir) if main else contextlib.nullcontext():
-            if main:
-                recipe.save_options()
-            loop.train(recipe, device=str(get_device()), report=report, should_stop=stop.is_set)
+        _loop(recipe, main=main, device=str(get_device()), report=report, should_stop=stop.is_set)
     except (InputError, RunError) as error:
         ray.get(line.fail.remote(str(error)))
         raise
+
+
+def _loop(recipe: "Recipe", *, main: bool, **how) -> dict:
+    """The training loop, with the models it starts from at hand and, on the main rank, the run's folder locked."""
+    from ray_jobs.engine import assets, loop
+
+    assets.mount(recipe.options.assets.dir, recipe.lerobot.policy, weights=True)
+    with _lock(recipe.output_dir) if main else contextlib.nullcontext():
+        if main:
+            recipe.save_options()
+        return loop.train(recipe, **how)
 
 
 @contextlib.contextmanager

@@ -49,9 +49,8 @@ def needed(policy: PreTrainedConfig, folder: Path) -> dict[str, list[str]]:
             repos[start] = WORDS + NUMBERS
         saved = (find(folder, start) or Path(start)) / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
         if saved.is_file():
-            with contextlib.suppress(
-                ValueError
-            ):  # a damaged file is told of where the weights are looked over
+            # A damaged file is told of where the weights are looked over.
+            with contextlib.suppress(ValueError):
                 steps = json.loads(saved.read_text()).get("steps", [])
                 names = (step.get("config", {}).get("tokenizer_name") for step in steps)
                 repos |= {name: WORDS for name in names if name and name not in repos}
@@ -69,7 +68,8 @@ def mount(folder: Path, policy: PreTrainedConfig, *, weights: bool) -> None:
         InputError: Something is nowhere to be had, or what lies in `folder` is no model or tokenizer.
     """
     provide(folder, needed(policy, folder), weights=weights)
-    backbone = backbone_file(policy)
+    url = backbone_url(policy)
+    backbone = Path(url).name if url and policy.pretrained_path is None else None
     if backbone and (folder / backbone).is_file():
         checkpoints = _make_overlay() / "torch" / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -116,12 +116,14 @@ def provide(folder: Path, repos: dict[str, list[str]], *, weights: bool, flag: s
         constants.HF_HUB_OFFLINE = True
 
 
-def backbone_file(policy: PreTrainedConfig) -> str | None:
-    """The file name of torchvision's weights that a new policy starts from, if it does."""
+def backbone_url(policy: PreTrainedConfig) -> str | None:
+    """Where torchvision has the weights that a new policy's cameras start from, if they do.
+
+    Raises:
+        ValueError, KeyError, AttributeError: torchvision knows no weights of that name.
+    """
     name = getattr(policy, "pretrained_backbone_weights", None)
-    if name is None or policy.pretrained_path is not None:
-        return None
-    return Path(torchvision.models.get_weight(name).url).name
+    return name and torchvision.models.get_weight(name).url
 
 
 def _make_overlay() -> Path:

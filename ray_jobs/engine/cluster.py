@@ -32,7 +32,7 @@ _ready: Future | None = None  # set once this process has begun to connect
 
 
 def start(address: str | None) -> Future:
-    """Start or join Ray in the background.
+    """Start or join Ray in the background; once, whoever asks again gets the same answer.
 
     Args:
         address: `local`, `auto`, an address, or None: `RAY_ADDRESS` (set inside `ray job submit`), else a
@@ -50,8 +50,8 @@ def start(address: str | None) -> Future:
     asked = f"--ray.address={address}" if address else None
     if address is None and os.environ.get("RAY_ADDRESS"):
         asked = f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-    if _ready is not None and _ready.exception() is None:
-        return _ready  # a second run of the same process, as in the demo
+    if _ready is not None:
+        return _ready
     done = _ready = Future()
 
     def connect() -> None:
@@ -94,6 +94,8 @@ def start(address: str | None) -> Future:
             )
         else:
             done.set_result(None)
+            import ray.train.torch  # noqa: F401  (takes seconds, which the caller spends on imports as well)
+
             # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
             threading.Event().wait()
 
@@ -190,15 +192,7 @@ class Line:
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
         self.stop = asyncio.Event()
-        self.recipe: asyncio.Future = asyncio.Future()
         self.failure: str | None = None
-
-    async def give(self, recipe: bytes) -> None:
-        self.recipe.set_result(recipe)
-
-    async def take(self) -> bytes:
-        """The recipe, once the driver has checked it."""
-        return await asyncio.shield(self.recipe)
 
     async def tell(self, event: dict) -> None:
         await self.events.put(event)

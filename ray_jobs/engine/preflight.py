@@ -12,7 +12,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-import torchvision
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
@@ -193,7 +192,7 @@ def _pretrained(policy: PreTrainedConfig, features: dict[str, PolicyFeature], fo
     """See that everything pretrained that the policy starts from is here or can be downloaded."""
     name = getattr(policy, "pretrained_backbone_weights", None)
     try:
-        url = name and torchvision.models.get_weight(name).url
+        url = assets.backbone_url(policy)
     except (ValueError, KeyError, AttributeError):
         raise InputError(
             f"--policy.pretrained_backbone_weights={name}: torchvision has no such weights."
