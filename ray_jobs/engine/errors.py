@@ -1,9 +1,12 @@
-"""The two ways a job can go wrong, and the exit status each one has."""
+"""How a job or a run ends early: errors that are meant for people, and the reasons to stop a training."""
+
+# What the loop's `should_stop` answers, and a stopped run's status: with a checkpoint, or without.
+STOP_REASONS = GO_ON, INTERRUPTED, PRUNED = "", "interrupted", "pruned"
 
 
 class InputError(Exception):
-    """The user asked for something that cannot be done. Exit status 2; the message is one or two lines."""
+    """The user asked for something that cannot be done; exit status 2."""
 
 
 class RunError(Exception):
-    """The run started and failed for a reason that trying again will not mend. Exit status 1."""
+    """The run itself failed, for a reason that can be told in a line or two; exit status 1."""
