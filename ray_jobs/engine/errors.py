@@ -5,8 +5,8 @@ STOP_REASONS = GO_ON, INTERRUPTED, PRUNED = "", "interrupted", "pruned"
 
 
 class InputError(Exception):
-    """The user asked for something that cannot be done; exit status 2."""
+    """The user asked for something that cannot be done. Exit status 2; the message is one or two lines."""
 
 
 class RunError(Exception):
-    """The run itself failed, for a reason that can be told in a line or two; exit status 1."""
+    """The run started and failed for a reason that trying again will not mend. Exit status 1."""

@@ -112,6 +112,7 @@ def train(
             horizon=options.data.eval_horizon,
             max_frames=cfg.max_eval_samples,
             threads=cfg.num_workers,
+            timed=options.data.eval_timing,
         )
     model = policy  # the bare policy; `policy` is the one accelerate has wrapped
     accelerator.wait_for_everyone()
