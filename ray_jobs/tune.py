@@ -148,7 +148,7 @@ def _search(plan: "Plan", study, slot: Slot, seed: int) -> str:
     from ray_jobs.engine.workers import start_fit
     from ray_jobs.search import answer
     from ray_jobs.search.progress import Progress
-    from ray_jobs.search.study import DEATHS, StudyScheduler, StudySearch, finished, trials_of
+    from ray_jobs.search.study import DEATHS, StudyScheduler, StudySearch, finished, trial_name, trials_of
     from ray_jobs.search.trial import run_trial
 
     options = plan.options.tune
@@ -179,6 +179,8 @@ def _search(plan: "Plan", study, slot: Slot, seed: int) -> str:
             scheduler=StudyScheduler(search),
             num_samples=10**6,  # the searcher says when it is over
             reuse_actors=True,
+            trial_name_creator=lambda trial: trial.config["trial"],
+            trial_dirname_creator=lambda trial: trial.config["trial"],
         ),
         run_config=RunConfig(
             name=scratch.name,
@@ -194,7 +196,7 @@ def _search(plan: "Plan", study, slot: Slot, seed: int) -> str:
         steps=plan.steps,
         metric=options.metrics[0],
         done=len(done),
-        best=(best[0].values[0], f"{best[0].number:04d}") if best else None,
+        best=(best[0].values[0], trial_name(best[0].number)) if best else None,
     )
     progress.say(_intro(plan, slot))
     fitting, outcome = start_fit(tuner)
@@ -231,6 +233,7 @@ def _search(plan: "Plan", study, slot: Slot, seed: int) -> str:
             progress.show(told.get())
     finally:
         progress.close()
+    shutil.rmtree(scratch, ignore_errors=True)
     if "error" in outcome:
         raise RunError(f"Ray Tune gave up: {outcome['error']}")
     return "failed" if search.deaths_in_a_row >= DEATHS else status

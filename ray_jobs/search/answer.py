@@ -18,6 +18,7 @@ from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import flags
 from ray_jobs.search.study import (
     BASELINE,
+    BEST_STEP,
     CONFIG,
     POLICY,
     REASON,
@@ -27,6 +28,7 @@ from ray_jobs.search.study import (
     mean_value,
     ranking,
     repeats_of,
+    trial_name,
     trials_of,
 )
 from ray_jobs.search.trial import trial_dir
@@ -47,7 +49,7 @@ def sweep(plan: Plan, study: Study) -> None:
     for trial in trials_of(study):
         if trial.state.is_finished() and trial.number not in keep:
             shutil.rmtree(
-                trial_dir(plan.output_dir, f"{trial.number:04d}") / "checkpoints", ignore_errors=True
+                trial_dir(plan.output_dir, trial_name(trial.number)) / "checkpoints", ignore_errors=True
             )
 
 
@@ -100,9 +102,9 @@ def _described(plan: Plan, study: Study, trial: FrozenTrial | None) -> dict | No
         "trial": trial.number,
         "policy": trial.user_attrs[POLICY],
         "values": dict(zip(plan.options.tune.metrics, trial.values, strict=True)),
-        "step": trial.user_attrs.get(STEPS),
+        "step": trial.user_attrs.get(BEST_STEP),
         "config": trial.user_attrs[CONFIG],
-        "folder": str(trial_dir(plan.output_dir, f"{trial.number:04d}")),
+        "folder": str(trial_dir(plan.output_dir, trial_name(trial.number))),
     }
     if repeats:
         values = [trial.values[0], *repeats.values()]
@@ -117,14 +119,26 @@ def _trials_csv(plan: Plan, study: Study, trials: list[FrozenTrial]) -> None:
     with scratch.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(
-            ["trial", "state", *metrics, "step", "wall_s", "baseline", "other_seeds", "reason", *searched]
+            [
+                "trial",
+                "state",
+                *metrics,
+                "best_step",
+                "steps",
+                "wall_s",
+                "baseline",
+                "other_seeds",
+                "reason",
+                *searched,
+            ]
         )
         for t in trials:
             values = t.values or [t.intermediate_values.get(t.last_step) if t.last_step else None]
             values = (values + [None] * len(metrics))[: len(metrics)]
             config = t.user_attrs.get(CONFIG, {})
             table.writerow(
-                [t.number, t.state.name, *values, t.user_attrs.get(STEPS, t.last_step), t.user_attrs.get(WALL_S),
+                [t.number, t.state.name, *values, t.user_attrs.get(BEST_STEP),
+                 t.user_attrs.get(STEPS, t.last_step), t.user_attrs.get(WALL_S),
                  BASELINE in t.user_attrs, json.dumps(repeats.get(str(t.number), {})), t.user_attrs.get(REASON),
                  *(config.get(flag) for flag in searched)]
             )  # fmt: skip
@@ -161,7 +175,7 @@ def _best(plan: Plan, trial: FrozenTrial) -> str:
     scratch = plan.output_dir / f".{BEST_DIR}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    checkpoints = trial_dir(plan.output_dir, f"{trial.number:04d}") / "checkpoints"
+    checkpoints = trial_dir(plan.output_dir, trial_name(trial.number)) / "checkpoints"
     source = next((p for name in ("best", "last") if (p := checkpoints / name).exists()), None)
     if source is not None:
         shutil.copytree(source.resolve(), scratch / "checkpoint", copy_function=_link_or_copy)

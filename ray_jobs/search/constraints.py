@@ -42,7 +42,7 @@ def _value(node: ast.AST, look_up) -> Any:
         match node:
             case ast.Constant(value=int() | float() | str()):
                 return node.value
-            case ast.Attribute() | ast.Name():
+            case ast.Attribute() | ast.Name() if ast.unparse(node).replace(".", "").isidentifier():
                 return look_up(ast.unparse(node))
             case ast.BoolOp():
                 parts = [value(part) for part in node.values]  # all of them, for `names`

@@ -12,7 +12,7 @@ SHOWN = 12  # rows at most
 
 
 class Progress:
-    """Takes the events of the study (`begun`, `ended`) and of the trials' loops, which carry a `trial`.
+    """Takes the events of the study (`ended`, `notice`) and of the trials, which carry a `trial`.
 
     Args:
         done: Trials that had ended before, in a resumed search.
@@ -65,7 +65,7 @@ class Progress:
             self.say(self._head())
 
     def _ended(self, event: dict) -> None:
-        name = event["trial"] + (f"-seed{event['repeat']}" if event["repeat"] else "")
+        name = event["trial"]
         self.running.pop(name, None)
         status, value = event["status"], event["value"]
         self.counts[status] = self.counts.get(status, 0) + 1

@@ -27,8 +27,8 @@ from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.space import SearchSpace, flags
 from ray_jobs.search.trial import ENDED
 
-CONFIG, POLICY, BASELINE, SKIPPED, REASON, STEPS, WALL_S = (  # user attributes of trials
-    "config", "policy", "baseline", "skipped", "reason", "steps", "wall_s",
+CONFIG, POLICY, BASELINE, SKIPPED, REASON, STEPS, BEST_STEP, WALL_S, TIMES = (  # user attributes of trials
+    "config", "policy", "baseline", "skipped", "reason", "steps", "best_step", "wall_s", "times",
 )  # fmt: skip
 SPACE, METRIC, REPEATS = "space", "metric", "repeats"  # user attributes of the study
 TRIES = 50  # drawings until one is new and keeps the constraints; then the space is taken for exhausted
@@ -122,6 +122,11 @@ def _pruner(options: TuneOptions, grace_steps: int, steps: int) -> BasePruner:
 # ---------------------------------------------------------------------- what is in a study
 
 
+def trial_name(number: int, repeat: str | None = None) -> str:
+    """What a trial is called in folders and tables; `repeat` is the seed of a finalist's repetition."""
+    return f"{number:04d}-seed{repeat}" if repeat else f"{number:04d}"
+
+
 def trials_of(study: Study) -> list[FrozenTrial]:
     """The trials that were really begun; not those drawn twice or against a constraint."""
     trials = study.get_trials(deepcopy=False)
@@ -163,7 +168,7 @@ class StudySearch(Searcher):
     Args:
         study: From `open_study`.
         seed: Of all trials; repeats use the numbers after it.
-        tell: Called with an event dict (`kind`: `begun`, `ended`) for whoever watches.
+        tell: Called with an event dict (`kind`: `ended`, `notice`) for whoever watches.
     """
 
     def __init__(
@@ -185,6 +190,10 @@ class StudySearch(Searcher):
         self.failed_repeats: set[tuple[int, str]] = set()
         self.deaths_in_a_row = 0
 
+    def __getstate__(self) -> dict:
+        """Ray Tune writes everything down for `Tuner.restore`. Nothing of this is needed: the study knows more."""
+        return {}
+
     def suggest(self, trial_id: str) -> dict | str | None:
         if self.stopping:
             return self.FINISHED
@@ -198,10 +207,8 @@ class StudySearch(Searcher):
         else:
             return None if self.live else self.FINISHED
         self.live[trial_id] = trial, repeat
-        name = f"{trial.number:04d}" + (f"-seed{repeat}" if repeat else "")
-        self.tell({"kind": "begun", "trial": name})
         return {
-            "trial": name,
+            "trial": trial_name(trial.number, repeat),
             "flags": flags(trial.user_attrs[CONFIG]),
             "seed": int(repeat or self.seed),
             "repeat": bool(repeat),
@@ -271,7 +278,12 @@ class StudySearch(Searcher):
         self.deaths_in_a_row = self.deaths_in_a_row + 1 if error else 0
         self.stopping = self.stopping or self.deaths_in_a_row >= DEATHS
         values = [result.get(name) for name in self.options.metrics]
-        event = {"kind": "ended", "trial": f"{trial.number:04d}", "status": status, "reason": reason}
+        event = {
+            "kind": "ended",
+            "trial": trial_name(trial.number, repeat),
+            "status": status,
+            "reason": reason,
+        }
         event |= {"value": values[0], "step": result.get("step"), "repeat": repeat}
         if status == INTERRUPTED:
             pass  # stays RUNNING, and is taken up again
@@ -283,12 +295,12 @@ class StudySearch(Searcher):
             else:
                 self.failed_repeats.add((trial.number, repeat))
         else:
-            if "step" in result:
-                trial.set_user_attr(STEPS, result["step"])
-            if "wall_s" in result:
-                trial.set_user_attr(WALL_S, result["wall_s"])
-            if reason:
-                trial.set_user_attr(REASON, reason)
+            times = {k.removeprefix("times/"): v for k, v in result.items() if k.startswith("times/")}
+            noted = {BEST_STEP: result.get("step"), STEPS: result.get("trained", result.get("step")),
+                     WALL_S: result.get("wall_s"), REASON: reason, TIMES: times}  # fmt: skip
+            for name, value in noted.items():
+                if value is not None:
+                    trial.set_user_attr(name, value)
             if status == "failed" or (status in ENDED and None in values):
                 self.study.tell(trial, state=TrialState.FAIL)
             elif status == "pruned":

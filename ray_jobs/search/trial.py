@@ -7,8 +7,10 @@ ordinary folder, which goes on from its last checkpoint if the slot has died.
 
 import gc
 import os
+import platform
 import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -72,13 +74,18 @@ def run_trial(
 
     folder, pruned = trial_dir(output_dir, config["trial"]), False
     asked_to_stop, tell = listen_for_stop(line), teller(line)
+    tell({"kind": "begun", "trial": config["trial"]})
+    times = {"slot": f"{platform.node()}:{os.getpid()}", "begun": time.time()}
 
     def report(event: dict) -> None:
         nonlocal pruned
+        if event["kind"] in ("start", "step"):
+            times.setdefault(event["kind"], time.time())
         tell({**event, "trial": config["trial"]})
         if event["kind"] == "eval":
             try:
-                tune.report({key: event[key] for key in ("step", *metrics) if key in event})
+                values = {key: event[key] for key in ("step", *metrics) if key in event}
+                tune.report({**values, "times": {**times, "end": time.time()}})
             except SystemExit:  # how Tune stops a trial: the loop ends in its own way
                 pruned = True
 
@@ -107,7 +114,7 @@ def run_trial(
     _free()
     if pruned:
         sys.exit(0)
-    tune.report(result)
+    tune.report({**result, "times": {**times, "end": time.time()}})
 
 
 def best_values(folder: Path, metrics: list[str]) -> dict:
@@ -129,7 +136,11 @@ def _ended(folder: Path) -> dict | None:
     if not (folder / SUMMARY_FILE).is_file():
         return None
     summary = read_json(folder / SUMMARY_FILE)
-    return {key: summary[key] for key in ("status", "wall_s")} if summary["status"] in ENDED else None
+    return _outcome(summary) if summary["status"] in ENDED else None
+
+
+def _outcome(summary: dict) -> dict:
+    return {"status": summary["status"], "wall_s": summary["wall_s"], "trained": summary["step"]}
 
 
 def _train_on_workers(recipe, each: Share, report, should_stop) -> dict:
