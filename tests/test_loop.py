@@ -322,6 +322,7 @@ def wandb_run(file: Path) -> dict:
         record.ParseFromString(data)
         if record.HasField("run"):
             run["id"] = record.run.run_id
+            run["name"], run["group"] = record.run.display_name, record.run.run_group
             run["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         if record.HasField("history"):
             items = record.history.item

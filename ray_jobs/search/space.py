@@ -366,7 +366,7 @@ def flags(config: Config) -> list[str]:
 
 def _flag_text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.12g}"
+        return repr(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
