@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -142,18 +143,24 @@ def make_plan(
     scratch = f"--output_dir={output_dir / 'never'}"
     shortest, recipe = math.inf, None
     for s in spaces:
-        # What is wrong without the space file is the user's own.
-        own = resolve([*base, *flags({**s.kind(fixed), **fixed}), scratch])
-        preflight.check(own)
-        meta = open_dataset(own)
-        published = _build(
-            s, "baseline", s.configure(lambda p, s=s: s.baseline.get(p.flag), fixed), base, scratch, meta
-        )
+        arguments = partial(_arguments, base, scratch)
+        try:
+            published = resolve(arguments(s.published(fixed)))
+            preflight.check(published)
+        except InputError as error:
+            _blame_the_user(error, arguments({**s.kind(fixed), **fixed}))
+            raise _in_file(s, "baseline", {}, error) from None
+        meta = open_dataset(published)
         recipe = recipe or published
         shortest = min(shortest, chunk_length(published.lerobot.policy))
         for blamed, config in s.corners(fixed):
             if s.violated(config) is None:
-                built = _build(s, blamed, config, base, scratch, meta)
+                try:
+                    built = resolve(arguments(config))
+                    preflight.choose_episodes(built, meta)
+                    preflight.check_policy(built, meta)
+                except InputError as error:
+                    raise _in_file(s, blamed, config, error) from None
                 shortest = min(shortest, chunk_length(built.lerobot.policy))
     horizon = recipe.options.data.eval_horizon or int(shortest)
     if horizon > shortest:
@@ -210,18 +217,25 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     return [f"--{flag}={value}" for flag, value in both.items()]
 
 
-def _build(space: Space, blamed: str, config: Config, base: list[str], scratch: str, meta) -> Recipe:
-    """Resolve and check one configuration; what is wrong with it stands in the space file."""
+def _arguments(base: list[str], scratch: str, config: Config) -> list[str]:
+    return [*base, *flags(config), scratch]
+
+
+def _blame_the_user(error: InputError, without_space: list[str]) -> None:
+    """Raise an error of the baseline as the user's own, if it is there without the space file as well."""
     try:
-        recipe = resolve([*base, *flags(config), scratch])
-        preflight.choose_episodes(recipe, meta)
-        preflight.check_policy(recipe, meta)
-    except InputError as error:
-        message = str(error)
-        named = [flag for flag in re.findall(r"--([\w.]+)", message) if flag in space.lines]
-        varied = blamed if blamed in ("baseline", "search") else f"{blamed}={config.get(blamed)}"
-        raise space.error(named[0] if named else blamed, f"with {varied}: {message}") from None
-    return recipe
+        preflight.check(resolve(without_space))
+    except InputError as own:
+        if str(own) == str(error):
+            raise own from None
+
+
+def _in_file(space: Space, blamed: str, config: Config, error: InputError) -> InputError:
+    """An error about a configuration, with the file and line it comes from."""
+    message = str(error)
+    named = [flag for flag in re.findall(r"--([\w.]+)", message) if flag in space.lines]
+    varied = f"{blamed}={config[blamed]}" if blamed in config else f"the {blamed}"
+    return space.error(named[0] if named and blamed not in config else blamed, f"with {varied}: {message}")
 
 
 def read_command(argv: list[str]) -> tuple[dict[str, str], SearchFlags, bool, list[str]]:

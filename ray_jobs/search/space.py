@@ -100,6 +100,10 @@ class Space:
         """The flag that says which policy this is, where --policy.path does not."""
         return {} if PRETRAINED in fixed else {POLICY_TYPE: self.policy}
 
+    def published(self, fixed: Config) -> Config:
+        """The baseline: the published recipe."""
+        return self.configure(lambda parameter: self.baseline[parameter.flag], fixed)
+
     def violated(self, config: Config) -> str | None:
         """The constraint that a configuration breaks, if there is one."""
         return next((text for _, text in self.constraints if not constraints.holds(text, config)), None)
@@ -227,8 +231,6 @@ def read_space(file: Path) -> Space:
                     f"the baseline's {flag} is {_flag_text(baseline[flag])}, "
                     f"but 'search' allows {_words(parameter)}.",
                 )
-            if flag not in baseline and not parameter.when:
-                fail(f"search.{flag}", f"{flag}: 'baseline' has no value for it; trial 0 needs one.")
     rules = []
     for number, text in enumerate(content.get("constraints") or ()):
         key = f"constraints.{number}"
@@ -244,7 +246,11 @@ def read_space(file: Path) -> Space:
     flags |= {f.partition(".")[2]: n for f, n in lines.items() if f.startswith("search.")}
     lines = {**lines, **flags}
     space = Space(file, policy, baseline, tuple(parameters), tuple(rules), lines)
-    published = space.configure(_from(baseline, {}), {})
+    try:
+        published = space.published({})
+    except KeyError as missing:
+        (flag,) = missing.args
+        fail(f"search.{flag}", f"{flag}: 'baseline' has no value for it; trial 0 needs one.")
     if broken := space.violated(published):
         raise space.error("baseline", f"the baseline breaks the constraint '{broken}'.")
     return space
