@@ -285,9 +285,7 @@ def _print_plan(plan: "Plan", slot: Slot) -> None:
     run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus)(time_steps)
     base = [
         *plan.base,
-        *flags(
-            plan.space.spaces[0].configure(lambda p: plan.space.spaces[0].baseline[p.flag], plan.space.fixed)
-        ),
+        *flags(plan.space.spaces[0].published(plan.space.fixed)),
     ]
     cost = ray.get(run.remote(base))
     trial_s = cost["step_s"] * plan.steps + cost["eval_s"] * plan.steps / plan.recipe.eval_steps
