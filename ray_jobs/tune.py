@@ -260,7 +260,7 @@ def _print_plan(plan: "Plan", slot: Slot) -> None:
     import ray
 
     from ray_jobs.search.space import flags
-    from ray_jobs.search.study import _sampler
+    from ray_jobs.search.study import make_sampler
     from ray_jobs.search.timing import time_steps
 
     tune = plan.options.tune
@@ -269,7 +269,7 @@ def _print_plan(plan: "Plan", slot: Slot) -> None:
     for name, text in plan.space.describe().items():
         print(f"  {name:38} {text}")
     study = optuna.create_study(
-        sampler=_sampler(tune, plan.recipe.lerobot.seed or 0), directions=["minimize"] * len(tune.metrics)
+        sampler=make_sampler(tune, plan.recipe.lerobot.seed or 0), directions=["minimize"] * len(tune.metrics)
     )
     for params in plan.space.baselines():
         study.enqueue_trial(params)

@@ -77,7 +77,7 @@ def open_study(
             "Another --tune.study_name or --output_dir begins a new one."
         )
     # A sampler that is made anew must not draw its first numbers again.
-    study.sampler = _sampler(options, seed + len(study.get_trials(deepcopy=False)))
+    study.sampler = make_sampler(options, seed + len(study.get_trials(deepcopy=False)))
     study.pruner = _pruner(options, grace_steps, steps)
     return study
 
@@ -88,7 +88,7 @@ def _storage(url: str) -> BaseStorage | str:
     return url
 
 
-def _sampler(options: TuneOptions, seed: int) -> BaseSampler:
+def make_sampler(options: TuneOptions, seed: int) -> BaseSampler:
     first = min(10, max(4, options.num_samples // 4))  # random ones, before the model is asked
     match options.sampler:
         case "tpe":
