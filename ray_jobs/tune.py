@@ -12,17 +12,17 @@ import os
 import queue
 import shutil
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.console import no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError
 from ray_jobs.engine.options import read_flags
 
 if TYPE_CHECKING:
     from ray_jobs.search.plan import Plan
+    from ray_jobs.search.slot import Slot
 
 # For Ray Tune, which reads them while it is imported, or when a search begins.
 TUNE_ENV = {
@@ -33,8 +33,6 @@ TUNE_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-MAX_CPU_TRIALS = 4  # at a time, where nothing else says so: a search learns from one trial for the next
-DRIVER_CPUS = 0.01  # of a trial whose workers have a group of their own
 
 
 def main(argv: list[str]) -> int:
@@ -45,8 +43,9 @@ def main(argv: list[str]) -> int:
         return _help()
     _start_ray(argv)
     with no_garbage_collection():
-        from ray_jobs.search import answer
+        from ray_jobs.search import answer, dry_run
         from ray_jobs.search.plan import make_plan, read_command
+        from ray_jobs.search.slot import decide
         from ray_jobs.search.study import open_study
 
     typed, options, resume, notices = read_command(argv)
@@ -54,9 +53,9 @@ def main(argv: list[str]) -> int:
     for notice in plan.notices:
         print(notice)
     cluster.start(plan.recipe.options.ray.address).result()
-    slot = _slot(plan)
+    slot = decide(plan)
     if options.tune.dry_run:
-        _print_plan(plan, slot)
+        dry_run.show(plan, slot, print)
         return 0
     plan.save()
 
@@ -87,66 +86,17 @@ def _start_ray(argv: list[str]) -> None:
             cluster.start(flags.get("ray.address"))
 
 
-# ---------------------------------------------------------------------- what a trial reserves
-
-
-@dataclass
-class Slot:
-    """What one trial reserves on the cluster."""
-
-    bundle: dict[str, float]
-    """Resources of the trial's own process."""
-    each: cluster.Share
-    """Of each worker, where a trial has several."""
-    at_once: int
-    """Trials that the cluster holds now."""
-
-
-def _slot(plan: "Plan") -> Slot:
-    """Decide what each trial reserves, and refuse what no node has.
-
-    Raises:
-        InputError: Not even an empty cluster has room for one trial.
-    """
-    import ray
-
-    tune, options = plan.options.tune, plan.recipe.options.ray
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total_cpus, total_gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
-    gpus, cpus = tune.gpus_per_trial, options.cpus_per_worker
-    workers = tune.workers_per_trial
-    if gpus is None and workers == 1 and total_gpus and (plan.recipe.device or "cuda").startswith("cuda"):
-        gpus = 1.0
-    most = max(node.get("GPU", 0) for node in nodes)
-    if gpus and gpus > most and workers == 1:
-        raise InputError(
-            f"--tune.gpus_per_trial={gpus:g}: no node of this cluster has more than {most:g} GPUs."
-        )
-    if workers > 1:
-        each = cluster.share(workers, cpus, None if gpus is None else gpus / workers, plan.recipe.device)
-        room = min(total_cpus // each.cpus, total_gpus // each.gpus if each.gpus else total_cpus) // workers
-        return Slot({"CPU": DRIVER_CPUS}, each, max(1, int(room)))
-    if cpus is None:
-        at_once = int(total_gpus / gpus) if gpus else min(MAX_CPU_TRIALS, tune.num_samples)
-        cpus = max(1, total_cpus // max(1, at_once))
-        if gpus:
-            cpus = min(cpus, 8)
-    each = cluster.share(1, cpus, gpus or 0.0, plan.recipe.device)
-    room = min(total_cpus // each.cpus, total_gpus / each.gpus if each.gpus else total_cpus)
-    return Slot(each.resources, each, max(1, int(room)))
-
-
 # ---------------------------------------------------------------------- the search
 
 
-def _search(plan: "Plan", study, slot: Slot, seed: int) -> str:
+def _search(plan: "Plan", study, slot: "Slot", seed: int) -> str:
     """Run Ray Tune until the study has all its trials; returns how it ended."""
     import ray
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig
 
     from ray_jobs.engine.workers import start_fit
-    from ray_jobs.search import answer
+    from ray_jobs.search import answer, dry_run
     from ray_jobs.search.progress import Progress
     from ray_jobs.search.study import DEATHS, StudyScheduler, StudySearch, finished, trial_name, trials_of
     from ray_jobs.search.trial import run_trial
@@ -198,7 +148,7 @@ def _search(plan: "Plan", study, slot: Slot, seed: int) -> str:
         done=len(done),
         best=(best[0].values[0], trial_name(best[0].number)) if best else None,
     )
-    progress.say(_intro(plan, slot))
+    progress.say(dry_run.intro(plan, slot))
     fitting, outcome = start_fit(tuner)
     status, started = "done", time.monotonic()
 
@@ -233,6 +183,7 @@ def _search(plan: "Plan", study, slot: Slot, seed: int) -> str:
             progress.show(told.get())
     finally:
         progress.close()
+        ray.kill(line)  # Tune's registry would keep it as long as this process lives
     shutil.rmtree(scratch, ignore_errors=True)
     if "error" in outcome:
         raise RunError(f"Ray Tune gave up: {outcome['error']}")
@@ -240,83 +191,6 @@ def _search(plan: "Plan", study, slot: Slot, seed: int) -> str:
 
 
 # ---------------------------------------------------------------------- what the user sees
-
-
-def _intro(plan: "Plan", slot: Slot) -> str:
-    recipe, tune = plan.recipe.lerobot, plan.options.tune
-    held_out = plan.recipe.options.data.eval_episodes or f"{recipe.dataset.eval_split:.0%} of each task"
-    each = slot.each if tune.workers_per_trial == 1 else f"{tune.workers_per_trial} workers of {slot.each}"
-    return (
-        f"{recipe.dataset.repo_id}: held out {held_out}; {tune.metric} over {plan.horizon} actions, every "
-        f"{plan.recipe.eval_steps} steps\n"
-        f"{tune.num_samples} trials of {plan.steps} steps, {tune.sampler} + {tune.scheduler}; "
-        f"{min(slot.at_once, tune.max_concurrent or slot.at_once)} at a time, each {each}"
-    )
-
-
-def _print_plan(plan: "Plan", slot: Slot) -> None:
-    """Parameters, the first configurations, and what it will cost, from a few timed steps of the baseline."""
-    import optuna
-    import ray
-
-    from ray_jobs.search.space import flags
-    from ray_jobs.search.study import make_sampler
-    from ray_jobs.search.timing import time_steps
-
-    tune = plan.options.tune
-    print(_intro(plan, slot))
-    print("\nparameters")
-    for name, text in plan.space.describe().items():
-        print(f"  {name:38} {text}")
-    study = optuna.create_study(
-        sampler=make_sampler(tune, plan.recipe.lerobot.seed or 0), directions=["minimize"] * len(tune.metrics)
-    )
-    for params in plan.space.baselines():
-        study.enqueue_trial(params)
-    print("\nfirst configurations")
-    for number in range(min(tune.num_samples, len(plan.space.spaces) + 3)):
-        space, config = plan.space.suggest(study.ask())
-        searched = {p.flag for p in space.parameters}
-        name = " (published)" if number < len(plan.space.spaces) else ""
-        print(
-            f"  {number}{name}  "
-            + "  ".join(w[2:] for w in flags({k: v for k, v in config.items() if k in searched}))
-        )
-    run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus)(time_steps)
-    base = [
-        *plan.base,
-        *flags(plan.space.spaces[0].published(plan.space.fixed)),
-    ]
-    cost = ray.get(run.remote(base))
-    trial_s = cost["step_s"] * plan.steps + cost["eval_s"] * plan.steps / plan.recipe.eval_steps
-    share = _expected_share(plan)
-    total = (
-        trial_s
-        * (1 + (tune.num_samples - 1) * share)
-        / min(slot.at_once, tune.max_concurrent or slot.at_once)
-    )
-    print(
-        f"\ncost, timed on {cost['device']}: {cost['step_s']:.3g} s per step of the published recipe, {cost['eval_s']:.3g} s per "
-        f"validation;\na whole trial {duration(trial_s)}, the search about {duration(total)}"
-        + (
-            f" ({share:.0%} of the steps, if {tune.scheduler} stops as many as it usually does)"
-            if share < 1
-            else ""
-        )
-    )
-
-
-def _expected_share(plan: "Plan") -> float:
-    """Share of a full trial's steps that an average trial gets under successive halving."""
-    tune = plan.options.tune
-    if tune.scheduler == "none" or len(tune.metrics) > 1:
-        return 1.0
-    share, alive, rung = 0.0, 1.0, plan.grace_steps
-    before = 0
-    while rung < plan.steps:
-        share += alive * (rung - before) / plan.steps
-        before, alive, rung = rung, alive / tune.reduction_factor, rung * tune.reduction_factor
-    return share + alive * (plan.steps - before) / plan.steps
 
 
 def _help() -> int:

@@ -238,10 +238,10 @@ def test_killed_driver(common, tmp_path):
     for number, seen in enumerate(("trial 0000", "trial", "trial")):
         run = Run([*flags, *(["--resume=true"] if number else [])], job="ray_jobs.tune")
         run.wait_for(seen)
-        family = run.family()
+        slots = [p for p in run.family() if "ImplicitFunc" in " ".join(p.cmdline())]
         os.kill(run.process.pid, signal.SIGKILL)
         run.end()
-        psutil.wait_procs(family, timeout=30)
+        psutil.wait_procs(slots, timeout=30)
     before = study_of(output).trials
     ended = {t.number: t.value for t in before if t.state.is_finished()}
     assert len(ended) >= 3 and any(t.state == TrialState.RUNNING for t in before)

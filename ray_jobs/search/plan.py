@@ -64,6 +64,11 @@ class Plan:
         """Steps that every trial is given."""
         return self.options.tune.grace_steps or self.recipe.eval_steps
 
+    @property
+    def scheduler(self) -> str:
+        """How trials are stopped early; those with several metrics are not."""
+        return "none" if len(self.options.tune.metrics) > 1 else self.options.tune.scheduler
+
     def save(self) -> None:
         """Write what `--resume` needs into the search's folder."""
         (self.output_dir / SPACES_DIR).mkdir(parents=True, exist_ok=True)
