@@ -9,7 +9,9 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.search.plan import Plan
 
 MAX_CPU_TRIALS = 4  # at a time, where nothing else says so: a search learns from one trial for the next
-DRIVER_CPUS = 0.01  # of a trial whose workers have a group of their own
+# A trial whose workers have a group of their own only watches them. A sliver of a CPU would be too much: on a machine
+# that they fill, they would wait for it for ever. So it takes a place on the head node, of which there are plenty.
+WATCHER = {"node:__internal_head__": 0.001}
 
 
 @dataclass
@@ -45,7 +47,7 @@ def decide(plan: Plan) -> Slot:
     if workers > 1:
         each = cluster.share(workers, cpus, None if gpus is None else gpus / workers, plan.recipe.device)
         room = min(total_cpus // each.cpus, total_gpus // each.gpus if each.gpus else total_cpus) // workers
-        return Slot({"CPU": DRIVER_CPUS}, each, max(1, int(room)))
+        return Slot(WATCHER, each, max(1, int(room)))
     if cpus is None:
         at_once = int(total_gpus / gpus) if gpus else min(MAX_CPU_TRIALS, tune.num_samples)
         cpus = max(1, total_cpus // max(1, at_once))
