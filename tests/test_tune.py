@@ -235,7 +235,7 @@ def test_killed_driver(common, tmp_path):
     """SIGKILL to the driver at three moments, resumed each time: twelve trials, all different, none RUNNING."""
     output = tmp_path / "run"
     flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=12"]
-    for number, seen in enumerate(("trial 0000", "trial", "trial")):
+    for number, seen in enumerate((" at step", " at step", " at step")):
         run = Run([*flags, *(["--resume=true"] if number else [])], job="ray_jobs.tune")
         run.wait_for(seen)
         slots = [p for p in run.family() if "ImplicitFunc" in " ".join(p.cmdline())]
@@ -261,7 +261,7 @@ def test_ctrl_c_and_a_longer_search(common, tmp_path):
     output = tmp_path / "run"
     flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=8"]
     run = Run(flags, job="ray_jobs.tune")
-    run.wait_for("trial 0000")
+    run.wait_for(" at step")
     family = run.family()
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130, run.printed
