@@ -105,7 +105,14 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> str:
     if options.workers_per_trial > 1 and options.max_concurrent is None:
         options.max_concurrent = slot.at_once  # else trials would start whose workers find no room
     told: queue.SimpleQueue = queue.SimpleQueue()
-    search = StudySearch(study, plan.space, options, seed, plan.steps, told.put)
+
+    def tell(event: dict) -> None:
+        # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
+        if event["kind"] == "ended":
+            answer.sweep(plan, study)
+        told.put(event)
+
+    search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
     line = cluster.open_line()
     trainable = tune.with_resources(
         partial(
@@ -163,9 +170,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> str:
                 for event in ray.get(line.hear.remote(0.3)):
                     progress.show(event)
                 while not told.empty():
-                    progress.show(event := told.get())
-                    if event["kind"] == "ended":
-                        answer.sweep(plan, study)
+                    progress.show(told.get())
                 progress.refresh()
                 if (
                     options.time_budget_s

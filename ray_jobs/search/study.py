@@ -217,37 +217,41 @@ class StudySearch(Searcher):
     def _left_behind(self) -> Trial | None:
         while self.left_behind:
             frozen = self.left_behind.pop(0)
-            if CONFIG in frozen.user_attrs:
-                return Trial(self.study, frozen._trial_id)
-            self.study.tell(frozen.number, state=TrialState.FAIL)  # killed before it had its parameters
+            trial = Trial(self.study, frozen._trial_id)
+            if CONFIG in frozen.user_attrs or self._draw(trial):  # it may have been killed while it was drawn
+                return trial
         return None
 
     def _new(self) -> Trial | None:
-        """Draw a configuration that is new and keeps the constraints."""
-        begun = trials_of(self.study)
-        if len(begun) >= self.options.num_samples or self.exhausted:
+        if len(trials_of(self.study)) >= self.options.num_samples or self.exhausted:
             return None
-        known = {
-            json.dumps(t.user_attrs[CONFIG], sort_keys=True): t.number
-            for t in begun
-            if CONFIG in t.user_attrs
-        }
         for _ in range(TRIES):
             trial = self.study.ask()
-            space, config = self.space.suggest(trial)
-            twin = known.get(json.dumps(config, sort_keys=True))
-            skipped = f"the same as trial {twin}" if twin is not None else space.violated(config)
-            if skipped is None:
-                trial.set_user_attr(POLICY, space.policy)
-                trial.set_user_attr(CONFIG, config)
+            if self._draw(trial):
                 return trial
-            trial.set_user_attr(SKIPPED, skipped)
-            self.study.tell(trial, state=TrialState.FAIL)
         self.exhausted = True
         self.tell(
             {"kind": "notice", "text": f"{TRIES} drawings in a row were nothing new: the space is exhausted."}
         )
         return None
+
+    def _draw(self, trial: Trial) -> bool:
+        """Draw a trial's configuration; False, with the trial skipped, if it is known or breaks a constraint."""
+        space, config = self.space.suggest(trial)
+        known = {
+            json.dumps(t.user_attrs[CONFIG], sort_keys=True): t.number
+            for t in trials_of(self.study)
+            if CONFIG in t.user_attrs
+        }
+        twin = known.get(json.dumps(config, sort_keys=True))
+        skipped = f"the same as trial {twin}" if twin is not None else space.violated(config)
+        if skipped is None:
+            trial.set_user_attr(POLICY, space.policy)
+            trial.set_user_attr(CONFIG, config)
+            return True
+        trial.set_user_attr(SKIPPED, skipped)
+        self.study.tell(trial, state=TrialState.FAIL)
+        return False
 
     def _repeat(self) -> tuple[Trial, str] | None:
         """The next finalist and seed, once all trials have ended."""
