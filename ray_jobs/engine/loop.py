@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from lerobot.common.train_utils import should_save_checkpoint
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.optim.factory import make_optimizer_and_scheduler
@@ -24,8 +23,9 @@ from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR, TRAINING_STEP
 from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import has_method
+from torch.distributed.tensor import DTensor
 
-from ray_jobs.engine import checkpoint
+from ray_jobs.engine import checkpoint, parallel
 from ray_jobs.engine.data import make_datasets, to_device, training_batches
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.meters import Scores, Window
@@ -65,7 +65,7 @@ def train(
     cfg.policy.device = recipe.lerobot.policy.device = torch.device(device).type
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    accelerator = make_accelerator(cfg, options.ray.grad_accumulation)
+    accelerator = parallel.make_accelerator(cfg, options.ray)
     main = accelerator.is_main_process
 
     # ------------------------------------------------------------------ where to go on from
@@ -96,7 +96,8 @@ def train(
     preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
 
-    step = checkpoint.load(resume_dir, policy, optimizer, scheduler) if resume_dir else 0
+    sharded = accelerator.is_fsdp2
+    step = checkpoint.load(resume_dir, policy, None if sharded else optimizer, scheduler) if resume_dir else 0
     average = make_average(policy, resume_dir, step) if options.ray.ema else None
     use_fast_kernels(policy, optimizer, channels_last=accelerator.mixed_precision != "no")
 
@@ -114,7 +115,9 @@ def train(
         )
     model = policy  # the bare policy; `policy` is the one accelerate has wrapped
     accelerator.wait_for_everyone()
-    policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
+    policy, optimizer, scheduler = parallel.prepare(accelerator, policy, optimizer, scheduler)
+    if sharded and resume_dir:
+        parallel.load_sharded_optimizer(resume_dir, optimizer.optimizer)
     policy.train()
 
     # ------------------------------------------------------------------ tell
@@ -164,13 +167,16 @@ def train(
 
     def save(*, only_best: bool) -> None:
         window.check_finite(accelerator)
+        weights, moments = parallel.whole_state(accelerator, model, optimizer.optimizer)
         if main:
             checkpoint.save(
                 step,
                 cfg=recipe.lerobot,
                 policy=model,
+                weights=weights,
                 averaged=averaged_weights,
                 optimizer=optimizer.optimizer,
+                moments=moments,
                 scheduler=scheduler,
                 preprocessor=preprocessor,
                 postprocessor=postprocessor,
@@ -209,7 +215,7 @@ def train(
                     batch = preprocessor(batch)
                     window.data_ready()
                     with accelerator.autocast():
-                        loss, outputs = policy.forward(batch)
+                        loss, outputs = policy(batch)
                     accelerator.backward(loss)
                     window.add_loss(loss, outputs)
                     if accelerator.sync_gradients:
@@ -290,28 +296,6 @@ def push(cfg: TrainPipelineConfig, policy, preprocessor, postprocessor, meta) ->
     return f"uploaded to {cfg.policy.repo_id}"
 
 
-def make_accelerator(cfg: TrainPipelineConfig, grad_accumulation: int) -> Accelerator:
-    """An Accelerator set up as `lerobot-train` does: the policy's `dtype` decides the precision, or
-    `use_amp` where a policy has no `dtype`."""
-    # A process that trains more than once (tests, trials) may change its precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    device = torch.device(cfg.policy.device)
-    precision = "no"
-    if hasattr(cfg.policy, "dtype"):
-        precision = {"bfloat16": "bf16", "float16": "fp16"}.get(cfg.policy.dtype, "no")
-    elif cfg.policy.use_amp:
-        precision = "bf16" if torch.get_autocast_dtype(device.type) == torch.bfloat16 else "fp16"
-    return Accelerator(
-        mixed_precision=precision,
-        cpu=device.type == "cpu",
-        step_scheduler_with_optimizer=False,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=grad_accumulation, adjust_scheduler=False, sync_with_dataloader=False
-        ),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-
-
 def make_processors(cfg: TrainPipelineConfig, policy, stats: dict, device: torch.device):
     """Pre- and postprocessor: new ones for a new policy, a checkpoint's own with the data set's statistics
     for a pretrained one, a checkpoint's own untouched on resume."""
@@ -388,7 +372,8 @@ def use_fast_kernels(
 
 def clip_gradients(policy: torch.nn.Module, max_norm: float, accelerator: Accelerator) -> torch.Tensor:
     """Clip to `max_norm` (0 measures only); returns the norm before, still on the device."""
-    return accelerator.clip_grad_norm_(policy.parameters(), max_norm if max_norm > 0 else math.inf)
+    norm = accelerator.clip_grad_norm_(policy.parameters(), max_norm if max_norm > 0 else math.inf)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class StopFlag:

@@ -1,0 +1,96 @@
+"""Tiny pi0, pi0.5 and SmolVLA beside tiny ACT and Diffusion, and the models and tokenizers they start from."""
+
+import json
+from pathlib import Path
+
+from conftest import _common, tiny_act, tiny_diffusion
+
+PALIGEMMA = "google/paligemma-3b-pt-224"
+SMOLVLM = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+LARGE = ("pi0", "pi05", "smolvla")
+ALL = ("act", "diffusion", *LARGE)
+PLUGIN = "--discover_packages_path=tiny_vla"
+
+
+def _tokenizer(**special):
+    """One token per byte, so that tasks that differ are tokens that differ."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *special.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>", extra_special_tokens=special
+    )
+
+
+def make_assets(folder: Path) -> Path:
+    """What `hf download` leaves of PaliGemma's tokenizer and of SmolVLM2, in tiny."""
+    import torch
+    from transformers import (
+        SmolVLMConfig,
+        SmolVLMForConditionalGeneration,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )
+
+    paligemma = folder / PALIGEMMA.rpartition("/")[2]
+    _tokenizer().save_pretrained(paligemma)
+    (paligemma / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
+
+    smolvlm = folder / SMOLVLM.rpartition("/")[2]
+    config = SmolVLMConfig(
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": 300,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        scale_factor=2,
+        image_token_id=3,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    SmolVLMForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(smolvlm)
+    tokenizer = _tokenizer(
+        fake_image_token="<fake>", image_token="<image>", end_of_utterance_token="<end>", global_image_token="<g>"
+    )
+    SmolVLMProcessor(
+        SmolVLMImageProcessor(), tokenizer, SmolVLMVideoProcessor(), chat_template=""
+    ).save_pretrained(smolvlm)
+    return folder
+
+
+def tiny(policy: str, root: Path, output_dir: Path, assets: Path, *more: str) -> list[str]:
+    """Flags of a policy small enough for a CPU test; `more` overrides."""
+    if policy in ("act", "diffusion"):
+        make = {"act": tiny_act, "diffusion": tiny_diffusion}[policy]
+        return [*make(root, output_dir), f"--assets.dir={assets}", *more]
+    flags = [flag for flag in _common(root, output_dir) if "pretrained_backbone" not in flag]
+    flags += [
+        f"--policy.type={policy}",
+        "--policy.chunk_size=8",
+        "--policy.n_action_steps=8",
+        "--policy.tokenizer_max_length=24",
+        f"--assets.dir={assets}",
+    ]
+    if policy == "smolvla":
+        flags += ["--policy.resize_imgs_with_padding=[32,32]", "--policy.num_steps=2"]
+    else:
+        flags += [PLUGIN, "--policy.image_resolution=[28,28]", "--policy.num_inference_steps=2"]
+    return [*flags, *more]
