@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from conftest import _common, tiny_act, tiny_diffusion
+from conftest import ROOT, _common, tiny_act, tiny_diffusion
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
 SMOLVLM = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
@@ -25,7 +25,7 @@ def _tokenizer(**special):
     )
 
 
-def make_assets(folder: Path) -> Path:
+def make_models(folder: Path) -> Path:
     """What `hf download` leaves of PaliGemma's tokenizer and of SmolVLM2, in tiny."""
     import torch
     from transformers import (
@@ -68,7 +68,10 @@ def make_assets(folder: Path) -> Path:
     torch.manual_seed(0)
     SmolVLMForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(smolvlm)
     tokenizer = _tokenizer(
-        fake_image_token="<fake>", image_token="<image>", end_of_utterance_token="<end>", global_image_token="<g>"
+        fake_image_token="<fake>",
+        image_token="<image>",
+        end_of_utterance_token="<end>",
+        global_image_token="<g>",
     )
     SmolVLMProcessor(
         SmolVLMImageProcessor(), tokenizer, SmolVLMVideoProcessor(), chat_template=""
@@ -76,18 +79,32 @@ def make_assets(folder: Path) -> Path:
     return folder
 
 
-def tiny(policy: str, root: Path, output_dir: Path, assets: Path, *more: str) -> list[str]:
+def lerobots_environment(models: Path) -> dict[str, str]:
+    """Variables with which stock LeRobot finds the same models, without a network, and the tiny sizes."""
+    hub = models.parent / "hub"
+    for name in (PALIGEMMA, SMOLVLM):
+        repo = hub / f"models--{name.replace('/', '--')}"
+        for part in ("refs", "snapshots"):
+            (repo / part).mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / "main").write_text("local")
+        link = repo / "snapshots" / "local"
+        if not link.is_symlink():
+            link.symlink_to(models / name.rpartition("/")[2])
+    return {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests")}
+
+
+def tiny(policy: str, root: Path, output_dir: Path, models: Path, *more: str) -> list[str]:
     """Flags of a policy small enough for a CPU test; `more` overrides."""
     if policy in ("act", "diffusion"):
         make = {"act": tiny_act, "diffusion": tiny_diffusion}[policy]
-        return [*make(root, output_dir), f"--assets.dir={assets}", *more]
+        return [*make(root, output_dir), f"--assets.dir={models}", *more]
     flags = [flag for flag in _common(root, output_dir) if "pretrained_backbone" not in flag]
     flags += [
         f"--policy.type={policy}",
         "--policy.chunk_size=8",
         "--policy.n_action_steps=8",
         "--policy.tokenizer_max_length=24",
-        f"--assets.dir={assets}",
+        f"--assets.dir={models}",
     ]
     if policy == "smolvla":
         flags += ["--policy.resize_imgs_with_padding=[32,32]", "--policy.num_steps=2"]

@@ -149,7 +149,9 @@ def load(
     The policy's own weights were loaded by LeRobot's `make_policy`. An optimizer that will be sharded is left to
     `parallel.load_sharded_optimizer`.
     """
-    step, _, _ = load_training_state(checkpoint_dir, optimizer, scheduler, load_optimizer=optimizer is not None)
+    step, _, _ = load_training_state(
+        checkpoint_dir, optimizer, scheduler, load_optimizer=optimizer is not None
+    )
     raw_weights = checkpoint_dir / TRAINING_STATE_DIR / RAW_WEIGHTS
     if raw_weights.is_file():
         load_model(policy, str(raw_weights))

@@ -101,7 +101,9 @@ class Validation:
         with torch.no_grad(), torch.random.fork_rng(cuda), accelerator.autocast(), _whole_chunk(policy):
             # Every rank makes as many calls, since a sharded policy answers all ranks or none; extra ones count 0.
             ranks = accelerator.num_processes
-            for number in range(accelerator.process_index, math.ceil(len(self.groups) / ranks) * ranks, ranks):
+            for number in range(
+                accelerator.process_index, math.ceil(len(self.groups) / ranks) * ranks, ranks
+            ):
                 position, rows = self.groups[number % len(self.groups)]
                 counts = number < len(self.groups)
                 batch = to_device(self.reader(rows), self.dataset.meta.camera_keys, device)

@@ -57,7 +57,9 @@ class RayOptions:
         if self.parallelism not in ("ddp", "fsdp"):
             raise InputError(f"--ray.parallelism={self.parallelism}: must be ddp or fsdp.")
         if self.parallelism == "fsdp" and self.ema:
-            raise InputError("--ray.parallelism=fsdp: --ray.ema needs the whole policy on every worker (ddp).")
+            raise InputError(
+                "--ray.parallelism=fsdp: --ray.ema needs the whole policy on every worker (ddp)."
+            )
 
 
 @dataclass
