@@ -1,8 +1,11 @@
 """Tiny pi0, pi0.5 and SmolVLA beside tiny ACT and Diffusion, and the models and tokenizers they start from."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
+import numpy as np
 from conftest import ROOT, _common, tiny_act, tiny_diffusion
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
@@ -111,3 +114,55 @@ def tiny(policy: str, root: Path, output_dir: Path, models: Path, *more: str) ->
     else:
         flags += [PLUGIN, "--policy.image_resolution=[28,28]", "--policy.num_inference_steps=2"]
     return [*flags, *more]
+
+
+def save_base(policy: str, folder: Path, real: Path, models: Path, cameras: tuple[str, ...] = ()) -> None:
+    """A pretrained policy in `folder`, made and saved by LeRobot's own classes. `cameras`: its names for them."""
+    import draccus
+    import tiny_vla  # noqa: F401
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.configs.types import FeatureType
+    from lerobot.datasets import LeRobotDatasetMetadata
+    from lerobot.policies import make_policy, make_pre_post_processors
+    from lerobot.utils.constants import OBS_IMAGES
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    from ray_jobs.engine import assets
+
+    flags = [f.replace("--policy.", "--") for f in tiny(policy, real, folder, models) if "--policy." in f]
+    flags = [f for f in flags if not f.startswith("--type")]
+    config = draccus.parse(PreTrainedConfig.get_choice_class(policy), args=flags)
+    meta = LeRobotDatasetMetadata("local/real", root=real)
+    if cameras:
+        features = dataset_to_policy_features(meta.features)
+        camera = next(f for f in features.values() if f.type is FeatureType.VISUAL)
+        config.input_features = {key: f for key, f in features.items() if f.type is FeatureType.STATE}
+        config.input_features |= {f"{OBS_IMAGES}.{name}": camera for name in cameras}
+    assets.mount(models, config, weights=True)
+    built = make_policy(config, ds_meta=meta, rename_map={"its": "own names"} if cameras else None)
+    built.save_pretrained(folder)
+    for processor in make_pre_post_processors(config, dataset_stats=meta.stats):
+        processor.save_pretrained(folder)
+
+
+def record_frames(real: Path, file: Path, count: int) -> Path:
+    """Observations spread over an episode, for `acting.py`."""
+    from lerobot.datasets import LeRobotDataset
+
+    dataset = LeRobotDataset("local/real", root=real, episodes=[0], video_backend="pyav")
+    frames = [dataset[row] for row in np.linspace(0, len(dataset) - 1, count).astype(int)]
+    keys = [key for key in frames[0] if key.startswith("observation.")]
+    columns = {key: np.stack([frame[key].numpy() for frame in frames]) for key in keys}
+    np.savez(file, task=frames[0]["task"], **columns)
+    return file
+
+
+def acting(python: str, frames: Path, checkpoints: dict[str, Path], models: Path, out: Path) -> dict:
+    """What checkpoints do with recorded frames in a LeRobot of its own: (frames, chunk, dims) of each."""
+    out.mkdir()
+    pairs = [f"{checkpoint}={out / name}.npy" for name, checkpoint in checkpoints.items()]
+    command = [python, str(ROOT / "tests" / "acting.py"), str(frames), *pairs]
+    env = {**os.environ, **lerobots_environment(models)}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {name: np.load(out / f"{name}.npy") for name in checkpoints}

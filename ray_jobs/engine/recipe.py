@@ -100,14 +100,10 @@ def resolve(argv: Sequence[str]) -> Recipe:
         name = lerobot_parser.parse_arg(flag, theirs)
         if name is not None and not Path(name).exists():
             assets.provide(options.assets.dir, {name: assets.WORDS}, weights=False, flag=f"--{flag}=")
-    if (
-        "policy.path" in flags
-        and not asked_resume
-        and not {"policy.repo_id", "policy.push_to_hub"} & set(flags)
-    ):
-        # As in the published fine-tuning commands, which LeRobot refuses for it today.
+    if not asked_resume and not {"policy.repo_id", "policy.push_to_hub", "config_path"} & set(flags):
+        # As in most of the published commands, which LeRobot refuses for it today.
         theirs = [*theirs, "--policy.push_to_hub=false"]
-        notices.append("The policy will not be uploaded: there is no --policy.repo_id.")
+        notices.append("The policy will not be uploaded: no --policy.repo_id names a place on the Hub.")
     cfg = _lerobot_config(theirs, flags, options, asked_resume)
 
     if options.data.eval_episodes is not None and "eval_steps" not in flags:
