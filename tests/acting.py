@@ -41,6 +41,10 @@ def act(checkpoint: str, frames: dict[str, np.ndarray], task: str) -> np.ndarray
 
 
 if __name__ == "__main__":
+    if "PI_GEMMA" in os.environ:
+        import openpi_transformers
+
+        openpi_transformers.install()
     import tiny_vla  # noqa: F401
 
     recorded = dict(np.load(sys.argv[1]))

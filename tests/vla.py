@@ -28,6 +28,15 @@ def _tokenizer(**special):
     )
 
 
+def _for_older_transformers(folder: Path) -> None:
+    """Today's transformers saves a tokenizer in words of its own; those on the Hub are written as here."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    special = {key: value for key, value in config.items() if key.endswith("_token")}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": special}
+    file.write_text(json.dumps(config))
+
+
 def make_models(folder: Path) -> Path:
     """What `hf download` leaves of PaliGemma's tokenizer and of SmolVLM2, in tiny."""
     import torch
@@ -41,6 +50,7 @@ def make_models(folder: Path) -> Path:
 
     paligemma = folder / PALIGEMMA.rpartition("/")[2]
     _tokenizer().save_pretrained(paligemma)
+    _for_older_transformers(paligemma)
     (paligemma / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
 
     smolvlm = folder / SMOLVLM.rpartition("/")[2]
@@ -76,9 +86,11 @@ def make_models(folder: Path) -> Path:
         end_of_utterance_token="<end>",
         global_image_token="<g>",
     )
-    SmolVLMProcessor(
-        SmolVLMImageProcessor(), tokenizer, SmolVLMVideoProcessor(), chat_template=""
-    ).save_pretrained(smolvlm)
+    parts = SmolVLMImageProcessor(), tokenizer, SmolVLMVideoProcessor()
+    SmolVLMProcessor(*parts, chat_template="").save_pretrained(smolvlm)
+    for part, name in ((parts[0], "preprocessor_config"), (parts[2], "video_preprocessor_config")):
+        (smolvlm / f"{name}.json").write_text(part.to_json_string())
+    _for_older_transformers(smolvlm)
     return folder
 
 
