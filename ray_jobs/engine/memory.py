@@ -7,6 +7,7 @@ import torch
 from lerobot.configs.types import PolicyFeature
 from lerobot.optim import AdamConfig, AdamWConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from torch.fx.experimental import _config as torch_config
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -122,7 +123,9 @@ def _activations(network: torch.nn.Module, features: dict[str, PolicyFeature]) -
     training = network.training
     try:
         network.train()
-        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        counted = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        # SmolVLA looks for the patches of an image that are not padding: all of them.
+        with counted, torch_config.patch(meta_nonzero_assume_all_nonzero=True):
             network(batch)
     except (NotImplementedError, RuntimeError) as error:
         if "meta tensor" not in str(error):

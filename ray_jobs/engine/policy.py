@@ -82,7 +82,7 @@ def outline(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> tor
         if hasattr(config, name):
             setattr(config, name, value)
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
-        network = get_policy_class(config.type)(config)
+        network = get_policy_class(config.type)(config).to("meta")  # what was made from numpy, too
     if getattr(policy, "load_vlm_weights", False):
         network.model.vlm_with_expert.vlm.to(torch.bfloat16)  # as they are loaded
     config.pretrained_path = policy.pretrained_path

@@ -128,6 +128,8 @@ def _features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyF
         for key in missing:
             alike = [theirs for theirs in unused if features[theirs].type is wanted[key].type]
             if not alike:
+                if wanted[key].type is FeatureType.VISUAL and hasattr(policy, "empty_cameras"):
+                    continue  # it is filled in for, once another one is there
                 rename = {}  # no renaming helps
                 break
             rename[alike[0]] = key
