@@ -5,6 +5,7 @@ need the real recording look for it at `../shared/datasets` and are skipped wher
 """
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,37 @@ def real() -> Path:
     if not REAL.is_dir():
         pytest.skip(f"the real recording is not there ({REAL})")
     return REAL
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder for `--assets.dir` with PaliGemma's tokenizer and SmolVLM2, in tiny."""
+    from vla import make_models
+
+    return make_models(tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path) -> list[str]:
+    """An empty Hub cache, and every look-up of a host's name noted (in the list) and refused; the process as before
+    afterwards."""
+    from huggingface_hub import constants
+
+    from ray_jobs.engine import assets
+
+    hosts = []
+
+    def refuse(host, *args, **kwargs):
+        hosts.append(host)
+        raise socket.gaierror(f"no network in this test: {host}")
+
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.setattr(constants, name, getattr(constants, name))
+    monkeypatch.setattr(assets, "USERS_CACHE", tmp_path / "hub_cache")
+    monkeypatch.setattr(assets, "_overlay", None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return hosts
 
 
 def _common(root: Path, output_dir: Path) -> list[str]:
@@ -103,7 +135,7 @@ def job(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedPro
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        env={**os.environ, **env},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), **env},
     )
 
 

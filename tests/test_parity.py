@@ -63,7 +63,9 @@ if __name__ == "__main__":
 STEPS, SAVED = 20, 10  # of an epoch that ends between the two
 
 
-def run_script(script: str, folder: Path, runs: list[list[str]], processes: int = 1) -> list[list[dict]]:
+def run_script(
+    script: str, folder: Path, runs: list[list[str]], processes: int = 1, **env: str
+) -> list[list[dict]]:
     """Run a script on lists of flags, in one or several processes; what it logged, run by run."""
     file = folder / "script.py"
     file.write_text(script)
@@ -73,7 +75,7 @@ def run_script(script: str, folder: Path, runs: list[list[str]], processes: int 
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
     assert result.returncode == 0, result.stderr[-3000:]
     logged: list[list[dict]] = [[] for _ in runs]

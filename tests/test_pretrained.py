@@ -2,11 +2,9 @@
 
 import json
 import re
-import socket
 
 import pytest
 from conftest import ROOT, tiny_act, train_in_process
-from huggingface_hub import constants
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ray_jobs.engine import assets
@@ -15,24 +13,6 @@ from ray_jobs.engine.flags import check_flags
 from ray_jobs.engine.options import read_flags
 
 SEED = ROOT.parent / "shared" / "seed"
-HOSTS = []  # what a test tried to look up
-
-
-@pytest.fixture
-def no_network(monkeypatch, tmp_path):
-    """An empty Hub cache, and every look-up of a host's name noted and refused; the process as before afterwards."""
-
-    def refuse(host, *args, **kwargs):
-        HOSTS.append(host)
-        raise socket.gaierror(f"no network in this test: {host}")
-
-    HOSTS.clear()
-    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
-        monkeypatch.setattr(constants, name, getattr(constants, name))
-    monkeypatch.setattr(assets, "USERS_CACHE", tmp_path / "hub_cache")
-    monkeypatch.setattr(assets, "_overlay", None)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def tiny_tokenizer(folder) -> None:
@@ -110,7 +90,7 @@ def test_tokenizer_under_its_hub_name(no_network, tmp_path):
     tiny_tokenizer(tmp_path / "pretrained" / "paligemma-3b-pt-224")
     assets.provide(tmp_path / "pretrained", {name: assets.WORDS}, weights=True)
     assert AutoTokenizer.from_pretrained(name)("sort parts")["input_ids"] == [2, 3]
-    assert HOSTS == []
+    assert no_network == []
 
 
 def test_policy_under_its_hub_name(no_network, parts, tmp_path):
@@ -135,7 +115,7 @@ def test_policy_under_its_hub_name(no_network, parts, tmp_path):
         )
         losses[where] = [event["train/loss"] for event in events if event["kind"] == "log"]
     assert losses["some_org/tiny_act"] == losses[str(start)]
-    assert HOSTS == []
+    assert no_network == []
 
 
 def test_missing_asset_names_the_command(no_network, tmp_path):

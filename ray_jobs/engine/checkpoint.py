@@ -6,7 +6,6 @@
 A checkpoint is written under a hidden name, flushed to the disk, and renamed.
 """
 
-import copy
 import json
 import os
 import shutil
@@ -90,8 +89,10 @@ def save(
     *,
     cfg,
     policy: torch.nn.Module,
+    weights: dict[str, torch.Tensor] | None,
     averaged: Callable[[], AbstractContextManager] | None,
     optimizer: torch.optim.Optimizer,
+    moments: dict,
     scheduler,
     preprocessor,
     postprocessor,
@@ -102,6 +103,8 @@ def save(
     Args:
         cfg: LeRobot's `TrainPipelineConfig`, saved as `train_config.json`.
         policy: The unwrapped policy.
+        weights, moments: Its weights, if it holds but a share of them, and the optimizer's state, as
+            `parallel.whole_state` gives them.
         averaged: Makes the context in which `policy` holds averaged weights, if an average is kept. The
             average is then saved as the policy, the trained weights beside the optimizer.
 
@@ -123,7 +126,8 @@ def save(
             postprocessor=postprocessor,
             num_processes=accelerator.num_processes,
             batch_size=cfg.batch_size,
-            optim_state_dict=_plain_state_dict(optimizer),
+            model_state_dict=weights,
+            optim_state_dict=moments,
         )
     if averaged:
         save_model(policy, str(scratch / TRAINING_STATE_DIR / RAW_WEIGHTS))
@@ -137,12 +141,17 @@ def save(
     return target
 
 
-def load(checkpoint_dir: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler) -> int:
+def load(
+    checkpoint_dir: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer | None, scheduler
+) -> int:
     """Bring optimizer, schedule, RNG and raw weights back to a checkpoint; returns its training step.
 
-    The policy's own weights were loaded by LeRobot's `make_policy`.
+    The policy's own weights were loaded by LeRobot's `make_policy`. An optimizer that will be sharded is left to
+    `parallel.load_sharded_optimizer`.
     """
-    step, _, _ = load_training_state(checkpoint_dir, optimizer, scheduler)
+    step, _, _ = load_training_state(
+        checkpoint_dir, optimizer, scheduler, load_optimizer=optimizer is not None
+    )
     raw_weights = checkpoint_dir / TRAINING_STATE_DIR / RAW_WEIGHTS
     if raw_weights.is_file():
         load_model(policy, str(raw_weights))
@@ -175,24 +184,6 @@ def sweep(output_dir: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-
-
-def _plain_state_dict(optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer's state as a stock LeRobot run has it: contiguous, without our choice of kernel.
-
-    Stock LeRobot refuses to load groups whose `fused` differs from its own, and safetensors takes
-    contiguous tensors only.
-    """
-    state = optimizer.state_dict()
-    groups = copy.deepcopy(state["param_groups"])
-    for group in groups:
-        if "fused" in group:
-            group["fused"] = None
-    contiguous = {
-        index: {k: v.contiguous() if torch.is_tensor(v) else v for k, v in values.items()}
-        for index, values in state["state"].items()
-    }
-    return {"state": contiguous, "param_groups": groups}
 
 
 def _flush(path: Path) -> None:

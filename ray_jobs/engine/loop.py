@@ -6,7 +6,6 @@ numbers are the same), go on from the last checkpoint if there is one, then step
 
 import contextlib
 import copy
-import dataclasses
 import json
 import math
 import time
@@ -15,22 +14,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from lerobot.common.train_utils import should_save_checkpoint
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.optim.factory import make_optimizer_and_scheduler
-from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR, TRAINING_STEP
 from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import has_method
+from torch.distributed.tensor import DTensor
 
-from ray_jobs.engine import checkpoint
+from ray_jobs.engine import checkpoint, parallel, quantiles
 from ray_jobs.engine.data import make_datasets, to_device, training_batches
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PRUNED, STOP_REASONS
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
+from ray_jobs.engine.policy import build, make_processors
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.tracking import Tracker, read_metrics
 
@@ -66,8 +65,11 @@ def train(
     cfg.policy.device = recipe.lerobot.policy.device = torch.device(device).type
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    accelerator = make_accelerator(cfg, options.ray.grad_accumulation)
+    accelerator = parallel.make_accelerator(cfg, options.ray)
     main = accelerator.is_main_process
+
+    def tell(text: str) -> None:
+        report({"kind": "notice", "text": text})
 
     # ------------------------------------------------------------------ where to go on from
     resume_dir = checkpoint.last_checkpoint(recipe.output_dir)
@@ -78,6 +80,7 @@ def train(
     if resume_dir is not None:
         cfg.resume, cfg.checkpoint_path = True, resume_dir
         cfg.policy.pretrained_path = resume_dir / PRETRAINED_MODEL_DIR
+        cfg.policy.use_peft = cfg.policy.use_peft or cfg.peft is not None
         resumed = json.loads((resume_dir / TRAINING_STATE_DIR / TRAINING_STEP).read_text())
 
     # ------------------------------------------------------------------ data, policy, optimizer
@@ -88,16 +91,21 @@ def train(
     torch.backends.cuda.matmul.allow_tf32 = True
 
     dataset, eval_dataset = make_datasets(cfg, options.data.eval_episodes)
-    policy = make_policy(cfg.policy, ds_meta=dataset.meta, rename_map=cfg.rename_map)
-    # make_policy fills the features in from the data set; lerobot-train saves them in train_config.json.
-    recipe.lerobot.policy.input_features = cfg.policy.input_features
-    recipe.lerobot.policy.output_features = cfg.policy.output_features
-    if cfg.peft is not None and not has_method(policy, "merge_and_unload"):
-        policy = policy.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(cfg.peft))
+    quantiles.complete(cfg.policy, dataset.meta)
+    memory = recipe.memory
+    if memory and accelerator.device.type == "cuda":
+        available = torch.cuda.get_device_properties(accelerator.device).total_memory
+        if text := memory.warning(recipe, available):
+            tell(text)
+    policy = build(cfg, dataset.meta, need=memory.building if memory else 0, tell=tell)
+    # LeRobot fills in the features from the data set, and what adapters need; lerobot-train saves both.
+    for name in ("input_features", "output_features", "use_peft"):
+        setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
     preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
 
-    step = checkpoint.load(resume_dir, policy, optimizer, scheduler) if resume_dir else 0
+    sharded = accelerator.is_fsdp2
+    step = checkpoint.load(resume_dir, policy, None if sharded else optimizer, scheduler) if resume_dir else 0
     average = make_average(policy, resume_dir, step) if options.ray.ema else None
     use_fast_kernels(policy, optimizer, channels_last=accelerator.mixed_precision != "no")
 
@@ -116,7 +124,9 @@ def train(
         )
     model = policy  # the bare policy; `policy` is the one accelerate has wrapped
     accelerator.wait_for_everyone()
-    policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
+    policy, optimizer, scheduler = parallel.prepare(accelerator, policy, optimizer, scheduler)
+    if sharded and resume_dir:
+        parallel.load_sharded_optimizer(resume_dir, optimizer.optimizer)
     policy.train()
 
     # ------------------------------------------------------------------ tell
@@ -166,13 +176,16 @@ def train(
 
     def save(*, only_best: bool) -> None:
         window.check_finite(accelerator)
+        weights, moments = parallel.whole_state(accelerator, model, optimizer.optimizer)
         if main:
             checkpoint.save(
                 step,
                 cfg=recipe.lerobot,
                 policy=model,
+                weights=weights,
                 averaged=averaged_weights,
                 optimizer=optimizer.optimizer,
+                moments=moments,
                 scheduler=scheduler,
                 preprocessor=preprocessor,
                 postprocessor=postprocessor,
@@ -211,7 +224,7 @@ def train(
                     batch = preprocessor(batch)
                     window.data_ready()
                     with accelerator.autocast():
-                        loss, outputs = policy.forward(batch)
+                        loss, outputs = policy(batch)
                     accelerator.backward(loss)
                     window.add_loss(loss, outputs)
                     if accelerator.sync_gradients:
@@ -269,9 +282,7 @@ def train(
         tracker.finish(result, checkpoint.last_checkpoint(recipe.output_dir))
         if cfg.policy.push_to_hub and status not in (INTERRUPTED, PRUNED):
             with (averaged_weights or contextlib.nullcontext)():
-                report(
-                    {"kind": "notice", "text": push(cfg, model, preprocessor, postprocessor, dataset.meta)}
-                )
+                tell(push(cfg, model, preprocessor, postprocessor, dataset.meta))
     accelerator.wait_for_everyone()
     return result
 
@@ -288,63 +299,6 @@ def push(cfg: TrainPipelineConfig, policy, preprocessor, postprocessor, meta) ->
     except Exception as error:
         return f"not uploaded to {cfg.policy.repo_id}: {first_line(error)}"
     return f"uploaded to {cfg.policy.repo_id}"
-
-
-def make_accelerator(cfg: TrainPipelineConfig, grad_accumulation: int) -> Accelerator:
-    """An Accelerator set up as `lerobot-train` does: the policy's `dtype` decides the precision, or
-    `use_amp` where a policy has no `dtype`."""
-    # A process that trains more than once (tests, trials) may change its precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    device = torch.device(cfg.policy.device)
-    precision = "no"
-    if hasattr(cfg.policy, "dtype"):
-        precision = {"bfloat16": "bf16", "float16": "fp16"}.get(cfg.policy.dtype, "no")
-    elif cfg.policy.use_amp:
-        precision = "bf16" if torch.get_autocast_dtype(device.type) == torch.bfloat16 else "fp16"
-    return Accelerator(
-        mixed_precision=precision,
-        cpu=device.type == "cpu",
-        step_scheduler_with_optimizer=False,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=grad_accumulation, adjust_scheduler=False, sync_with_dataloader=False
-        ),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-
-
-def make_processors(cfg: TrainPipelineConfig, policy, stats: dict, device: torch.device):
-    """Pre- and postprocessor: new ones for a new policy, a checkpoint's own with the data set's statistics
-    for a pretrained one, a checkpoint's own untouched on resume."""
-    pretrained = cfg.policy.pretrained_path
-    if pretrained is None:
-        return make_pre_post_processors(cfg.policy, dataset_stats=stats)
-    norm_map, outputs = policy.config.normalization_mapping, policy.config.output_features
-    features = {**policy.config.input_features, **outputs}
-    before = {
-        "device_processor": {"device": device.type},
-        "normalizer_processor": {"features": features, "norm_map": norm_map},
-        "rename_observations_processor": {"rename_map": cfg.rename_map},
-    }
-    after = {"unnormalizer_processor": {"features": outputs, "norm_map": norm_map}}
-    kwargs = {}
-    if not cfg.resume:
-        before["normalizer_processor"]["stats"] = after["unnormalizer_processor"]["stats"] = stats
-        kwargs["dataset_stats"] = stats
-    if getattr(cfg.policy, "use_relative_actions", False):
-        before["relative_actions_processor"] = {
-            "enabled": True,
-            "exclude_joints": getattr(cfg.policy, "relative_exclude_joints", []),
-            "action_names": getattr(cfg.policy, "action_feature_names", None),
-        }
-        after["absolute_actions_processor"] = {"enabled": True}
-    return make_pre_post_processors(
-        cfg.policy,
-        pretrained_path=pretrained,
-        pretrained_revision=cfg.policy.pretrained_revision,
-        preprocessor_overrides=before,
-        postprocessor_overrides=after,
-        **kwargs,
-    )
 
 
 def make_average(policy: torch.nn.Module, resume_dir: Path | None, step: int):
@@ -388,7 +342,8 @@ def use_fast_kernels(
 
 def clip_gradients(policy: torch.nn.Module, max_norm: float, accelerator: Accelerator) -> torch.Tensor:
     """Clip to `max_norm` (0 measures only); returns the norm before, still on the device."""
-    return accelerator.clip_grad_norm_(policy.parameters(), max_norm if max_norm > 0 else math.inf)
+    norm = accelerator.clip_grad_norm_(policy.parameters(), max_norm if max_norm > 0 else math.inf)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class StopFlag:

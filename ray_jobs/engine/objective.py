@@ -9,6 +9,7 @@ than H the chunk is.
 """
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -104,18 +105,23 @@ class Validation:
         training = policy.training
         policy.eval()
         with torch.no_grad(), torch.random.fork_rng(cuda), accelerator.autocast(), _whole_chunk(policy):
-            for number in range(accelerator.process_index, len(self.groups), accelerator.num_processes):
-                position, rows = self.groups[number]
+            # Every rank makes as many calls, since a sharded policy answers all ranks or none; extra ones count 0.
+            ranks = accelerator.num_processes
+            for number in range(
+                accelerator.process_index, math.ceil(len(self.groups) / ranks) * ranks, ranks
+            ):
+                position, rows = self.groups[number % len(self.groups)]
+                counts = number < len(self.groups)
                 batch = to_device(self.reader(rows), self.dataset.meta.camera_keys, device)
                 batch = preprocessor(batch)
                 torch.manual_seed(number)
-                group_loss, _ = policy.forward(dict(batch))
-                loss += torch.tensor([group_loss.item() * len(rows), len(rows)], dtype=torch.float64)
+                group_loss, _ = policy(dict(batch))
+                loss += counts * torch.tensor([group_loss.item() * len(rows), len(rows)], dtype=torch.float64)
                 policy.reset()  # a policy with an observation history takes it from the batch, not its queues
                 torch.manual_seed(number)
                 chunk = postprocessor(policy.predict_action_chunk(batch)).float().cpu()[:, : self.horizon]
                 wanted = torch.tensor(rows)[:, None] + torch.arange(self.horizon)  # (B, H)
-                inside = wanted <= self.last_row[rows][:, None]
+                inside = (wanted <= self.last_row[rows][:, None]) & counts
                 recorded = self.actions[wanted.clamp(max=len(self.actions) - 1)]  # (B, H, dims)
                 error = ((chunk - recorded).abs() * inside[..., None]).double()
                 errors[position, :dims] += error.sum((0, 1))

@@ -38,6 +38,8 @@ class RayOptions:
     """`local` starts a cluster, `auto` or an address joins one. Default: join if there is one."""
     max_failures: int = 3
     """How often lost workers are replaced before the run is given up; -1 for ever."""
+    parallelism: str = "ddp"
+    """`ddp`: every worker holds the whole policy. `fsdp`: its share of weights, gradients and optimizer."""
     grad_accumulation: int = 1
     """Batches whose gradients are added up for one optimizer step."""
     ema: bool = False
@@ -52,6 +54,12 @@ class RayOptions:
         at_least("ray.max_failures", self.max_failures, -1)
         at_least("ray.grad_accumulation", self.grad_accumulation, 1)
         at_least("ray.early_stopping", self.early_stopping, 0)
+        if self.parallelism not in ("ddp", "fsdp"):
+            raise InputError(f"--ray.parallelism={self.parallelism}: must be ddp or fsdp.")
+        if self.parallelism == "fsdp" and self.ema:
+            raise InputError(
+                "--ray.parallelism=fsdp: --ray.ema needs the whole policy on every worker (ddp)."
+            )
 
 
 @dataclass

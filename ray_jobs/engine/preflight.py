@@ -1,6 +1,6 @@
 """Checks that turn a mistake into one or two lines before anything expensive is scheduled."""
 
-import copy
+import dataclasses
 import json
 import os
 import shlex
@@ -12,12 +12,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.optim import AdamConfig, AdamWConfig, SGDConfig
-from lerobot.policies import get_policy_class
 from lerobot.utils.constants import (
     ACTION,
     OBS_IMAGES,
@@ -29,14 +28,17 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, checkpoint
+from ray_jobs.engine import assets, checkpoint, quantiles
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
+from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import chunk_length
+from ray_jobs.engine.policy import outline, with_features
 from ray_jobs.engine.preflight_data import check_files, choose_episodes, open_dataset, where_it_is
 from ray_jobs.engine.recipe import Recipe
 
-COUNTED = ("act", "diffusion")  # policies that can be built without downloads and without memory
+COUNTED = ("act", "diffusion", "pi0", "pi05", "smolvla")  # policies that can be built without memory
+NAMED_TENSORS = 20  # of those that do not fit
 
 
 def check(recipe: Recipe) -> None:
@@ -45,13 +47,15 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
     """
-    policy = recipe.lerobot.policy
     meta = open_dataset(recipe)
     choose_episodes(recipe, meta)
     check_files(recipe, meta)
     features, network = check_policy(recipe, meta)
-    _pretrained(policy, features, recipe.options.assets.dir)
     _weights(recipe, network)
+    network = _adapters(recipe, network)
+    if network is not None:
+        recipe.memory = estimate(network, recipe, features)
+        recipe.notices.append(f"memory: {recipe.memory}")
     _resume(recipe)
     _output_dir(recipe, network)
     _wandb(recipe)
@@ -68,6 +72,7 @@ def check_policy(
     _lengths(recipe.lerobot.policy)
     _validation(recipe)
     features = _features(recipe, meta)
+    _pretrained(recipe.lerobot.policy, features, recipe.options.assets.dir)
     network = _network(recipe.lerobot.policy, features)
     _optimizer(recipe)
     return features, network
@@ -114,6 +119,9 @@ def _features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyF
     if lacking:
         raise InputError(f"{name}: meta/stats.json has no statistics of {', '.join(lacking)}.")
 
+    if where_it_is(cfg.dataset)[1] is not None:  # else the workers download it
+        quantiles.complete(policy, meta)
+
     features = {cfg.rename_map.get(key, key): feature for key, feature in features.items()}
     wanted = policy.input_features or {}
     wanted = {key: f for key, f in wanted.items() if not key.startswith(f"{OBS_IMAGES}.empty_camera")}
@@ -131,6 +139,8 @@ def _features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyF
         for key in missing:
             alike = [theirs for theirs in unused if features[theirs].type is wanted[key].type]
             if not alike:
+                if wanted[key].type is FeatureType.VISUAL and hasattr(policy, "empty_cameras"):
+                    continue  # it is filled in for, once another one is there
                 rename = {}  # no renaming helps
                 break
             rename[alike[0]] = key
@@ -146,7 +156,7 @@ def _features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyF
         if feature.type is not FeatureType.VISUAL and ours != theirs and not hasattr(policy, "max_state_dim"):
             raise InputError(f"{key}: the policy has shape {ours}, the data set {theirs}.")
     try:
-        _with_features(policy, features).validate_features()
+        with_features(policy, features).validate_features()
     except Exception as error:
         raise InputError(
             f"{policy.type} cannot train on this data set: {first_line(error).replace('`', '')} "
@@ -159,29 +169,35 @@ def _list(features: dict) -> str:
     return ", ".join(sorted(key for key in features if key != ACTION)) or "no observations"
 
 
-def _with_features(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> PreTrainedConfig:
-    """A copy of the policy's config with the data set's features, as `make_policy` will fill them in."""
-    config = copy.deepcopy(policy)
-    config.output_features = {ACTION: features[ACTION]}
-    if not config.input_features:
-        config.input_features = {k: f for k, f in features.items() if f.type is not FeatureType.ACTION}
-    return config
-
-
 def _network(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> torch.nn.Module | None:
-    """The policy without memory behind its weights, to be counted and compared; None for those that would
-    download something to be built."""
+    """The policy without memory behind its weights, to be counted and compared; None for those that cannot be
+    built so."""
     if policy.type not in COUNTED:
         return None
-    config = _with_features(policy, features)
-    config.pretrained_path = config.pretrained_backbone_weights = None
     try:
-        with torch.device("meta"):
-            return get_policy_class(config.type)(config)
+        return outline(policy, features)
     except NotImplementedError:  # an operation that needs memory
         return None
     except Exception as error:
         raise InputError(f"{policy.type} cannot be built like this: {first_line(error)}.") from None
+
+
+def _adapters(recipe: Recipe, network: torch.nn.Module | None) -> torch.nn.Module | None:
+    """The network with the adapters of `--peft.*`, as far as one can be put together."""
+    cfg = recipe.lerobot
+    if cfg.peft is None:
+        return network
+    if recipe.options.ray.ema:
+        raise InputError("--ray.ema=true does not go with --peft.*: an average of adapters is not kept.")
+    if cfg.policy.pretrained_path is None:
+        raise InputError(
+            f"--peft.method_type={cfg.peft.method_type}: adapters fine-tune a pretrained policy; --policy.path or "
+            "--policy.pretrained_path names it."
+        )
+    try:
+        return network and network.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(cfg.peft))
+    except Exception as error:
+        raise InputError(f"--peft.*: {first_line(error)}") from None
 
 
 def _optimizer(recipe: Recipe) -> None:
@@ -239,7 +255,7 @@ def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
     needed = [f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"]
     if not any(folder.glob("*model.safetensors")):
         needed.append("model.safetensors")
-    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()} if network else {}
+    saved: dict[str, torch.Tensor] = {}
     for path in (*(folder / name for name in needed), *folder.glob("*.json"), *folder.glob("*.safetensors")):
         if not path.is_file():
             raise InputError(f"cannot start from {folder}: it has no {path.name}.")
@@ -253,15 +269,40 @@ def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
                     )
                 continue
             with safe_open(path, framework="pt") as file:
-                saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key in shapes}
+                if path.name == SAFETENSORS_SINGLE_FILE:
+                    saved = {
+                        key: torch.empty(file.get_slice(key).get_shape(), device="meta")
+                        for key in file.keys()
+                    }
         except (ValueError, SafetensorError, OSError) as error:
             raise InputError(f"cannot start from {folder}: {path.name} is damaged ({error}).") from None
-        for key, shape in saved.items():
-            if shape != shapes[key]:
-                raise InputError(
-                    f"cannot start from {folder}: {key} is {shape} there, {shapes[key]} with these flags.\n"
-                    "Leave out the --policy flags that change the network."
-                )
+    if network is not None and saved:
+        _fit(folder, network, saved)
+
+
+def _fit(folder: Path, network: torch.nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    """See that a checkpoint's tensors are those of the policy. LeRobot would start those that are missing from
+    random values, and pi0 and pi0.5 altogether, without an error."""
+    if hasattr(network, "_fix_pytorch_state_dict_keys"):  # names of older checkpoints
+        saved = network._fix_pytorch_state_dict_keys(saved, network.config)
+        saved = {key if key.startswith("model.") else f"model.{key}": value for key, value in saved.items()}
+    wanted = network.state_dict(keep_vars=True)
+    tied = {id(value) for key, value in wanted.items() if key in saved}
+    faults = {
+        "other shapes there": [
+            f"{key} {tuple(saved[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in saved and saved[key].shape != value.shape
+        ],
+        "missing there": [key for key, value in wanted.items() if key not in saved and id(value) not in tied],
+    }
+    for fault, names in faults.items():
+        if names:
+            more = f" and {len(names) - NAMED_TENSORS} more" if len(names) > NAMED_TENSORS else ""
+            raise InputError(
+                f"cannot start from {folder}, with these flags the policy is another: {fault} are "
+                f"{', '.join(names[:NAMED_TENSORS])}{more}.\nLeave out the --policy flags that change the network."
+            )
 
 
 def _resume(recipe: Recipe) -> None:

@@ -24,6 +24,7 @@ from ray_jobs.engine.checkpoint import fault as checkpoint_fault
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import hub_or_cache, parse
 from ray_jobs.engine.flags import check_flags, check_sources
+from ray_jobs.engine.memory import Memory
 from ray_jobs.engine.options import (
     OPTIONS_FILE,
     Options,
@@ -52,6 +53,9 @@ class Recipe:
     device: str | None = None
     eval_steps: int = 0
     notices: list[str] = field(default_factory=list)
+    memory: Memory | None = None
+    plugins: list[str] = field(default_factory=list)
+    """Packages of `--*.discover_packages_path`, for workers to import."""
 
     @property
     def output_dir(self) -> Path:
@@ -96,6 +100,10 @@ def resolve(argv: Sequence[str]) -> Recipe:
         name = lerobot_parser.parse_arg(flag, theirs)
         if name is not None and not Path(name).exists():
             assets.provide(options.assets.dir, {name: assets.WORDS}, weights=False, flag=f"--{flag}=")
+    if not asked_resume and not {"policy.repo_id", "policy.push_to_hub", "config_path"} & set(flags):
+        # As in most of the published commands, which LeRobot refuses for it today.
+        theirs = [*theirs, "--policy.push_to_hub=false"]
+        notices.append("The policy will not be uploaded: no --policy.repo_id names a place on the Hub.")
     cfg = _lerobot_config(theirs, flags, options, asked_resume)
 
     if options.data.eval_episodes is not None and "eval_steps" not in flags:
@@ -133,7 +141,8 @@ def resolve(argv: Sequence[str]) -> Recipe:
         # Stock LeRobot knows no list of held-out episodes and refuses eval_steps without eval_split, so the
         # saved config leaves it out and names the training episodes instead.
         cfg.eval_steps = 0
-    return Recipe(cfg, options, device, eval_steps, notices)
+    plugins = [value for name, value in flags.items() if lerobot_parser.PLUGIN_DISCOVERY_SUFFIX in name]
+    return Recipe(cfg, options, device, eval_steps, notices, plugins=plugins)
 
 
 def _resume_arguments(theirs: list[str]) -> tuple[list[str], dict]:

@@ -1,0 +1,155 @@
+"""How much memory a worker's training will take, estimated before anything is built."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from lerobot.configs.types import PolicyFeature
+from lerobot.optim import AdamConfig, AdamWConfig
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from torch.fx.experimental import _config as torch_config
+
+if TYPE_CHECKING:
+    from ray_jobs.engine.recipe import Recipe
+
+MEASURED_FRAMES = 2  # activations grow with the batch; this many are measured
+# What stays of the activations when layers recompute them: the layers' inputs and one layer at work.
+RECOMPUTED = 0.15
+AUTOCAST = 0.6  # most activations take half the space, some stay float32
+
+
+@dataclass
+class Memory:
+    """Bytes per worker, while it trains. `activations` is rough, None where it could not be worked out.
+    `building` is main memory: the policy and its file beside each other, before it goes to the GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+    building: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + (self.activations or 0)
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        if self.activations is not None:
+            parts["activations, roughly"] = self.activations
+        listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items())
+        return f"about {self.total / 1e9:.2f} GB per worker ({listed})"
+
+    def warning(self, recipe: "Recipe", available: int) -> str | None:
+        """What to change when a worker's GPU of `available` bytes is too small; None if it is not."""
+        if self.total <= available:
+            return None
+        policy, options = recipe.lerobot.policy, recipe.options.ray
+        changes = []
+        if getattr(policy, "dtype", None) == "float32":
+            changes.append("--policy.dtype=bfloat16")
+        if getattr(policy, "gradient_checkpointing", None) is False:
+            changes.append("--policy.gradient_checkpointing=true")
+        if recipe.lerobot.batch_size > 1:
+            half = recipe.lerobot.batch_size // 2
+            changes.append(f"--batch_size={half} --ray.grad_accumulation={2 * options.grad_accumulation}")
+        if options.parallelism == "ddp" and self.total - (self.activations or 0) > self.total // 2:
+            more = "" if options.num_workers > 1 else " --ray.num_workers=2"
+            changes.append(f"--ray.parallelism=fsdp{more}")
+        if policy.pretrained_path and recipe.lerobot.peft is None:
+            changes.append("--peft.method_type=LORA")
+        if getattr(policy, "train_expert_only", None) is False:
+            changes.append("--policy.train_expert_only=true")
+        return (
+            f"warning: this needs {self}, and the GPU has {available / 1e9:.2f} GB.\n"
+            f"What makes it less: {'; '.join(changes) or 'a smaller policy'}."
+        )
+
+
+def estimate(network: torch.nn.Module, recipe: "Recipe", features: dict[str, PolicyFeature]) -> Memory:
+    """Weigh a policy that was built on the meta device, adapters and frozen layers included.
+
+    Args:
+        features: What a batch holds, under the policy's names.
+    """
+    cfg, options = recipe.lerobot, recipe.options.ray
+    workers, sharded = max(options.num_workers, 1), options.parallelism == "fsdp"
+    mixed = getattr(cfg.policy, "dtype", None) == "bfloat16"
+    building = sum(4 * p.numel() + p.numel() * p.element_size() for p in network.parameters())
+    weights = gradients = 0
+    for parameter in network.parameters():
+        # accelerate keeps what FSDP trains in float32 where it computes with less.
+        upcast = sharded and mixed and parameter.requires_grad and workers > 1
+        size = parameter.numel() * (4 if upcast else parameter.element_size())
+        weights += size
+        gradients += size * parameter.requires_grad
+    adam = isinstance(cfg.optimizer, AdamConfig | AdamWConfig)
+    moments = gradients * (2 if adam else 1)
+    if sharded:
+        weights, gradients, moments = (amount // workers for amount in (weights, gradients, moments))
+    elif workers > 1:
+        gradients *= 2  # DDP exchanges them in buckets of its own
+    if options.ema:
+        weights *= 2
+    activations = _activations(network, features)
+    if activations is not None:
+        activations = activations * cfg.batch_size // MEASURED_FRAMES
+        if getattr(cfg.policy, "gradient_checkpointing", False):
+            activations = int(activations * RECOMPUTED)
+        if cfg.policy.use_amp and not hasattr(cfg.policy, "dtype"):
+            activations = int(activations * AUTOCAST)
+    return Memory(weights, gradients, moments, activations, building)
+
+
+def _activations(network: torch.nn.Module, features: dict[str, PolicyFeature]) -> int | None:
+    """Bytes that a forward pass on MEASURED_FRAMES frames keeps for the backward pass.
+
+    The pass runs without data, on the meta device; what autograd saves is counted. It ends where the policy asks
+    for a number to log, after its loss is complete.
+    """
+    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            saved[tensor.untyped_storage()._cdata] = tensor  # held, or its number would be given again
+        return tensor
+
+    base = network.get_base_model() if hasattr(network, "get_base_model") else network
+    checkpointed = getattr(base.config, "gradient_checkpointing", False)
+    if checkpointed and hasattr(base, "model"):
+        base.model.gradient_checkpointing_disable()
+    batch = _batch(base.config, features)
+    training = network.training
+    try:
+        network.train()
+        counted = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        # SmolVLA looks for the patches of an image that are not padding: all of them.
+        with counted, torch_config.patch(meta_nonzero_assume_all_nonzero=True):
+            network(batch)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta tensor" not in str(error):
+            return None
+    except Exception:
+        return None
+    finally:
+        network.train(training)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def _batch(config, features: dict[str, PolicyFeature]) -> dict[str, torch.Tensor]:
+    """A batch without data, as a policy's preprocessor would hand it on."""
+    batch = {}
+    for key, feature in features.items():
+        deltas = config.action_delta_indices if key.startswith("action") else config.observation_delta_indices
+        history = () if deltas is None or deltas == [0] else (len(deltas),)
+        batch[key] = torch.empty(MEASURED_FRAMES, *history, *feature.shape, device="meta")
+        if history:
+            batch[f"{key}_is_pad"] = torch.empty(MEASURED_FRAMES, *history, dtype=torch.bool, device="meta")
+    words = getattr(config, "tokenizer_max_length", None)
+    if words:
+        batch[OBS_LANGUAGE_TOKENS] = torch.empty(MEASURED_FRAMES, words, dtype=torch.long, device="meta")
+        batch[OBS_LANGUAGE_ATTENTION_MASK] = torch.empty(
+            MEASURED_FRAMES, words, dtype=torch.bool, device="meta"
+        )
+    return batch

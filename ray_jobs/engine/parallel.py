@@ -1,0 +1,164 @@
+"""Several workers, one model: a copy on each (DDP) or a share on each (FSDP2), through accelerate.
+
+Checkpoints are the same either way, so that a run may go on with the other, or with another number of workers.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    gather_object,
+)
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.optim import load_optimizer_state_dict
+from lerobot.utils.constants import TRAINING_STATE_DIR
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ray_jobs.engine.options import RayOptions
+
+
+def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerator:
+    """An Accelerator set up as `lerobot-train` does: the policy's `dtype` decides the precision, or
+    `use_amp` where a policy has no `dtype`."""
+    # A process that trains more than once (tests, trials) may change its precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    device = torch.device(cfg.policy.device)
+    precision = "no"
+    if hasattr(cfg.policy, "dtype"):
+        precision = {"bfloat16": "bf16", "float16": "fp16"}.get(cfg.policy.dtype, "no")
+    elif cfg.policy.use_amp:
+        precision = "bf16" if torch.get_autocast_dtype(device.type) == torch.bfloat16 else "fp16"
+    sharding = None
+    if options.parallelism == "fsdp":
+        sharding = FullyShardedDataParallelPlugin(fsdp_version=2)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=device.type == "cpu",
+        step_scheduler_with_optimizer=False,
+        fsdp_plugin=sharding,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=options.grad_accumulation, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    # accelerate 1.15 turns FSDP on between GPUs only, though all of it works between CPUs.
+    if sharding and accelerator.distributed_type is DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as its own code does
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, sharding
+        if precision != "no":
+            sharding.set_mixed_precision(precision)
+    return accelerator
+
+
+def prepare(accelerator: Accelerator, policy: torch.nn.Module, optimizer, scheduler):
+    """`Accelerator.prepare`, with a policy that is sharded layer by layer where its code allows that.
+
+    Only a module that is called gathers its share. The large policies reach past their decoder layers to the
+    linear layers in them, so these are the units; torch's MultiheadAttention reaches past its own linear layer,
+    so a policy that has one is gathered whole.
+    """
+    if accelerator.is_fsdp2:
+        kinds = {type(module) for module in policy.modules()}
+        if torch.nn.MultiheadAttention not in kinds:
+            plugin = accelerator.state.fsdp_plugin
+            plugin.auto_wrap_policy = transformer_auto_wrap_policy
+            plugin.transformer_cls_names_to_wrap = [
+                kind.__name__ for kind in (torch.nn.Linear, torch.nn.Embedding) if kind in kinds
+            ]
+    prepared = accelerator.prepare(policy, optimizer, scheduler)
+    if accelerator.is_fsdp2:
+        register_fsdp_forward_method(prepared[0], "predict_action_chunk")
+    return prepared
+
+
+def whole_state(
+    accelerator: Accelerator, policy: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict | None, dict]:
+    """The weights (None: those of `policy` are whole) and the optimizer's state, as a stock LeRobot run has them:
+    contiguous, without our choice of kernel. Call on every rank; the main one gets the tensors.
+
+    Stock LeRobot refuses to load groups whose `fused` differs from its own, and safetensors takes contiguous
+    tensors only.
+    """
+    gathered: dict[int, torch.Tensor] = {}
+
+    def whole(value):
+        if isinstance(value, DTensor):
+            if id(value) not in gathered:  # tied weights stay tied
+                full = value.full_tensor()
+                own = full.to("cpu", copy=True) if accelerator.is_main_process else full.new_empty(0)
+                gathered[id(value)] = own.detach()
+            return gathered[id(value)]
+        return value.contiguous() if torch.is_tensor(value) else value
+
+    weights = None
+    if accelerator.is_fsdp2:
+        weights = {name: whole(value) for name, value in policy.state_dict(keep_vars=True).items()}
+    state = optimizer.state_dict()
+    groups = copy.deepcopy(state["param_groups"])
+    for group in groups:
+        if "fused" in group:
+            group["fused"] = None
+    moments = {
+        index: {name: whole(value) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return weights, {"state": moments, "param_groups": groups}
+
+
+def load_sharded_optimizer(checkpoint_dir: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Give every rank its share of a checkpoint's optimizer state; call once the policy is sharded."""
+    saved = load_optimizer_state_dict(checkpoint_dir / TRAINING_STATE_DIR)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in saved["state"].items():
+        parameter = parameters[int(index)]
+        optimizer.state[parameter] = {
+            name: distribute_tensor(
+                value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+            if value.shape == parameter.shape and value.dim()
+            else value.to(parameter.device)
+            for name, value in values.items()
+        }
+    for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group |= {name: value for name, value in before.items() if name not in ("params", "fused")}
+
+
+@contextmanager
+def in_turns(need: int, free: int | None = None) -> Iterator[None]:
+    """Let as many of a node's workers at a time into the block as its memory has room for.
+
+    A policy is built and its checkpoint read in main memory before it goes to the GPU: N workers that did so side
+    by side would need it N times.
+
+    Args:
+        need: Bytes each of them takes for a while.
+        free: Bytes there are; None asks the system.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    workers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        yield
+        return
+    free = psutil.virtual_memory().available if free is None else free
+    at_once = min(workers, max(1, free // max(need, 1)))
+    # All nodes take as many turns as the slowest: a barrier is for every worker.
+    turns = max(gather_object([math.ceil(workers / at_once)]))
+    for turn in range(turns):
+        if turn == rank // at_once:
+            yield
+        torch.distributed.barrier()

@@ -1,0 +1,124 @@
+"""Policies and their processors, built as LeRobot builds them: for the training, and without memory for checks."""
+
+import contextlib
+import copy
+import dataclasses
+import io
+from collections.abc import Callable
+
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies import get_policy_class, make_policy, make_pre_post_processors
+from lerobot.utils.constants import ACTION
+from lerobot.utils.utils import has_method
+
+from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.parallel import in_turns
+
+
+def build(
+    cfg: TrainPipelineConfig, meta: LeRobotDatasetMetadata, *, need: int, tell: Callable[[str], None]
+) -> torch.nn.Module:
+    """The policy on its device, with its weights, and adapters if `--peft.*` asks for them.
+
+    Args:
+        need: Bytes of main memory that building it takes for a while.
+        tell: Called with what cannot be honoured.
+
+    Raises:
+        RunError: Its weights do not fit it.
+    """
+    uncompiled = getattr(cfg.policy, "compile_model", False) and why_not_compiled(cfg.policy.device)
+    if uncompiled:
+        tell(f"--policy.compile_model=true: this machine cannot compile ({uncompiled}); going on uncompiled.")
+        cfg.policy.compile_model = False
+    with in_turns(need), contextlib.redirect_stdout(io.StringIO()) as printed:
+        policy = make_policy(cfg.policy, ds_meta=meta, rename_map=cfg.rename_map)
+    if uncompiled:
+        cfg.policy.compile_model = True  # another machine may
+    # pi0 and pi0.5 print that their weights do not fit, and go on with random ones.
+    for sign in ("Warning: Could not load state dict: ", "Could not load state dict from remote files: "):
+        if sign in printed.getvalue():
+            reason = printed.getvalue().partition(sign)[2].splitlines()
+            raise RunError(f"{cfg.policy.pretrained_path} cannot be loaded: {' '.join(reason[:4])}")
+    if cfg.peft is not None and not has_method(policy, "merge_and_unload"):
+        policy = policy.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(cfg.peft))
+    return policy
+
+
+def why_not_compiled(device: str) -> str | None:
+    """What keeps `torch.compile` from working on this machine, found out with a function of one line."""
+    try:
+        torch.compile(lambda x: (x * 2).relu() + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        torch._dynamo.reset()
+        return first_line(error).rstrip(".")
+    return None
+
+
+def with_features(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> PreTrainedConfig:
+    """A copy of the policy's config with the data set's features, as `make_policy` will fill them in."""
+    config = copy.deepcopy(policy)
+    config.output_features = {ACTION: features[ACTION]}
+    if not config.input_features:
+        config.input_features = {k: f for k, f in features.items() if f.type is not FeatureType.ACTION}
+    return config
+
+
+def outline(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> torch.nn.Module:
+    """The policy without memory behind its weights, to be counted and compared. Its tokenizer must be at hand."""
+    config = with_features(policy, features)
+    config.pretrained_path = None
+    config.device = "meta"
+    for name, value in (
+        ("pretrained_backbone_weights", None),
+        ("compile_model", False),
+        ("load_vlm_weights", False),
+    ):
+        if hasattr(config, name):
+            setattr(config, name, value)
+    with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
+        network = get_policy_class(config.type)(config).to("meta")  # what was made from numpy, too
+    if getattr(policy, "load_vlm_weights", False):
+        network.model.vlm_with_expert.vlm.to(torch.bfloat16)  # as they are loaded
+    config.pretrained_path = policy.pretrained_path
+    return network
+
+
+def make_processors(cfg: TrainPipelineConfig, policy, stats: dict, device: torch.device):
+    """Pre- and postprocessor: new ones for a new policy, a checkpoint's own with the data set's statistics
+    for a pretrained one, a checkpoint's own untouched on resume."""
+    pretrained = cfg.policy.pretrained_path
+    if pretrained is None:
+        return make_pre_post_processors(cfg.policy, dataset_stats=stats)
+    norm_map, outputs = policy.config.normalization_mapping, policy.config.output_features
+    features = {**policy.config.input_features, **outputs}
+    before = {
+        "device_processor": {"device": device.type},
+        "normalizer_processor": {"features": features, "norm_map": norm_map},
+        "rename_observations_processor": {"rename_map": cfg.rename_map},
+    }
+    after = {"unnormalizer_processor": {"features": outputs, "norm_map": norm_map}}
+    kwargs = {}
+    if not cfg.resume:
+        before["normalizer_processor"]["stats"] = after["unnormalizer_processor"]["stats"] = stats
+        kwargs["dataset_stats"] = stats
+    if getattr(cfg.policy, "use_relative_actions", False):
+        before["relative_actions_processor"] = {
+            "enabled": True,
+            "exclude_joints": getattr(cfg.policy, "relative_exclude_joints", []),
+            "action_names": getattr(cfg.policy, "action_feature_names", None),
+        }
+        after["absolute_actions_processor"] = {"enabled": True}
+    return make_pre_post_processors(
+        cfg.policy,
+        pretrained_path=pretrained,
+        pretrained_revision=cfg.policy.pretrained_revision,
+        preprocessor_overrides=before,
+        postprocessor_overrides=after,
+        **kwargs,
+    )

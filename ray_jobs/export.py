@@ -1,0 +1,186 @@
+"""Hand a trained policy to an older LeRobot: a copy of a checkpoint that LeRobot 0.4 loads.
+
+    python -m ray_jobs.export --lerobot=0.4 --checkpoint=outputs/act --output_dir=act_for_the_simulator
+
+Simulators such as Isaac Sim bring Python 3.11, which LeRobot 0.5 and later do not run on. `--checkpoint` is a run's folder
+(its best checkpoint, else its last), a checkpoint or a `pretrained_model` folder. The copy opens with
+`from_pretrained` and in 0.4's `lerobot-eval`; a training cannot be resumed from it.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from ray_jobs.engine.console import quiet, run_job
+from ray_jobs.engine.errors import InputError
+
+POLICIES = ("act", "diffusion", "pi0", "pi05", "smolvla")
+# Fields of today's configs that 0.4.4 refuses, and whether it does without what they ask for. All of its own exist
+# today, with the same meaning.
+DROPPED = {
+    "pretrained_revision": lambda value: True,  # where the training started
+    "gradient_checkpointing": lambda value: True,  # how it saved memory; pi0 and pi0.5 had this before
+    "use_relative_actions": lambda value: not value,
+    "relative_exclude_joints": lambda value: True,  # say nothing without the one above
+    "action_feature_names": lambda value: True,
+}
+KEPT = {("pi0", "gradient_checkpointing"), ("pi05", "gradient_checkpointing")}
+# Steps of today's processors that 0.4.4 has not; without effect unless they are enabled.
+DROPPED_STEPS = ("relative_actions_processor", "absolute_actions_processor")
+
+
+def main(argv: list[str]) -> int:
+    """Write the copy, and say where it is and what to mind."""
+    quiet()
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    flags = {name: value for name, _, value in (word.removeprefix("--").partition("=") for word in argv)}
+    for name in flags:
+        if name not in ("lerobot", "checkpoint", "output_dir"):
+            raise InputError(f"unknown flag --{name}; there are --lerobot, --checkpoint and --output_dir.")
+    for name, example in (("lerobot", "0.4"), ("checkpoint", "outputs/act"), ("output_dir", "exported")):
+        if not flags.get(name):
+            raise InputError(f"--{name} is missing, as in --{name}={example}.")
+    if flags["lerobot"] not in ("0.4", "0.4.4"):
+        raise InputError(f"--lerobot={flags['lerobot']}: only 0.4 is known here (tried with 0.4.4).")
+    source, target = find(Path(flags["checkpoint"])), Path(flags["output_dir"])
+    if target.exists():
+        raise InputError(f"--output_dir={target} already exists, and nothing in it is overwritten.")
+    kind = export(source, target)
+    print(f"exported    {source}\nto          {target}, for LeRobot 0.4")
+    if kind in ("pi0", "pi05"):
+        print(
+            "mind        0.4's pi0 needs the transformers of `pip install 'lerobot[pi]==0.4.4'` from its repository."
+        )
+    return 0
+
+
+def find(path: Path) -> Path:
+    """The `pretrained_model` folder that a run, a checkpoint or such a folder itself stands for."""
+    places = [
+        "checkpoints/best/pretrained_model",
+        "checkpoints/last/pretrained_model",
+        "pretrained_model",
+        ".",
+    ]
+    for place in places:
+        if (path / place / "config.json").is_file():
+            return (path / place).resolve()
+    raise InputError(f"--checkpoint={path}: there is no checkpoint, a config.json is missing.")
+
+
+def export(source: Path, target: Path) -> str:
+    """Copy a policy for LeRobot 0.4; returns its type. `target` appears whole or not at all.
+
+    Raises:
+        InputError: The policy uses what 0.4 has not, or a file is missing or damaged.
+    """
+    config = _read(source / "config.json")
+    kind = config.get("type")
+    if kind not in POLICIES:
+        raise InputError(f"{source} holds a policy of type {kind}; {', '.join(POLICIES)} can be exported.")
+    for name, dispensable in DROPPED.items():
+        if name in config and (kind, name) not in KEPT and not dispensable(config.pop(name)):
+            raise InputError(f"{source} was trained with --policy.{name}=true, which LeRobot 0.4 has not.")
+    if kind == "smolvla" and not config["load_vlm_weights"]:
+        raise InputError(
+            f"{source} was trained with --policy.load_vlm_weights=false, so its vision tower computes in float32. "
+            "There the\ntransformers of LeRobot 0.4 counts an image's patches differently: the actions would be others."
+        )
+    # A folder of this machine means nothing on another.
+    config |= {"pretrained_path": None, "use_peft": False}
+    processors = {path.name: _processor(path, source) for path in source.glob("policy_*processor.json")}
+    if len(processors) < 2:
+        raise InputError(f"{source} lacks policy_preprocessor.json or policy_postprocessor.json.")
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    scratch.mkdir(parents=True)
+    try:
+        for name, content in {"config.json": config, **processors}.items():
+            (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
+        for path in source.glob("policy_*.safetensors"):
+            shutil.copy(path, scratch)
+        if (source / "adapter_config.json").is_file():
+            _merge(source, scratch)
+        elif (source / "model.safetensors").is_file():
+            shutil.copy(source / "model.safetensors", scratch)
+        else:
+            raise InputError(f"{source} holds no weights (model.safetensors).")
+        if kind in ("pi0", "pi05"):
+            _shift_images(scratch, config)
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return kind
+
+
+def _processor(path: Path, source: Path) -> dict:
+    content = _read(path)
+    kept = []
+    for step in content["steps"]:
+        if step.get("registry_name") not in DROPPED_STEPS:
+            kept.append(step)
+        elif step.get("config", {}).get("enabled"):
+            raise InputError(f"{source}: its {step['registry_name']} is enabled, which LeRobot 0.4 has not.")
+    return content | {"steps": kept}
+
+
+def _shift_images(folder: Path, config: dict) -> None:
+    """Make up for another colour of the border that pi0 gives to images which are not square.
+
+    Today it is 0 (black) on a scale of 0 to 1; in 0.4.4 it is -1, which none of the trained weights has seen. So the
+    copy's normalizer takes 1 from every pixel, which puts black there, and the first layer of the vision
+    tower adds what it thereby lacks: 2 on the model's own scale of -1 to 1.
+    """
+    from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
+    from safetensors.torch import load_file, save_file
+
+    cameras = {key: f["shape"] for key, f in config["input_features"].items() if f["type"] == "VISUAL"}
+    file = folder / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
+    content = _read(file)
+    (normalizer,) = (step for step in content["steps"] if step["registry_name"] == "normalizer_processor")
+    if normalizer["config"]["norm_map"]["VISUAL"] != "IDENTITY":
+        raise InputError(f"{folder}: images are normalized, and LeRobot 0.4 gives theirs another border.")
+    normalizer["config"]["norm_map"]["VISUAL"] = "MEAN_STD"
+    normalizer["config"]["features"] |= {k: {"type": "VISUAL", "shape": s} for k, s in cameras.items()}
+    file.write_text(json.dumps(content, indent=2) + "\n")
+    stats = load_file(folder / normalizer["state_file"])
+    stats = {key: value for key, value in stats.items() if key.rpartition(".")[0] not in cameras}
+    for key in cameras:
+        stats[f"{key}.mean"] = stats[f"{key}.std"] = torch.ones(3, 1, 1)
+    save_file({key: value.clone() for key, value in stats.items()}, folder / normalizer["state_file"])
+
+    weights = load_file(folder / "model.safetensors")
+    (layer,) = (key.removesuffix(".weight") for key in weights if key.endswith("patch_embedding.weight"))
+    weight, bias = weights[f"{layer}.weight"].double(), weights[f"{layer}.bias"]
+    weights[f"{layer}.bias"] = (bias.double() + 2 * weight.sum((1, 2, 3))).to(bias.dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _merge(source: Path, target: Path) -> None:
+    """Adapters become part of the weights: what loads the copy needs neither peft nor the policy they adapt."""
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.policies import get_policy_class
+    from peft import PeftModel
+    from safetensors.torch import save_model
+
+    config = PreTrainedConfig.from_pretrained(source)
+    base = _read(source / "adapter_config.json")["base_model_name_or_path"]
+    config.device = "cpu"
+    policy = get_policy_class(config.type).from_pretrained(base, config=config)
+    merged = PeftModel.from_pretrained(policy, source).merge_and_unload()
+    save_model(merged, str(target / "model.safetensors"))
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+if __name__ == "__main__":
+    run_job(main, at_end=lambda: None)
