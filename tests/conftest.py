@@ -7,6 +7,7 @@ need the real recording look for it at `../shared/datasets` and are skipped wher
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ import pytest
 from ray_jobs.engine.console import quiet
 
 quiet()
+
+CACHE = tempfile.TemporaryDirectory(prefix="ray_jobs_cache_")  # decoded frames of all tests
+os.environ["RAY_JOBS_CACHE"] = CACHE.name
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "datasets" / "g1_yellow_bottle"

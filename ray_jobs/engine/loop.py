@@ -26,8 +26,9 @@ from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import has_method
 
 from ray_jobs.engine import checkpoint
-from ray_jobs.engine.data import make_datasets, to_device, training_batches
+from ray_jobs.engine.data import make_datasets, open_all_frames, to_device, training_batches
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.recipe import Recipe
@@ -86,7 +87,8 @@ def train(
     torch.backends.cudnn.benchmark = not cfg.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    dataset, eval_dataset = make_datasets(cfg, options.data.eval_episodes)
+    dataset, eval_dataset = make_datasets(cfg, options.data)
+    frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, accelerator.num_processes, report)
     policy = make_policy(cfg.policy, ds_meta=dataset.meta, rename_map=cfg.rename_map)
     # make_policy fills the features in from the data set; lerobot-train saves them in train_config.json.
     recipe.lerobot.policy.input_features = cfg.policy.input_features
@@ -94,6 +96,7 @@ def train(
     if cfg.peft is not None and not has_method(policy, "merge_and_unload"):
         policy = policy.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(cfg.peft))
     preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
+    add_resize_step(preprocessor, options.data.resize)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
 
     step = checkpoint.load(resume_dir, policy, optimizer, scheduler) if resume_dir else 0
@@ -101,7 +104,12 @@ def train(
     use_fast_kernels(policy, optimizer, channels_last=accelerator.mixed_precision != "no")
 
     batches = training_batches(
-        cfg, dataset, accelerator, batches_per_step=options.ray.grad_accumulation, resumed=resumed
+        cfg,
+        dataset,
+        accelerator,
+        frames=frames,
+        batches_per_step=options.ray.grad_accumulation,
+        resumed=resumed,
     )
     validation = None
     if eval_dataset is not None and recipe.eval_steps > 0:
@@ -111,6 +119,7 @@ def train(
             horizon=options.data.eval_horizon,
             max_frames=cfg.max_eval_samples,
             threads=cfg.num_workers,
+            frames=eval_frames,
         )
     model = policy  # the bare policy; `policy` is the one accelerate has wrapped
     accelerator.wait_for_everyone()

@@ -33,7 +33,13 @@ from ray_jobs.engine import assets, checkpoint
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.objective import chunk_length
-from ray_jobs.engine.preflight_data import check_files, choose_episodes, open_dataset, where_it_is
+from ray_jobs.engine.preflight_data import (
+    check_files,
+    check_resize,
+    choose_episodes,
+    open_dataset,
+    where_it_is,
+)
 from ray_jobs.engine.recipe import Recipe
 
 COUNTED = ("act", "diffusion")  # policies that can be built without downloads and without memory
@@ -50,6 +56,7 @@ def check(recipe: Recipe) -> None:
     meta = open_dataset(recipe)
     choose_episodes(recipe, meta)
     check_files(recipe, meta)
+    check_resize(recipe, meta)
     _validation(recipe)
     features = _features(recipe, meta)
     network = _network(policy, features)

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import pyarrow.parquet
 from lerobot.configs.default import DatasetConfig
+from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import CODEBASE_VERSION, LeRobotDatasetMetadata
 from lerobot.datasets.utils import DatasetInfo, has_legacy_hub_download_metadata
 from lerobot.utils.constants import (
@@ -18,6 +19,7 @@ from lerobot.utils.constants import (
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
+from ray_jobs.engine.frames import frame_shape, set_frame_size
 from ray_jobs.engine.recipe import Recipe
 
 VIDEO_BACKENDS = ("pyav", "torchcodec", "video_reader")
@@ -125,6 +127,36 @@ def check_files(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
         for (chunk, file), episode in first.items():
             path = root / pattern.format(chunk_index=chunk, file_index=file, video_key=camera)
             _whole(name, root, path, f" (episode {episode} is in it)")
+
+
+def check_resize(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """See that the cameras can be resized; then the data set and the policy's inputs are of that size.
+
+    LeRobot's resize step takes every observation with "image" in its name, and nothing else.
+    """
+    size, policy = recipe.options.data.resize, recipe.lerobot.policy
+    if size is None:
+        return
+    flag = f"--data.resize={size}".replace(" ", "")
+    cameras = {key: frame_shape(meta, key) for key in meta.camera_keys}
+    if not cameras:
+        raise InputError(f"{flag}: the data set has no cameras.")
+    if meta.depth_keys or meta.has_language_columns:
+        raise InputError(
+            f"{flag}: data sets with depth images or language columns are read by LeRobot, at full size."
+        )
+    for key in cameras:
+        if "image" not in recipe.lerobot.rename_map.get(key, key):
+            raise InputError(
+                f"{flag}: LeRobot's resize step goes by names, and {key} has no 'image' in its name."
+            )
+    if all(size[0] > height or size[1] > width for _, height, width in cameras.values()):
+        recorded = ", ".join(f"{height}x{width}" for _, height, width in set(cameras.values()))
+        raise InputError(f"{flag}: larger than the recorded images ({recorded}).")
+    set_frame_size(meta, size)
+    for key, feature in (policy.input_features or {}).items():
+        if feature.type is FeatureType.VISUAL:
+            policy.input_features[key] = PolicyFeature(feature.type, (feature.shape[0], *size))
 
 
 def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
