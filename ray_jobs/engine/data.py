@@ -33,35 +33,34 @@ from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.frame_cache import FrameCache, open_frames
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource, set_frame_size
-from ray_jobs.engine.options import DataOptions
 from ray_jobs.engine.recipe import Recipe
 
 PREFETCHED_BATCHES = 2
 
 
 def make_datasets(
-    cfg: TrainPipelineConfig, options: DataOptions
+    cfg: TrainPipelineConfig, eval_episodes: list[int] | None, size: list[int] | None = None
 ) -> tuple[LeRobotDataset, LeRobotDataset | None]:
     """The training data set and the held-out one (None without held-out episodes).
 
     Args:
-        options: `eval_episodes` names the held-out episodes, None follows `cfg.dataset.eval_split`. With `resize` the
-            metadata of both tell of resized frames.
+        eval_episodes: An explicit list of held-out episodes, or None to follow `cfg.dataset.eval_split`.
+        size: Height and width that the metadata shall say images have; None leaves what they have.
     """
     try:
-        if options.eval_episodes is None:
+        if eval_episodes is None:
             datasets = make_train_eval_datasets(cfg)
         else:
             held_out = copy.deepcopy(cfg)
-            held_out.dataset.episodes = options.eval_episodes
+            held_out.dataset.episodes = eval_episodes
             held_out.dataset.image_transforms.enable = False
             datasets = make_dataset(cfg), make_dataset(held_out)
-        for dataset in datasets:
-            if dataset is not None:
-                set_frame_size(dataset.meta, options.resize)
-        return datasets
     except DatasetGenerationError as error:
         raise RunError(_torn_table(cfg) or f"cannot read {cfg.dataset.repo_id}: {error}") from error
+    for dataset in datasets:
+        if dataset is not None:
+            set_frame_size(dataset.meta, size)
+    return datasets
 
 
 def _torn_table(cfg: TrainPipelineConfig) -> str | None:

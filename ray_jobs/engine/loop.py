@@ -87,7 +87,7 @@ def train(
     torch.backends.cudnn.benchmark = not cfg.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    dataset, eval_dataset = make_datasets(cfg, options.data)
+    dataset, eval_dataset = make_datasets(cfg, options.data.eval_episodes, options.data.resize)
     frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, accelerator.num_processes, report)
     policy = make_policy(cfg.policy, ds_meta=dataset.meta, rename_map=cfg.rename_map)
     # make_policy fills the features in from the data set; lerobot-train saves them in train_config.json.
