@@ -54,6 +54,14 @@ def cached_columns(dataset: LeRobotDataset, folder: Path) -> dict[str, torch.Ten
     return {key: torch.from_numpy(arrays[key]) for key in dataset.hf_dataset.features if key in arrays}
 
 
+def remove_unused_columns(folder: Path) -> None:
+    """Remove the arrays of data sets of which no frames are kept any more."""
+    used = {path.parent.name.split(".")[0] for path in folder.glob("*/frames")}
+    for path in folder.glob(f"*/{CHECKSUMS}"):
+        if path.parent.name.split(".")[0] not in used:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
 def _is_sound(place: Path) -> bool:
     try:
         checksums = json.loads((place / CHECKSUMS).read_text())

@@ -50,6 +50,19 @@ def fingerprint(meta: LeRobotDatasetMetadata, key: str, size: list[int] | None, 
     return fingerprint_of(*how, file_hashes(meta.root, patterns, folder))
 
 
+def is_stale(entry: Entry) -> bool:
+    """Whether the data set behind an entry has changed since, or is gone."""
+    about = entry.about
+    if not (Path(about["root"]) / "meta" / "info.json").is_file():
+        return True
+    try:
+        meta = LeRobotDatasetMetadata(about["dataset"], root=about["root"])
+        size = about["shape"][1:] if about["resized"] else None
+        return fingerprint(meta, about["camera"], size, entry.folder.parent) != about["fingerprint"]
+    except Exception:  # it can no longer be opened
+        return True
+
+
 class FrameCache:
     """The frames of a data set's cameras out of the cache, and its other columns. Decodes nothing before `fill`.
 

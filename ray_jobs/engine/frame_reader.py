@@ -43,16 +43,17 @@ class FrameReader:
         self.meta = dataset.meta
         # One torch thread each: the training's own threads would wait for theirs (OpenMP's count is per thread).
         self.pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,)) if threads else None
-        self.columns = frames.columns if self.cached else columns_of(dataset)
+        columns = frames.columns if self.cached else columns_of(dataset)
+        self.columns = {key: column.numpy() for key, column in columns.items()}  # numpy gathers twice as fast
         self.tasks = self.meta.tasks.index.to_numpy()
         self.deltas = {
-            key: torch.tensor(indices) for key, indices in (dataset.reader.delta_indices or {}).items()
+            key: np.array(indices) for key, indices in (dataset.reader.delta_indices or {}).items()
         }
         # Rows of an episode are neighbours in the table, so a row's absolute index minus its row number
         # is the same all through the episode.
         bounds = self.meta.episodes.with_format("numpy", columns=["dataset_from_index", "dataset_to_index"])
-        self.episode_start = torch.from_numpy(np.asarray(bounds["dataset_from_index"][:]))
-        self.episode_end = torch.from_numpy(np.asarray(bounds["dataset_to_index"][:]))
+        self.episode_start = np.asarray(bounds["dataset_from_index"][:])
+        self.episode_end = np.asarray(bounds["dataset_to_index"][:])
         self.buffers: dict[tuple, list[np.ndarray]] = defaultdict(list)
 
     def __reduce__(self) -> tuple:
@@ -71,30 +72,32 @@ class FrameReader:
 
     def __call__(self, indices: list[int]) -> dict:
         """The batch of rows `indices` (row numbers of the possibly filtered data set)."""
-        rows = torch.tensor(indices)
+        rows = np.asarray(indices)
         episodes, absolute = self.columns["episode_index"][rows], self.columns["index"][rows]
-        first, last = self.episode_start[episodes], self.episode_end[episodes] - 1
+        first, last = self.episode_start[episodes][:, None], self.episode_end[episodes][:, None] - 1
+        shift = (absolute - rows)[:, None]
         batch = {key: column[rows] for key, column in self.columns.items()}
         images = {key: rows[:, None] for key in self.meta.camera_keys}  # (B, T)
         for key, deltas in self.deltas.items():
             wanted = absolute[:, None] + deltas  # (B, T), may leave the episode
-            inside = wanted.clamp(first[:, None], last[:, None]) - (absolute - rows)[:, None]
+            inside = wanted.clip(first, last) - shift
             if key in images:
                 images[key] = inside
             else:
                 batch[key] = self.columns[key][inside]
             if key not in images or self.frames.size is None:
-                batch[f"{key}_is_pad"] = (wanted < first[:, None]) | (wanted > last[:, None])
+                batch[f"{key}_is_pad"] = (wanted < first) | (wanted > last)
+        tasks = self.tasks[batch["task_index"]].tolist()
+        batch = {key: torch.from_numpy(values) for key, values in batch.items()}
         if self.cached:
-            for key, inside in images.items():
-                batch[key] = self._cached(key, inside + (absolute - rows)[:, None])
+            batch |= {key: self._cached(key, inside + shift) for key, inside in images.items()}
         else:
             batch |= self._decoded(images, episodes)
         for key, inside in images.items():
             # LeRobot drops a single time step of a video, and of an image that has no deltas.
             if inside.shape[1] == 1 and not (key in self.deltas and key in self.meta.image_keys):
                 batch[key] = batch[key].squeeze(1)
-        batch["task"] = self.tasks[batch["task_index"].numpy()].tolist()
+        batch["task"] = tasks
         return batch
 
     def __getitems__(self, indices: list[int]) -> dict:
@@ -115,13 +118,13 @@ class FrameReader:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
-    def _cached(self, key: str, absolute: torch.Tensor) -> torch.Tensor:
+    def _cached(self, key: str, absolute: np.ndarray) -> torch.Tensor:
         """uint8 frames (B, T, C, H, W) of absolute rows (B, T)."""
-        shape = (absolute.numel(), *self.frames.entries[key].shape)
+        shape = (absolute.size, *self.frames.entries[key].shape)
         frames = (
             torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self.pinned else self._buffer(shape)
         )
-        self.frames.read(key, absolute.flatten().tolist(), frames.numpy())
+        self.frames.read(key, absolute.ravel().tolist(), frames.numpy())
         return frames.view(*absolute.shape, *shape[1:])
 
     def _buffer(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -133,10 +136,10 @@ class FrameReader:
         self.buffers[shape].append(np.empty(shape, np.uint8))
         return torch.from_numpy(self.buffers[shape][-1])
 
-    def _decoded(self, images: dict[str, torch.Tensor], episodes: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _decoded(self, images: dict[str, np.ndarray], episodes: np.ndarray) -> dict[str, torch.Tensor]:
         """uint8 frames (B, T, C, H, W) by camera, of rows (B, T)."""
 
-        def frames(job: tuple[str, int, torch.Tensor]) -> torch.Tensor:
+        def frames(job: tuple[str, int, np.ndarray]) -> torch.Tensor:
             key, episode, rows = job
             if key in self.meta.image_keys:
                 return torch.stack([self.frames.image(key, row) for row in rows.tolist()])

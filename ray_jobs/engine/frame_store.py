@@ -147,6 +147,22 @@ class Entry:
             os.pwrite(file.fileno(), checksums.tobytes(), rows.start * 8)
         self.seen[rows] = False
 
+    def verify(self) -> list[int]:
+        """Read everything that is there; returns the rows that are damaged, which then count as missing."""
+        frame, bad = memoryview(bytearray(self.frame_bytes)), []
+        for row in np.flatnonzero(self.checksums).tolist():
+            if os.preadv(self.file.fileno(), [frame], row * self.frame_bytes) < self.frame_bytes or (
+                self.checksums[row] != _checksum(frame)
+            ):
+                bad.append(row)
+        with self.lock():
+            for row in bad:
+                self.set_checksums(slice(row, row + 1), np.zeros(1, np.uint64))
+        return bad
+
+    def disk_bytes(self) -> int:
+        return sum((self.folder / name).stat().st_blocks * 512 for name in self._sizes())
+
     def remove(self) -> None:
         """Remove it, in one step for those who look. Those who have it open can go on reading."""
         doomed = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
@@ -168,3 +184,14 @@ def open_entry(folder: Path, about: dict) -> Entry:
     if entry is None or not entry.is_current():
         entry = _opened[folder] = Entry(folder, about)
     return entry
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """All entries of a cache by name."""
+    found = {}
+    for path in sorted(folder.glob(f"*/{ENTRY_FILE}")):
+        with contextlib.suppress(OSError, ValueError):
+            entry = Entry(path.parent, json.loads(path.read_text()))
+            if entry.file is not None:
+                found[path.parent.name] = entry
+    return found

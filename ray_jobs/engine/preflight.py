@@ -53,10 +53,10 @@ def check(recipe: Recipe) -> None:
     """
     policy = recipe.lerobot.policy
     _lengths(policy)
-    meta = open_dataset(recipe)
+    meta = open_dataset(recipe.lerobot.dataset)
     choose_episodes(recipe, meta)
-    check_files(recipe, meta)
-    check_resize(recipe, meta)
+    check_files(recipe.lerobot.dataset, meta, recipe.options.data.eval_episodes)
+    _resize(recipe, meta)
     _validation(recipe)
     features = _features(recipe, meta)
     network = _network(policy, features)
@@ -66,6 +66,15 @@ def check(recipe: Recipe) -> None:
     _resume(recipe)
     _output_dir(recipe, network)
     _wandb(recipe)
+
+
+def _resize(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """Let data set and policy agree on the size of images."""
+    size, policy = recipe.options.data.resize, recipe.lerobot.policy
+    check_resize(size, meta, recipe.lerobot.rename_map)
+    for key, feature in (policy.input_features or {}).items() if size else ():
+        if feature.type is FeatureType.VISUAL:
+            policy.input_features[key] = PolicyFeature(feature.type, (feature.shape[0], *size))
 
 
 def _validation(recipe: Recipe) -> None:

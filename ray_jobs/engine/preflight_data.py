@@ -10,7 +10,6 @@ from pathlib import Path
 import av
 import pyarrow.parquet
 from lerobot.configs.default import DatasetConfig
-from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import CODEBASE_VERSION, LeRobotDatasetMetadata
 from lerobot.datasets.utils import DatasetInfo, has_legacy_hub_download_metadata
 from lerobot.utils.constants import (
@@ -35,9 +34,8 @@ def where_it_is(dataset: DatasetConfig) -> tuple[str, Path | None]:
     return name, None
 
 
-def open_dataset(recipe: Recipe) -> LeRobotDatasetMetadata:
+def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
     """Open the data set's metadata, and say what is wrong with it better than LeRobot does."""
-    dataset = recipe.lerobot.dataset
     if dataset.video_backend not in VIDEO_BACKENDS:
         raise InputError(
             f"--dataset.video_backend={dataset.video_backend}: must be {' or '.join(VIDEO_BACKENDS[:2])}."
@@ -108,12 +106,14 @@ def _whole(name: str, root: Path, path: Path, what: str = "") -> None:
         raise InputError(f"{file} is damaged: {first_line(error)}") from None
 
 
-def check_files(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+def check_files(
+    dataset: DatasetConfig, meta: LeRobotDatasetMetadata, held_out: list[int] | None = None
+) -> None:
     """See that every file that will be read is there, and begins and ends as it should."""
-    name, root = where_it_is(recipe.lerobot.dataset)
+    name, root = where_it_is(dataset)
     if root is None:
         return  # the workers download it
-    chosen, held_out = recipe.lerobot.dataset.episodes, recipe.options.data.eval_episodes
+    chosen = dataset.episodes
     wanted = set(range(meta.total_episodes) if chosen is None else [*chosen, *(held_out or ())])
     columns = [("data", meta.data_path, None)]
     columns += [(f"videos/{camera}", meta.video_path, camera) for camera in meta.video_keys]
@@ -129,12 +129,13 @@ def check_files(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
             _whole(name, root, path, f" (episode {episode} is in it)")
 
 
-def check_resize(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
-    """See that the cameras can be resized; then the data set and the policy's inputs are of that size.
+def check_resize(
+    size: list[int] | None, meta: LeRobotDatasetMetadata, rename_map: dict[str, str] | None = None
+) -> None:
+    """See that the cameras can be resized; then the metadata tell of images of that size.
 
     LeRobot's resize step takes every observation with "image" in its name, and nothing else.
     """
-    size, policy = recipe.options.data.resize, recipe.lerobot.policy
     if size is None:
         return
     flag = f"--data.resize={size}".replace(" ", "")
@@ -146,7 +147,7 @@ def check_resize(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
             f"{flag}: data sets with depth images or language columns are read by LeRobot, at full size."
         )
     for key in cameras:
-        if "image" not in recipe.lerobot.rename_map.get(key, key):
+        if "image" not in (rename_map or {}).get(key, key):
             raise InputError(
                 f"{flag}: LeRobot's resize step goes by names, and {key} has no 'image' in its name."
             )
@@ -154,9 +155,6 @@ def check_resize(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
         recorded = ", ".join(f"{height}x{width}" for _, height, width in set(cameras.values()))
         raise InputError(f"{flag}: larger than the recorded images ({recorded}).")
     set_frame_size(meta, size)
-    for key, feature in (policy.input_features or {}).items():
-        if feature.type is FeatureType.VISUAL:
-            policy.input_features[key] = PolicyFeature(feature.type, (feature.shape[0], *size))
 
 
 def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
