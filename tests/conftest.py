@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ import pytest
 from ray_jobs.engine.console import quiet
 
 quiet()
+
+CACHE = tempfile.TemporaryDirectory(prefix="ray_jobs_cache_")  # decoded frames of all tests
+os.environ["RAY_JOBS_CACHE"] = CACHE.name
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "datasets" / "g1_yellow_bottle"

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +20,17 @@ from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset, LeRobotDataset
 from lerobot.datasets.factory import make_dataset, resolve_delta_timestamps
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.processor import ImageCropResizeProcessorStep
 from torch.utils.data import DataLoader, default_collate
 
-from ray_jobs.engine.data import FrameReader, training_batches
+from ray_jobs.engine.data import FrameReader, to_device, training_batches
 from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.frame_cache import FrameCache, open_frames
+from ray_jobs.engine.frames import FrameSource
+from ray_jobs.engine.options import DataOptions
 from ray_jobs.engine.recipe import resolve
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
@@ -30,6 +38,9 @@ torch.set_num_threads(1)  # tiny networks: more threads would only wait for each
 POLICIES = {
     "act": ACTConfig(device="cpu", chunk_size=8, n_action_steps=8),
     "diffusion": DiffusionConfig(device="cpu", horizon=8),
+    "smolvla": SmolVLAConfig(device="cpu", chunk_size=8, n_action_steps=8),
+    "pi0": PI0Config(device="cpu", chunk_size=8, n_action_steps=8),
+    "pi05": PI05Config(device="cpu", chunk_size=8, n_action_steps=8),
     "none": None,
 }
 
@@ -108,6 +119,19 @@ def opened(root: Path, policy: str, episodes: list[int] | None = None) -> LeRobo
     )
 
 
+@pytest.fixture(params=["decoded", "cached"])
+def frames_of(request, tmp_path) -> Callable[[LeRobotDataset], FrameSource | FrameCache]:
+    """Frames decoded one by one, or a new cache of them: batches are to be the same."""
+
+    def frames(dataset: LeRobotDataset) -> FrameSource | FrameCache:
+        where = "off" if request.param == "decoded" else str(tmp_path / "cache")
+        found = open_frames(dataset, DataOptions(cache=where), reads=0)
+        assert isinstance(found, FrameCache) == (request.param == "cached")
+        return found
+
+    return frames
+
+
 def assert_same(ours: dict, theirs: dict) -> None:
     assert set(ours) == set(theirs)
     for key, value in theirs.items():
@@ -121,10 +145,10 @@ def assert_same(ours: dict, theirs: dict) -> None:
 # ---------------------------------------------------------------------- what a batch holds
 
 
-def test_every_frame_equals_lerobots(parts):
+def test_every_frame_equals_lerobots(parts, frames_of):
     """Every frame of the data set, in batches of 16, with ACT's action chunks (padding at episode ends)."""
     dataset = opened(parts, "act")
-    reader = FrameReader(dataset, threads=2)
+    reader = FrameReader(dataset, threads=2, frames=frames_of(dataset))
     for indices in itertools.batched(range(len(dataset)), 16):
         assert_same(reader(list(indices)), default_collate([dataset[i] for i in indices]))
     reader.close()
@@ -132,11 +156,11 @@ def test_every_frame_equals_lerobots(parts):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("episodes", [None, [1, 3], [3, 1, 4]], ids=str)
-def test_two_cameras_in_several_files(many_files, policy, episodes):
+def test_two_cameras_in_several_files(many_files, policy, episodes, frames_of):
     """No deltas, action chunks, observation history; all episodes and selections in any order."""
     dataset = opened(many_files, policy, episodes)
     indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    ours = FrameReader(dataset, threads=0)(indices)
+    ours = FrameReader(dataset, 0, frames_of(dataset))(indices)
     assert_same(ours, default_collate([dataset[i] for i in indices]))
     images = (2, 3, 32, 32) if policy == "diffusion" else (3, 32, 32)
     assert ours["observation.images.side"].shape == (len(dataset), *images)
@@ -150,6 +174,17 @@ def test_real_recording(real, policy, episodes):
     dataset = opened(real, policy, episodes)
     indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(1))[:6].tolist()
     assert_same(FrameReader(dataset, threads=2)(indices), default_collate([dataset[i] for i in indices]))
+
+
+@pytest.mark.parametrize("policy", ["act", pytest.param("diffusion", marks=pytest.mark.slow)])
+def test_real_recording_from_the_cache(real, policy, tmp_path):
+    """A thousand random frames."""
+    dataset = opened(real, policy)
+    frames = open_frames(dataset, DataOptions(cache=str(tmp_path)), reads=0)
+    reader = FrameReader(dataset, 0, frames)
+    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(2))[:1000].tolist()
+    for some in itertools.batched(indices, 50):
+        assert_same(reader(list(some)), default_collate([dataset[i] for i in some]))
 
 
 def test_unreadable_video_is_named(many_files, tmp_path):
@@ -253,19 +288,20 @@ def test_accumulated_batches_count_as_one_step(numbers):
     assert [next(tail)["index"].tolist() for _ in range(2)] == whole[10:]
 
 
-# ---------------------------------------------------------------------- what is left to LeRobot's reading
+# ---------------------------------------------------------------------- images in parquet, image transforms
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_in_parquet(images_in_parquet, workers):
+def test_images_in_parquet(images_in_parquet, workers, frames_of):
     """A data set without videos gives LeRobot's batches, too."""
     flags = (f"--num_workers={workers}", "--dataloader_multiprocessing_context=fork", "--batch_size=4")
     cfg = config(images_in_parquet, *flags)
     dataset = make_dataset(cfg)
-    assert not FrameReader.can_read(dataset)
-    ours = training_batches(cfg, dataset, rank_of(0, 1))
+    ours = training_batches(cfg, dataset, rank_of(0, 1), frames=frames_of(dataset))
+    cameras = dataset.meta.camera_keys
     for mine, stock in zip(ours, itertools.islice(lerobots_batches(cfg, dataset, 0, 1), 6), strict=False):
-        assert_same(mine, stock)
+        assert mine[cameras[0]].dtype == torch.uint8
+        assert_same(to_device(mine, cameras, torch.device("cpu")), stock)
     ours.close()
 
 
@@ -278,7 +314,6 @@ def test_random_image_transforms_follow_the_seed(many_files, workers):
         more = (f"--dataset.image_transforms.enable={enable}", "--dataset.episodes=[1]")
         cfg = config(many_files, *flags, *more)
         dataset = make_dataset(cfg)
-        assert FrameReader.can_read(dataset) != enable
         torch.manual_seed(seed)
         cfg.seed = seed
         batches = training_batches(cfg, dataset, rank_of(0, 1))
@@ -299,3 +334,39 @@ def test_random_image_transforms_follow_the_seed(many_files, workers):
     assert len(first) == 10 and same(first, images(1))
     assert not same(first, images(2)) and not same(first, images(1, enable=False))
     assert not same(first[0::2], first[1::2]), "both epochs saw the same"
+
+
+def test_image_transforms_draw_lerobots_random_numbers(many_files, frames_of):
+    cfg = config(many_files, "--dataset.image_transforms.enable=true")
+    dataset = make_dataset(cfg)
+    torch.manual_seed(5)
+    ours = FrameReader(dataset, 0, frames_of(dataset)).__getitems__([3, 20, 38])
+    torch.manual_seed(5)
+    assert_same(ours, default_collate([dataset[i] for i in (3, 20, 38)]))
+
+
+# ---------------------------------------------------------------------- resized
+
+
+@pytest.mark.parametrize("policy", ["act", "diffusion"])
+@pytest.mark.parametrize("kind", ["many_files", "images_in_parquet"])
+def test_resized_frames_are_those_of_lerobots_resize_step(request, kind, policy, tmp_path):
+    """Rounded to uint8, from the cache as without it; nothing else of a batch changes."""
+    dataset = opened(request.getfixturevalue(kind), policy)
+    cameras, indices, size = dataset.meta.camera_keys, [0, 5, 13, 8], [12, 20]
+    theirs = default_collate([dataset[i] for i in indices])
+    off, kept = (DataOptions(cache=where, resize=size) for where in ("off", str(tmp_path)))
+    ours = FrameReader(dataset, 0, open_frames(dataset, off, reads=0))(indices)
+    assert_same(FrameReader(dataset, 0, open_frames(dataset, kept, reads=0))(indices), ours)
+
+    step = ImageCropResizeProcessorStep(resize_size=tuple(size))
+    for key in cameras:
+        full = theirs[key] / 255 if theirs[key].dtype == torch.uint8 else theirs[key]
+        wanted = step.observation({key: full.flatten(0, -4)})[key].view(*full.shape[:-2], *size)
+        assert ours[key].dtype == torch.uint8 and ours[key].shape == wanted.shape
+        assert (ours[key] / 255 - wanted).abs().max() <= 0.5001 / 255
+        assert ours[key].float().std() > 1, "an empty image"
+    gone = {f"{key}_is_pad" for key in cameras}
+    assert set(theirs) - set(ours) == (gone if policy == "diffusion" else set())
+    rest = set(ours) - set(cameras)
+    assert_same({key: ours[key] for key in rest}, {key: theirs[key] for key in rest})

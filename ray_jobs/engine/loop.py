@@ -24,9 +24,10 @@ from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
 from ray_jobs.engine import checkpoint, parallel, quantiles
-from ray_jobs.engine.data import make_datasets, to_device, training_batches
+from ray_jobs.engine.data import make_datasets, open_all_frames, to_device, training_batches
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PRUNED, STOP_REASONS
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.policy import build, make_processors
@@ -90,7 +91,8 @@ def train(
     torch.backends.cudnn.benchmark = not cfg.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    dataset, eval_dataset = make_datasets(cfg, options.data.eval_episodes)
+    dataset, eval_dataset = make_datasets(cfg, options.data.eval_episodes, options.data.resize)
+    frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, accelerator.num_processes, report)
     quantiles.complete(cfg.policy, dataset.meta)
     memory = recipe.memory
     if memory and accelerator.device.type == "cuda":
@@ -102,6 +104,7 @@ def train(
     for name in ("input_features", "output_features", "use_peft"):
         setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
     preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
+    add_resize_step(preprocessor, options.data.resize)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
 
     sharded = accelerator.is_fsdp2
@@ -110,7 +113,12 @@ def train(
     use_fast_kernels(policy, optimizer, channels_last=accelerator.mixed_precision != "no")
 
     batches = training_batches(
-        cfg, dataset, accelerator, batches_per_step=options.ray.grad_accumulation, resumed=resumed
+        cfg,
+        dataset,
+        accelerator,
+        frames=frames,
+        batches_per_step=options.ray.grad_accumulation,
+        resumed=resumed,
     )
     validation = None
     if eval_dataset is not None and recipe.eval_steps > 0:
@@ -121,6 +129,7 @@ def train(
             max_frames=cfg.max_eval_samples,
             threads=cfg.num_workers,
             timed=options.data.eval_timing,
+            frames=eval_frames,
         )
     model = policy  # the bare policy; `policy` is the one accelerate has wrapped
     accelerator.wait_for_everyone()

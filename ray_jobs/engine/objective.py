@@ -23,6 +23,8 @@ from lerobot.utils.constants import ACTION
 
 from ray_jobs.engine.data import FrameReader, to_device
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.frame_cache import FrameCache
+from ray_jobs.engine.frames import FrameSource
 
 # Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising
 # policy then depends on the group alone.
@@ -44,7 +46,7 @@ class Validation:
         dataset: The held-out data set, with the policy's own delta timestamps.
         horizon: H, the number of predicted actions that are compared; None for the whole chunk.
         max_frames: Frames to score in total, spread evenly over episodes and time; 0 scores all.
-        threads: Threads that decode videos.
+        threads, frames: See `FrameReader`.
         timed: Whether to measure `val/inference_ms` as well.
 
     Raises:
@@ -59,6 +61,7 @@ class Validation:
         horizon: int | None,
         max_frames: int = 0,
         threads: int = 0,
+        frames: FrameCache | FrameSource | None = None,
         timed: bool = False,
     ):
         self.dataset, self.timed = dataset, timed
@@ -68,7 +71,7 @@ class Validation:
             raise InputError(
                 f"--data.eval_horizon={horizon}: the policy predicts {longest} actions from now on."
             )
-        self.reader = FrameReader(dataset, threads) if FrameReader.can_read(dataset) else self._items
+        self.reader = FrameReader(dataset, threads, frames) if FrameReader.can_read(dataset) else self._items
         table = dataset.hf_dataset.with_format("numpy")
         self.actions = torch.from_numpy(np.stack(table[ACTION][:]).astype(np.float32))  # (frames, dims)
         episode = torch.from_numpy(np.asarray(table["episode_index"][:]))

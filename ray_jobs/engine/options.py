@@ -64,7 +64,12 @@ class RayOptions:
 
 @dataclass
 class DataOptions:
-    """Which episodes are held out, and how they are scored."""
+    """How frames are read, which episodes are held out, and how they are scored."""
+
+    cache: str = "auto"
+    """Decode frames once per node: `auto` where it is worth it and there is room, `off`, or a folder to keep them in."""
+    resize: list[int] | None = None
+    """Height and width that camera images are resized to, here and by the trained policy at run time: '[H,W]'."""
 
     eval_episodes: list[int] | None = None
     """Episodes held out for validation; takes the place of --dataset.eval_split."""
@@ -75,6 +80,14 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         at_least("data.eval_horizon", self.eval_horizon, 1)
+        if self.cache.lower() in ("off", "false", "no"):  # YAML reads `off` as a truth value
+            self.cache = "off"
+        elif self.cache != "auto":
+            self.cache = str(Path(self.cache).absolute())  # workers run in folders of their own
+        if self.resize is not None and (len(self.resize) != 2 or min(self.resize) < 1):
+            raise InputError(
+                f"--data.resize={self.resize}: must be height and width in pixels, as in '[120,160]'."
+            )
 
 
 @dataclass

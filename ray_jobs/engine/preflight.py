@@ -34,7 +34,13 @@ from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.policy import outline, with_features
-from ray_jobs.engine.preflight_data import check_files, choose_episodes, open_dataset, where_it_is
+from ray_jobs.engine.preflight_data import (
+    check_files,
+    check_resize,
+    choose_episodes,
+    open_dataset,
+    where_it_is,
+)
 from ray_jobs.engine.recipe import Recipe
 
 COUNTED = ("act", "diffusion", "pi0", "pi05", "smolvla")  # policies that can be built without memory
@@ -47,9 +53,9 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
     """
-    meta = open_dataset(recipe)
+    meta = open_dataset(recipe.lerobot.dataset)
     choose_episodes(recipe, meta)
-    check_files(recipe, meta)
+    check_files(recipe.lerobot.dataset, meta, recipe.options.data.eval_episodes)
     features, network = check_policy(recipe, meta)
     _weights(recipe, network)
     network = _adapters(recipe, network)
@@ -70,12 +76,22 @@ def check_policy(
         The data set's features under the policy's names, and its network without memory if that can be had.
     """
     _lengths(recipe.lerobot.policy)
+    _resize(recipe, meta)
     _validation(recipe)
     features = _features(recipe, meta)
     _pretrained(recipe.lerobot.policy, features, recipe.options.assets.dir)
     network = _network(recipe.lerobot.policy, features)
     _optimizer(recipe)
     return features, network
+
+
+def _resize(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """Let data set and policy agree on the size of images."""
+    size, policy = recipe.options.data.resize, recipe.lerobot.policy
+    check_resize(size, meta, recipe.lerobot.rename_map)
+    for key, feature in (policy.input_features or {}).items() if size else ():
+        if feature.type is FeatureType.VISUAL:
+            policy.input_features[key] = PolicyFeature(feature.type, (feature.shape[0], *size))
 
 
 def _validation(recipe: Recipe) -> None:

@@ -18,6 +18,7 @@ from lerobot.utils.constants import (
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
+from ray_jobs.engine.frames import frame_shape, set_frame_size
 from ray_jobs.engine.recipe import Recipe
 
 VIDEO_BACKENDS = ("pyav", "torchcodec", "video_reader")
@@ -33,9 +34,8 @@ def where_it_is(dataset: DatasetConfig) -> tuple[str, Path | None]:
     return name, None
 
 
-def open_dataset(recipe: Recipe) -> LeRobotDatasetMetadata:
+def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
     """Open the data set's metadata, and say what is wrong with it better than LeRobot does."""
-    dataset = recipe.lerobot.dataset
     if dataset.video_backend not in VIDEO_BACKENDS:
         raise InputError(
             f"--dataset.video_backend={dataset.video_backend}: must be {' or '.join(VIDEO_BACKENDS[:2])}."
@@ -106,12 +106,14 @@ def _whole(name: str, root: Path, path: Path, what: str = "") -> None:
         raise InputError(f"{file} is damaged: {first_line(error)}") from None
 
 
-def check_files(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+def check_files(
+    dataset: DatasetConfig, meta: LeRobotDatasetMetadata, held_out: list[int] | None = None
+) -> None:
     """See that every file that will be read is there, and begins and ends as it should."""
-    name, root = where_it_is(recipe.lerobot.dataset)
+    name, root = where_it_is(dataset)
     if root is None:
         return  # the workers download it
-    chosen, held_out = recipe.lerobot.dataset.episodes, recipe.options.data.eval_episodes
+    chosen = dataset.episodes
     wanted = set(range(meta.total_episodes) if chosen is None else [*chosen, *(held_out or ())])
     columns = [("data", meta.data_path, None)]
     columns += [(f"videos/{camera}", meta.video_path, camera) for camera in meta.video_keys]
@@ -125,6 +127,34 @@ def check_files(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
         for (chunk, file), episode in first.items():
             path = root / pattern.format(chunk_index=chunk, file_index=file, video_key=camera)
             _whole(name, root, path, f" (episode {episode} is in it)")
+
+
+def check_resize(
+    size: list[int] | None, meta: LeRobotDatasetMetadata, rename_map: dict[str, str] | None = None
+) -> None:
+    """See that the cameras can be resized; then the metadata tell of images of that size.
+
+    LeRobot's resize step takes every observation with "image" in its name, and nothing else.
+    """
+    if size is None:
+        return
+    flag = f"--data.resize={size}".replace(" ", "")
+    cameras = {key: frame_shape(meta, key) for key in meta.camera_keys}
+    if not cameras:
+        raise InputError(f"{flag}: the data set has no cameras.")
+    if meta.depth_keys or meta.has_language_columns:
+        raise InputError(
+            f"{flag}: data sets with depth images or language columns are read by LeRobot, at full size."
+        )
+    for key in cameras:
+        if "image" not in (rename_map or {}).get(key, key):
+            raise InputError(
+                f"{flag}: LeRobot's resize step goes by names, and {key} has no 'image' in its name."
+            )
+    if all(size[0] > height or size[1] > width for _, height, width in cameras.values()):
+        recorded = ", ".join(f"{height}x{width}" for _, height, width in set(cameras.values()))
+        raise InputError(f"{flag}: larger than the recorded images ({recorded}).")
+    set_frame_size(meta, size)
 
 
 def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:

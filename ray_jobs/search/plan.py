@@ -155,7 +155,7 @@ def make_plan(
         except InputError as error:
             _blame_the_user(error, arguments({**s.kind(fixed), **fixed}))
             raise _in_file(s, "baseline", {}, error) from None
-        meta = open_dataset(published)
+        meta = open_dataset(published.lerobot.dataset)
         recipe = recipe or published
         shortest = min(shortest, chunk_length(published.lerobot.policy))
         for blamed, config in s.corners(fixed):

@@ -1,16 +1,19 @@
 """The ACT recipe through `lerobot-train` and through `ray_jobs.train`: which starts and steps faster?
 
-    uv run python tests/benchmarks/train_vs_lerobot.py --root=DATASET [--steps=30] [--rounds=3] [--amp]
+    uv run python tests/benchmarks/train_vs_lerobot.py --root=DATASET [--steps=30] [--rounds=3] [--amp] [--cold]
+        [--ours="--data.resize=[120,160]"]
 
 Both sides run whole, as a user would start them, interleaved. Printed are medians and ratios of the time to the
 end of the first step, seconds per step after it (whole loop, data included), samples/s, and peak memory of the
 process tree (sum of proportional set sizes: pages shared between processes count once). Machines are noisy: only
-ratios count.
+ratios count. The frame cache is warm, as for all but the first run on a machine, or --cold: empty before each run, so
+that frames are decoded before the first step.
 """
 
 import argparse
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -57,8 +60,10 @@ STEP = {"lerobot-train": re.compile(r"step:(\d+) "), "ray_jobs.train": re.compil
 MODULE = {"lerobot-train": "lerobot.scripts.lerobot_train", "ray_jobs.train": "ray_jobs.train"}
 
 
-def run(side: str, flags: list[str], steps: int) -> dict[str, float]:
+def run(side: str, flags: list[str], steps: int, cache: Path) -> dict[str, float]:
     """Start one side, time its log lines, sample its memory."""
+    if side == "ray_jobs.train":
+        flags = [*flags, f"--data.cache={cache}"]
     output_dir = Path(tempfile.mkdtemp()) / "run"
     command = [
         sys.executable,
@@ -125,21 +130,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--amp", action="store_true", help="--policy.use_amp=true on both sides")
+    parser.add_argument("--cold", action="store_true", help="an empty frame cache before each run")
+    parser.add_argument("--ours", default="", help="flags for ray_jobs.train alone")
     parser.add_argument(
         "--num_workers", type=int, default=4, help="decoding workers, LeRobot's flag and its default"
     )
     args, more = parser.parse_known_args()
     flags = [f"--dataset.root={args.root}", f"--num_workers={args.num_workers}", *more]
     flags += [f"--policy.use_amp={str(args.amp).lower()}"]
+    ours = {"lerobot-train": [], "ray_jobs.train": shlex.split(args.ours)}
+    cache = Path(tempfile.mkdtemp(prefix="ray_jobs_cache_"))
+    if not args.cold:
+        run("ray_jobs.train", [*flags, *ours["ray_jobs.train"]], 3, cache)
     results: dict[str, list[dict]] = {side: [] for side in MODULE}
     for number in range(args.rounds):
         for side in sorted(MODULE, reverse=number % 2 == 1):
-            results[side].append(run(side, flags, args.steps))
+            if args.cold:
+                shutil.rmtree(cache, ignore_errors=True)
+            results[side].append(run(side, [*flags, *ours[side]], args.steps, cache))
             print(
                 f"round {number + 1} {side:15}",
                 {k: round(v, 2) for k, v in results[side][-1].items()},
                 flush=True,
             )
+    shutil.rmtree(cache, ignore_errors=True)
     print(f"\n{'median of ' + str(args.rounds):18} {'lerobot-train':>14} {'ray_jobs.train':>15} {'ratio':>7}")
     for key in results["lerobot-train"][0]:
         stock, ours = (

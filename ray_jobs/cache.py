@@ -1,0 +1,179 @@
+"""The frame cache of this node, or of every node of a cluster: decode ahead, look, check, remove.
+
+    python -m ray_jobs.cache build --dataset.repo_id=me/set --dataset.root=datasets/set [--data.resize='[120,160]']
+    python -m ray_jobs.cache list
+    python -m ray_jobs.cache verify [NAME ...]
+    python -m ray_jobs.cache remove NAME ... | --stale | --all
+
+`build` is for one node, or for every node of the cluster that `--ray.address` (or `ray job submit`) names, at the same
+time. `list` names the entries; part of a name stands for all that contain it. `verify` reads all frames again: those
+that are damaged are decoded anew when they are next needed. `--data.cache=FOLDER` looks elsewhere than `auto` does.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ray_jobs.engine import cluster
+from ray_jobs.engine.console import duration, quiet, run_job
+from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.options import DataOptions, read_flags
+
+
+def main(argv: list[str]) -> int:
+    quiet()
+    if not argv or {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    actions = {"build": _build, "list": _list, "verify": _verify, "remove": _remove}
+    if argv[0] not in actions:
+        raise InputError(f"'{argv[0]}': must be one of {', '.join(actions)}.")
+    return actions[argv[0]](argv[1:])
+
+
+# ---------------------------------------------------------------------- build
+
+
+def _build(words: list[str]) -> int:
+    flags, _ = read_flags(words)
+    address = flags.get("ray.address") or os.environ.get("RAY_ADDRESS")
+    if not address:
+        _build_here(words, print)
+        return 0
+    import ray
+
+    from ray_jobs.engine import dataset_options
+
+    dataset_options.read(words)  # a mistake is told of once, and here
+    cluster.start(flags.get("ray.address")).result()
+    line = cluster.open_line()
+    tasks = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            name, here = node["NodeManagerAddress"], {"ray.io/node-id": node["NodeID"]}
+            task = ray.remote(num_cpus=0, label_selector=here)(_build_on_node)
+            tasks[name] = task.remote(words, name, line)
+    waiting = list(tasks.values())
+    while waiting:
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
+        for event in ray.get(line.hear.remote(0)):
+            print(event["text"], flush=True)
+    failed = {name: error for name, task in tasks.items() if (error := ray.get(task))}
+    if failed:
+        raise RunError("\n".join(f"{name}: {error}" for name, error in failed.items()))
+    return 0
+
+
+def _build_on_node(words: list[str], name: str, line) -> str | None:
+    """Returns what went wrong."""
+    quiet()
+    try:
+        _build_here(words, lambda text: line.tell.remote({"text": f"{name}: {text}"}))
+    except (InputError, RunError) as error:
+        return str(error)
+    return None
+
+
+def _build_here(words: list[str], say: Callable[[str], None]) -> None:
+    from ray_jobs.engine import dataset_options
+    from ray_jobs.engine.frame_cache import FrameCache, default_folder, gigabytes
+    from ray_jobs.engine.frame_reader import FrameReader
+    from ray_jobs.engine.frames import FrameSource
+
+    begin = time.monotonic()
+    asked = dataset_options.read(words)
+    dataset = asked.open()
+    if not dataset.meta.camera_keys or not FrameReader.can_read(dataset):
+        raise InputError(
+            f"{asked.name}: nothing to cache, it has no cameras, or depth or language, which LeRobot reads."
+        )
+    folder = default_folder() if asked.data.cache == "auto" else Path(asked.data.cache)
+    try:
+        cache = FrameCache(FrameSource(dataset, asked.data.resize), folder)
+        say(f"decoding {gigabytes(cache.missing_bytes())} of {gigabytes(cache.bytes())} into {folder}")
+        cache.fill(say)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be used: {error.strerror or error}") from error
+    say(f"all frames are there ({duration(time.monotonic() - begin)})")
+
+
+# ---------------------------------------------------------------------- list, verify, remove
+
+
+@dataclass
+class ListOptions:
+    """Which entries."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    stale: bool = False
+    all: bool = False
+
+
+def _entries(words: list[str]) -> tuple[ListOptions, dict]:
+    """The options, and the entries that the names among the words stand for, by name."""
+    import draccus
+
+    from ray_jobs.engine.explain import parse
+    from ray_jobs.engine.frame_cache import default_folder
+    from ray_jobs.engine.frame_store import entries
+
+    names = [word for word in words if not word.startswith("--")]
+    flags, _ = read_flags([word for word in words if word not in names])
+    given = [f"--{name}={value or 'true'}" for name, value in flags.items()]
+    options = parse(lambda: draccus.parse(ListOptions, args=given), flags)
+    folder = default_folder() if options.data.cache == "auto" else Path(options.data.cache)
+    found = entries(folder)
+    for name in names:
+        if not any(name in other for other in found):
+            raise InputError(
+                f"'{name}': there is no such entry in {folder}; it has {', '.join(found) or 'none'}."
+            )
+    if not found:
+        print(f"no frames in {folder}")
+    return options, {k: v for k, v in found.items() if not names or any(name in k for name in names)}
+
+
+def _list(words: list[str]) -> int:
+    from ray_jobs.engine.frame_cache import gigabytes, is_stale
+
+    _, found = _entries(words)
+    for name, entry in found.items():
+        there = int((entry.checksums != 0).sum())
+        state = f"{there}/{entry.total} frames" if there < entry.total else f"{entry.total} frames"
+        stale = ", stale: the data set has changed or is gone" if is_stale(entry) else ""
+        print(
+            f"{name}\n    {state}, {gigabytes(entry.disk_bytes())} on disk, from {entry.about['root']}{stale}"
+        )
+    return 0
+
+
+def _verify(words: list[str]) -> int:
+    _, found = _entries(words)
+    damaged = 0
+    for name, entry in found.items():
+        bad = entry.verify()
+        damaged += len(bad)
+        print(f"{name}: {f'{len(bad)} damaged frames, to be decoded again' if bad else 'good'}", flush=True)
+    return 1 if damaged else 0
+
+
+def _remove(words: list[str]) -> int:
+    from ray_jobs.engine.columns import remove_unused_columns
+    from ray_jobs.engine.frame_cache import is_stale
+
+    options, found = _entries(words)
+    if not options.all and not options.stale and not [word for word in words if not word.startswith("--")]:
+        raise InputError("name what to remove (`python -m ray_jobs.cache list`), or give --stale or --all.")
+    for name, entry in found.items():
+        if not options.stale or is_stale(entry):
+            entry.remove()
+            print(f"removed {name}")
+    for folder in {entry.folder.parent for entry in found.values()}:
+        remove_unused_columns(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main, at_end=cluster.leave)

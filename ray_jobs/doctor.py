@@ -1,0 +1,143 @@
+"""Look a data set over before training on it: what it holds, what is wrong with it, what it will cost, what to change.
+
+    python -m ray_jobs.doctor --dataset.repo_id=me/set --dataset.root=datasets/set [--policy.type=act ...] [--json]
+
+All flags of `ray_jobs.train` may be given; by default an ACT with LeRobot's settings and untrained weights is measured
+for four steps. `--measure=false` reads only. Exit status 1 if something would stop or spoil a training.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.options import read_flags
+
+
+def main(argv: list[str]) -> int:
+    quiet()
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    flags, _ = read_flags([word for word in argv if word != "--json"])
+    measuring = flags.pop("measure", "true").lower() != "false"
+    with no_garbage_collection():
+        from ray_jobs.engine import costs, dataset_options, preflight
+        from ray_jobs.engine.diagnosis import diagnose
+        from ray_jobs.engine.recipe import resolve
+
+    asked = dataset_options.read(
+        [f"--{k}={v}" for k, v in flags.items() if k.startswith(("dataset.", "data.")) and "eval" not in k]
+    )
+    recipe = resolve(_recipe(flags))
+    found = diagnose(asked, recipe.lerobot.policy)
+    if measuring and not found.faults:
+        preflight.check(recipe)
+        found.facts["costs"] = costs.measure(asked, recipe)
+    found.advice += _advice(found.facts, asked.data.resize)
+    if "--json" in argv:
+        print(json.dumps(vars(found), indent=2))
+    else:
+        print("\n".join(_screen(found)))
+    return 1 if found.faults else 0
+
+
+def _recipe(flags: dict[str, str]) -> list[str]:
+    """Flags of a training of a few steps, of which nothing stays."""
+    defaults = (
+        {"policy.pretrained_backbone_weights": "null"} if flags.get("policy.type", "act") == "act" else {}
+    )
+    defaults |= {"policy.type": "act", "num_workers": "1"}
+    given = defaults | flags
+    given |= {
+        "policy.push_to_hub": "false",
+        "output_dir": str(Path(tempfile.gettempdir()) / "ray_jobs_doctor_nothing"),
+        "steps": "4",
+        "log_freq": "1",
+        "save_checkpoint": "false",
+        "env_eval_freq": "0",
+    }
+    if "policy.path" in given:
+        del given["policy.type"]
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def _advice(facts: dict, size: list[int] | None) -> list[str]:
+    """What to change, as far as the figures tell."""
+    advice, costs = [], facts.get("costs", {})
+    need, free = costs.get("to_decode_bytes", 0), costs.get("free_disk_bytes", 0)
+    large = [
+        key for key, camera in facts.get("cameras", {}).items() if min(sorted(camera["shape"])[1:]) > 256
+    ]
+    if need > 0.9 * free:
+        advice.append(
+            "The cache does not fit on the disk: --data.resize, --data.cache=FOLDER on a larger one."
+        )
+    if large and size is None:
+        advice.append(
+            f"{', '.join(large)}: more pixels than most policies use; --data.resize='[240,320]' makes cache, loader "
+            "and step cheaper."
+        )
+    distances = [camera.get("key_frame_distance", 0) for camera in facts.get("cameras", {}).values()]
+    if max(distances, default=0) > 30:
+        advice.append(
+            f"Key frames are up to {max(distances)} frames apart: single frames are slow to decode, so leave "
+            "--data.cache on."
+        )
+    return advice
+
+
+def _screen(found) -> list[str]:
+    facts = found.facts
+    lines = []
+    if "episodes" in facts:
+        shortest, middle, longest = facts["episode_lengths"]
+        tasks = facts["tasks"]
+        more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
+        lines += [
+            f"{facts['dataset']}: {facts['episodes']} episodes, {facts['frames']} frames, {facts['fps']} fps, "
+            f"{duration(facts['seconds'])}",
+            f"episodes    {shortest} to {longest} frames, half of them below {middle}",
+            f"tasks       {'; '.join(tasks[:3])}{more}",
+        ]
+        for key, camera in facts["cameras"].items():
+            shape = "x".join(map(str, camera["shape"]))
+            how = f"{', '.join(camera['codecs'])}, {camera['files']} file(s), key frames {camera['key_frame_distance']} apart"
+            lines.append(
+                f"camera      {key}: {shape}, {how if 'codecs' in camera else 'images in the tables'}"
+            )
+        for key, number in facts["numbers"].items():
+            lines.append(
+                f"numbers     {key}: {number['dimensions']} dimensions, {min(number['min']):.3g} to {max(number['max']):.3g}"
+            )
+    if costs := facts.get("costs"):
+        lines += _costs(costs)
+    lines += [f"FAULT       {text}" for text in found.faults]
+    lines += [f"warning     {text}" for text in found.warnings]
+    lines += [f"change      {text}" for text in found.advice]
+    if not found.faults:
+        lines.append("nothing would stop a training." if found.warnings else "healthy.")
+    return lines
+
+
+def _costs(costs: dict) -> list[str]:
+    lines, step = [], costs["step_samples_per_s"]
+    if "cache_bytes" in costs:
+        left = (
+            f", {duration(costs['decode_s'])} to decode" if costs["to_decode_bytes"] else ", decoded already"
+        )
+        lines.append(f"cache       {costs['cache_bytes'] / 1e9:.3g} GB{left}")
+        stock, ours = costs["lerobot_samples_per_s"], costs["cache_samples_per_s"]
+        lines.append(
+            f"loader      {ours:.3g} samples/s from the cache, LeRobot's decoding {stock:.3g} (one process)"
+        )
+        limit = "loader" if ours < step else "step"
+    else:
+        limit = "step"
+    name = f"{costs['policy']}, batch {costs['batch_size']}"
+    lines.append(f"step        {step:.3g} samples/s ({name}); the {limit} is the limit")
+    return lines
+
+
+if __name__ == "__main__":
+    run_job(main, at_end=lambda: None)

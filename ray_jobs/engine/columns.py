@@ -1,0 +1,90 @@
+"""A data set's states, actions and other numbers as contiguous arrays, one per column.
+
+LeRobot's table gives all columns of a row, through Python objects (4-6 ms per sample); an array gives the rows of a
+batch at once. Written to the cache they are mapped into memory, so that all processes of a node share them.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import lerobot
+import numpy as np
+import torch
+from lerobot.datasets import LeRobotDataset
+
+from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
+
+CHECKSUMS = "columns.json"
+_checked: set[Path] = set()  # arrays that this process found to be good
+
+
+def columns_of(dataset: LeRobotDataset) -> dict[str, torch.Tensor]:
+    """The (filtered) table's columns but for images, by name."""
+    table, images = dataset.hf_dataset.data, dataset.meta.image_keys
+    return {key: _contiguous(table.column(key)) for key in dataset.hf_dataset.features if key not in images}
+
+
+def cached_columns(dataset: LeRobotDataset, folder: Path) -> dict[str, torch.Tensor]:
+    """The same, mapped from `<folder>/<data set>.columns.<fingerprint>/`, which is written if it is not there.
+
+    Raises:
+        OSError: The folder cannot be written, or the disk is full.
+    """
+    content = file_hashes(dataset.root, ("meta/info.json", "data/**/*.parquet"), folder)
+    fingerprint = fingerprint_of(FORMAT, lerobot.__version__, dataset.episodes, content)
+    place = folder / f"{dataset.repo_id.replace('/', '--')}.columns.{fingerprint}"
+    if not _is_sound(place):
+        shutil.rmtree(place, ignore_errors=True)
+        scratch = place.with_name(f".{place.name}.{os.getpid()}")
+        scratch.mkdir(parents=True, exist_ok=True)
+        try:
+            for key, column in columns_of(dataset).items():
+                np.save(scratch / f"{key}.npy", column.numpy())
+            checksums = {file.name: hash_file(file) for file in scratch.glob("*.npy")}
+            (scratch / CHECKSUMS).write_text(json.dumps(checksums))
+            with contextlib.suppress(OSError):  # another process has been faster
+                scratch.rename(place)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    # Copy on write: nobody writes, but torch wants arrays that could be.
+    arrays = {path.stem: np.load(path, mmap_mode="c") for path in sorted(place.glob("*.npy"))}
+    return {key: torch.from_numpy(arrays[key]) for key in dataset.hf_dataset.features if key in arrays}
+
+
+def remove_unused_columns(folder: Path) -> None:
+    """Remove the arrays of data sets of which no frames are kept any more."""
+    used = {path.parent.name.split(".")[0] for path in folder.glob("*/frames")}
+    for path in folder.glob(f"*/{CHECKSUMS}"):
+        if path.parent.name.split(".")[0] not in used:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _is_sound(place: Path) -> bool:
+    try:
+        checksums = json.loads((place / CHECKSUMS).read_text())
+        if place in _checked:
+            return True
+        if all(hash_file(place / name) == checksum for name, checksum in checksums.items()):
+            _checked.add(place)
+            return True
+    except (OSError, ValueError):
+        pass
+    return False
+
+
+def _contiguous(column) -> torch.Tensor:
+    """An Arrow column as one array, in the dtypes LeRobot gives: float32, int64, bool."""
+    column = column.combine_chunks()
+    width = None
+    if hasattr(column, "flatten") and hasattr(column.type, "value_type"):
+        width, column = len(column[0]), column.flatten()
+    values = column.to_numpy(zero_copy_only=False)
+    if values.dtype.kind == "f":
+        values = values.astype(np.float32, copy=False)
+    elif values.dtype.kind in "iu":
+        values = values.astype(np.int64, copy=False)
+    values = np.ascontiguousarray(values if width is None else values.reshape(-1, width))
+    return torch.from_numpy(values if values.flags.writeable else values.copy())

@@ -1,0 +1,67 @@
+"""What training on a data set will cost on this machine, measured on one of its episodes: seconds, not promises."""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ray_jobs.engine import loop
+from ray_jobs.engine.dataset_options import DatasetOptions
+from ray_jobs.engine.frame_cache import FrameCache, default_folder
+from ray_jobs.engine.frame_reader import FrameReader
+from ray_jobs.engine.frames import FrameSource
+from ray_jobs.engine.recipe import Recipe
+
+SECONDS = 2  # per figure
+STEPS = 4  # of which the first warms up
+
+
+def measure(asked: DatasetOptions, recipe: Recipe) -> dict:
+    """Samples per second of LeRobot's loader, of the frame cache and of the training step; size of the cache and time
+    to build it. One worker, this machine's processors.
+
+    Args:
+        recipe: What would be trained; its data set's episodes are replaced by one.
+    """
+    dataset = asked.open()
+    lengths = dataset.meta.episodes["length"]
+    episode = int(np.argsort(lengths)[len(lengths) // 2])  # of median length
+    asked.dataset.episodes = recipe.lerobot.dataset.episodes = [episode]
+    facts = {"batch_size": recipe.lerobot.batch_size, "policy": recipe.lerobot.policy.type}
+    with tempfile.TemporaryDirectory(prefix="ray_jobs_doctor_") as folder:
+        if dataset.meta.camera_keys and FrameReader.can_read(dataset):
+            whole = FrameCache(FrameSource(dataset, asked.data.resize), default_folder())
+            facts |= {"cache_bytes": whole.bytes(), "to_decode_bytes": whole.missing_bytes()}
+            facts["free_disk_bytes"] = shutil.disk_usage(Path(folder)).free
+            one = FrameCache(FrameSource(asked.open(), asked.data.resize), Path(folder) / "cache")
+            begin = time.perf_counter()
+            one.fill()
+            per_byte = (time.perf_counter() - begin) / one.bytes()
+            facts["decode_s"] = per_byte * facts["to_decode_bytes"]
+            rows = np.random.default_rng(0).integers(lengths[episode], size=(100, recipe.lerobot.batch_size))
+            reader, stock = FrameReader(one.dataset, 0, one), asked.open()
+            facts["cache_samples_per_s"] = _rate(
+                lambda n: reader(rows[n % 100].tolist()), recipe.lerobot.batch_size
+            )
+            facts["lerobot_samples_per_s"] = _rate(lambda n: stock[int(rows[n % 100][0])], 1)
+        recipe.lerobot.output_dir = Path(folder) / "run"
+        recipe.options.data.cache = str(Path(folder) / "cache")
+        events: list[dict] = []
+        loop.train(recipe, device=recipe.device or recipe.lerobot.policy.device, report=events.append)
+    steps = [e["train/step_s"] - e["train/data_s"] for e in events if e["kind"] == "log"][1:]
+    facts["step_samples_per_s"] = recipe.lerobot.batch_size / statistics.median(steps)
+    return facts
+
+
+def _rate(read: Callable[[int], object], samples: int) -> float:
+    """Samples per second of calling `read` again and again; the first call warms up."""
+    read(0)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < SECONDS:
+        count += 1
+        read(count)
+    return count * samples / (time.perf_counter() - begin)

@@ -1,0 +1,64 @@
+"""A data set as the jobs name it that do not train: `--dataset.*`, `--data.*`, `--ray.address`."""
+
+from dataclasses import dataclass, field
+
+import draccus
+from lerobot.configs.default import DatasetConfig
+from lerobot.datasets import LeRobotDataset
+
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.explain import first_line, parse
+from ray_jobs.engine.frames import set_frame_size
+from ray_jobs.engine.options import DataOptions, RayOptions, read_flags
+from ray_jobs.engine.preflight_data import check_files, check_resize, open_dataset, where_it_is
+
+
+@dataclass
+class DatasetOptions:
+    """Which data set, how it is read, and on which cluster."""
+
+    dataset: DatasetConfig
+    data: DataOptions = field(default_factory=DataOptions)
+    ray: RayOptions = field(default_factory=RayOptions)
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        return where_it_is(self.dataset)[0]
+
+    def open(self) -> LeRobotDataset:
+        """The data set, looked over as before a training; its metadata tell of resized frames.
+
+        Raises:
+            InputError: It is not there, not whole, or cannot be resized.
+        """
+        meta = open_dataset(self.dataset)
+        check_files(self.dataset, meta)
+        check_resize(self.data.resize, meta)
+        try:
+            dataset = LeRobotDataset(
+                self.dataset.repo_id,
+                root=self.dataset.root,
+                episodes=self.dataset.episodes,
+                revision=self.dataset.revision,
+                video_backend=self.dataset.video_backend,
+                return_uint8=True,
+            )
+        except Exception as error:
+            raise InputError(f"{self.name}: the data set cannot be opened: {first_line(error)}") from None
+        set_frame_size(dataset.meta, self.data.resize)
+        return dataset
+
+
+def read(words: list[str]) -> DatasetOptions:
+    """Parse the flags.
+
+    Raises:
+        InputError: A flag or a value is wrong, or no data set is named.
+    """
+    flags, _ = read_flags(words)
+    if "dataset.repo_id" not in flags:
+        raise InputError(
+            "--dataset.repo_id is missing: the data set's name (with --dataset.root=FOLDER any will do)."
+        )
+    return parse(lambda: draccus.parse(DatasetOptions, args=[f"--{k}={v}" for k, v in flags.items()]), flags)
