@@ -1,5 +1,8 @@
 """How much memory a worker's training will take, estimated before anything is built."""
 
+import inspect
+import os
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,7 +10,6 @@ import torch
 from lerobot.configs.types import PolicyFeature
 from lerobot.optim import AdamConfig, AdamWConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from torch.fx.experimental import _config as torch_config
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -38,7 +40,8 @@ class Memory:
         if self.activations is not None:
             parts["activations, roughly"] = self.activations
         listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items())
-        return f"about {self.total / 1e9:.2f} GB per worker ({listed})"
+        more = "" if self.activations is not None else "; activations come on top"
+        return f"about {self.total / 1e9:.2f} GB per worker ({listed}{more})"
 
     def warning(self, recipe: "Recipe", available: int) -> str | None:
         """What to change when a worker's GPU of `available` bytes is too small; None if it is not."""
@@ -123,13 +126,16 @@ def _activations(network: torch.nn.Module, features: dict[str, PolicyFeature]) -
     training = network.training
     try:
         network.train()
-        counted = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        # SmolVLA looks for the patches of an image that are not padding: all of them.
-        with counted, torch_config.patch(meta_nonzero_assume_all_nonzero=True):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             network(batch)
     except (NotImplementedError, RuntimeError) as error:
-        if "meta tensor" not in str(error):
-            return None
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if f"{os.sep}torch{os.sep}" not in frame.filename
+        ]
+        if "meta tensor" not in str(error) or frames[-1].filename != inspect.getfile(type(base)):
+            return None  # not the policy's own wish, but that of a model inside it
     except Exception:
         return None
     finally:

@@ -36,6 +36,7 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
     `use_amp` where a policy has no `dtype`."""
     # A process that trains more than once (tests, trials) may change its precision.
     AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # left by a run that was sharded
     device = torch.device(cfg.policy.device)
     precision = "no"
     if hasattr(cfg.policy, "dtype"):

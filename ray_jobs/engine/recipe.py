@@ -119,7 +119,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
         )
     if cfg.env is not None and cfg.env_eval_freq > 0:
         notices.append("The simulator is not run while training; lerobot-eval scores a checkpoint in it.")
-    if cfg.policy.push_to_hub and (reason := _no_upload(cfg.policy.repo_id)):
+    if cfg.policy.push_to_hub and (reason := _no_upload(cfg.policy.repo_id, options)):
         cfg.policy.push_to_hub = False
         notices.append(f"The policy will not be uploaded to --policy.repo_id={cfg.policy.repo_id}: {reason}.")
     idle = next((name for name in flags if name.startswith(("optimizer.", "scheduler."))), None)
@@ -273,8 +273,10 @@ def _lerobot_config(
     return cfg
 
 
-def _no_upload(repo_id: str) -> str | None:
+def _no_upload(repo_id: str, options: Options) -> str | None:
     """Why a policy cannot be uploaded, as far as it shows before the training."""
+    if options.ray.parallelism == "fsdp":
+        return "no worker holds all of it (`hf upload` takes its checkpoint)"
     if repo_id.lower() in ("none", "null"):
         return "that is no name"
     return None if get_token() else "there is no Hub login here (`hf auth login`)"
