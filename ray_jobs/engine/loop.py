@@ -32,6 +32,7 @@ from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.stop_flag import StopFlag
 from ray_jobs.engine.tracking import Tracker, read_metrics
 
 CHECK_EVERY = 200  # steps between looks for NaN where nothing else asks for the loss
@@ -317,7 +318,13 @@ def make_accelerator(cfg: TrainPipelineConfig, grad_accumulation: int) -> Accele
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=grad_accumulation, adjust_scheduler=False, sync_with_dataloader=False
         ),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                # Looking for parameters without gradient walks the graph in every step. ACT has none.
+                find_unused_parameters=cfg.policy.type != "act" or cfg.peft is not None,
+                gradient_as_bucket_view=True,
+            )
+        ],
     )
 
 
@@ -398,30 +405,3 @@ def use_fast_kernels(
 def clip_gradients(policy: torch.nn.Module, max_norm: float, accelerator: Accelerator) -> torch.Tensor:
     """Clip to `max_norm` (0 measures only); returns the norm before, still on the device."""
     return accelerator.clip_grad_norm_(policy.parameters(), max_norm if max_norm > 0 else math.inf)
-
-
-class StopFlag:
-    """Lets all ranks stop at the same step when one is asked to.
-
-    The answer to this step's question is read at the next one: the exchange runs beside the step, on the
-    CPU, and no rank ever waits for a GPU because of it.
-    """
-
-    def __init__(self, accelerator: Accelerator, should_stop: Callable[[], bool]):
-        self.should_stop = should_stop
-        self.group = None
-        if accelerator.num_processes > 1:
-            self.group = torch.distributed.new_group(backend="gloo")
-        self.pending = None
-
-    def raised(self) -> bool:
-        if self.group is None:
-            return self.should_stop()
-        answer = False
-        if self.pending is not None:
-            flag, work = self.pending
-            work.wait()
-            answer = bool(flag.item())
-        flag = torch.tensor([int(self.should_stop())])
-        self.pending = flag, torch.distributed.all_reduce(flag, group=self.group, async_op=True)
-        return answer
