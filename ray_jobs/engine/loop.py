@@ -25,13 +25,14 @@ from torch.distributed.tensor import DTensor
 
 from ray_jobs.engine import checkpoint, parallel, quantiles
 from ray_jobs.engine.data import make_datasets, open_all_frames, to_device, training_batches
-from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PRUNED, STOP_REASONS
+from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PRUNED
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.policy import build, make_processors
 from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.stop_flag import StopFlag
 from ray_jobs.engine.tracking import Tracker, read_metrics
 
 CHECK_EVERY = 200  # steps between looks for NaN where nothing else asks for the loss
@@ -353,36 +354,3 @@ def clip_gradients(policy: torch.nn.Module, max_norm: float, accelerator: Accele
     """Clip to `max_norm` (0 measures only); returns the norm before, still on the device."""
     norm = accelerator.clip_grad_norm_(policy.parameters(), max_norm if max_norm > 0 else math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-class StopFlag:
-    """Lets all ranks stop at the same step when one is asked to.
-
-    The answer to this step's question is read at the next one: the exchange runs beside the step, on the
-    CPU, and no rank ever waits for a GPU because of it.
-    """
-
-    def __init__(self, accelerator: Accelerator, should_stop: Callable[[], str]):
-        self.should_stop = should_stop
-        self.group = None
-        if accelerator.num_processes > 1:
-            self.group = torch.distributed.new_group(backend="gloo")
-        self.pending = None
-
-    def reason(self) -> str:
-        """One of STOP_REASONS, the same on all ranks."""
-        if self.group is None:
-            return self.should_stop()
-        answer = 0
-        if self.pending is not None:
-            flag, work = self.pending
-            work.wait()
-            answer = flag.item()
-        flag = torch.tensor(STOP_REASONS.index(self.should_stop()))
-        self.pending = (
-            flag,
-            torch.distributed.all_reduce(
-                flag, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True
-            ),
-        )
-        return STOP_REASONS[answer]

@@ -54,7 +54,13 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=options.grad_accumulation, adjust_scheduler=False, sync_with_dataloader=False
         ),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                # Looking for parameters without gradient walks the graph in every step. ACT has none.
+                find_unused_parameters=cfg.policy.type != "act" or cfg.peft is not None,
+                gradient_as_bucket_view=True,
+            )
+        ],
     )
     # accelerate 1.15 turns FSDP on between GPUs only, though all of it works between CPUs.
     if sharding and accelerator.distributed_type is DistributedType.MULTI_CPU:
