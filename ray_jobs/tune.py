@@ -33,6 +33,7 @@ TUNE_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+DONE = "done"
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         return _help()
     _start_ray(argv)
     with no_garbage_collection():
+        from ray_jobs.engine.workers import lock
         from ray_jobs.search import answer, dry_run
         from ray_jobs.search.plan import make_plan, read_command
         from ray_jobs.search.slot import decide
@@ -57,24 +59,25 @@ def main(argv: list[str]) -> int:
     if options.tune.dry_run:
         dry_run.show(plan, slot, print)
         return 0
-    plan.save()
-
-    from ray_jobs.engine.workers import lock
 
     with lock(plan.output_dir, wait_s=5):
         seed = plan.recipe.lerobot.seed or 0
-        study = open_study(options.tune, plan.space, plan.output_dir, seed, plan.grace_steps, plan.steps)
+        try:
+            study = open_study(plan, seed)
+        except InputError:
+            if not resume:
+                shutil.rmtree(plan.output_dir)  # there was none a moment ago
+            raise
+        plan.save()
         started = time.monotonic()
-        status = _search(plan, study, slot, seed)
+        status, error = _search(plan, study, slot, seed)
         answer.sweep(plan, study)
         summary = answer.write(plan, study, status, time.monotonic() - started)
     answer.last_screen(plan, summary, print)
-    if status == INTERRUPTED:
+    if status != DONE:
         print(f"continue    python -m ray_jobs.tune --output_dir={plan.output_dir} --resume=true")
-    if status == "failed":
-        raise RunError(
-            "three trials in a row have cost three processes each; their error.log and Ray's logs tell more."
-        )
+    if error:
+        raise RunError(error)
     return 130 if status == INTERRUPTED else 0
 
 
@@ -89,8 +92,8 @@ def _start_ray(argv: list[str]) -> None:
 # ---------------------------------------------------------------------- the search
 
 
-def _search(plan: "Plan", study, slot: "Slot", seed: int) -> str:
-    """Run Ray Tune until the study has all its trials; returns how it ended."""
+def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | None]:
+    """Run Ray Tune until the study has all its trials; returns how it ended, and why if it failed."""
     import ray
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig
@@ -119,6 +122,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> str:
             run_trial,
             base=plan.base,
             output_dir=plan.output_dir,
+            group=plan.study_name,
             metrics=options.metrics,
             each=slot.each,
             line=line,
@@ -157,7 +161,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> str:
     )
     progress.say(dry_run.intro(plan, slot))
     fitting, outcome = start_fit(tuner)
-    status, started = "done", time.monotonic()
+    status, started = DONE, time.monotonic()
 
     def stop(reason: str) -> None:
         nonlocal status
@@ -174,7 +178,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> str:
                 progress.refresh()
                 if (
                     options.time_budget_s
-                    and status == "done"
+                    and status == DONE
                     and time.monotonic() - started > options.time_budget_s
                 ):
                     progress.say("the time is up: trials save a checkpoint and end.")
@@ -191,8 +195,10 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> str:
         ray.kill(line)  # Tune's registry would keep it as long as this process lives
     shutil.rmtree(scratch, ignore_errors=True)
     if "error" in outcome:
-        raise RunError(f"Ray Tune gave up: {outcome['error']}")
-    return "failed" if search.deaths_in_a_row >= DEATHS else status
+        return "failed", f"the search was given up: {outcome['error']}"
+    if search.deaths_in_a_row >= DEATHS:
+        return "failed", f"{DEATHS} trials in a row have cost {DEATHS} processes each; Ray's logs tell why."
+    return status, None
 
 
 # ---------------------------------------------------------------------- what the user sees

@@ -169,7 +169,7 @@ def share(num_workers: int, cpus: int | None, gpus: float | None, device: str | 
         int(min(c // cpus, g // gpus if gpus else math.inf))
         for c, g in zip(node_cpus, node_gpus, strict=True)
     )
-    if room < num_workers and not _may_grow():
+    if room < num_workers and not may_grow():
         have = "; ".join(f"{c} CPUs, {g:g} GPUs" for c, g in zip(node_cpus, node_gpus, strict=True))
         raise InputError(
             f"--ray.num_workers={num_workers} with {cpus} CPUs and {gpus:g} GPUs each: this cluster has room for "
@@ -178,7 +178,7 @@ def share(num_workers: int, cpus: int | None, gpus: float | None, device: str | 
     return Share(cpus, gpus)
 
 
-def _may_grow() -> bool:
+def may_grow() -> bool:
     """Whether an autoscaler may add nodes. Ray 2.60 publishes its node groups through this call only."""
     from ray._private.state import state
 
@@ -222,6 +222,10 @@ class Line:
         """`reason` is one of the loop's STOP_REASONS; the first one counts."""
         self.stop_reason = self.stop_reason or reason
         self.stop.set()
+
+    async def why_stopped(self) -> str:
+        """The reason, or nothing if nobody has asked to stop."""
+        return self.stop_reason
 
     async def stop_asked(self) -> str:
         """Returns the reason once somebody asked to stop."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ERROR_LOG = "error.log"
 LOCK_FILE = ".lock"
 LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
+HANDED_ON = ("WANDB_RUN_GROUP",)  # from the process that starts the workers
 TELL_EVERY_S = 0.5  # how often the driver hears of steps
 
 
@@ -62,7 +63,9 @@ def make_trainer(recipe: "Recipe", each: Share, line):
             name=".ray",
             storage_path=str(recipe.output_dir),
             failure_config=FailureConfig(max_failures=options.max_failures),
-            worker_runtime_env={"env_vars": each.env},
+            worker_runtime_env={
+                "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
+            },
         ),
     )
 
@@ -129,19 +132,21 @@ def teller(line) -> Callable[[dict], None]:
     return tell
 
 
+_asked_to_stop: dict = {}  # line -> the reason it has told; one listening thread for each, however many trials
+
+
 def listen_for_stop(line) -> Callable[[], str]:
     """The loop's `should_stop`: what the run was asked to stop for, as far as the line has told."""
     import ray
 
-    asked = ""
-
     def wait() -> None:
-        nonlocal asked
         with contextlib.suppress(Exception):  # the driver is gone: Ray ends this process
-            asked = ray.get(line.stop_asked.remote())
+            _asked_to_stop[line] = ray.get(line.stop_asked.remote())
 
-    threading.Thread(target=wait, daemon=True).start()
-    return lambda: asked
+    if line not in _asked_to_stop:
+        _asked_to_stop[line] = ""
+        threading.Thread(target=wait, daemon=True).start()
+    return lambda: _asked_to_stop[line]
 
 
 def _loop(recipe: "Recipe", *, main: bool, **how) -> dict:

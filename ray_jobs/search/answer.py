@@ -1,5 +1,6 @@
 """What a search leaves behind: trials.csv, summary.json, best/, and the last screen."""
 
+import contextlib
 import csv
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from ray_jobs.engine.console import duration
 from ray_jobs.engine.tracking import SUMMARY_FILE, write_json
@@ -23,6 +24,7 @@ from ray_jobs.search.study import (
     POLICY,
     REASON,
     STEPS,
+    WALL,
     WALL_S,
     finished,
     mean_value,
@@ -31,7 +33,7 @@ from ray_jobs.search.study import (
     trial_name,
     trials_of,
 )
-from ray_jobs.search.trial import trial_dir
+from ray_jobs.search.trial import METRIC, trial_dir
 
 TRIALS_FILE, BEST_DIR, COMMAND_FILE = "trials.csv", "best", "command.sh"
 OF_THE_SEARCH = (
@@ -62,11 +64,16 @@ def _winners(plan: Plan, study: Study) -> set[int]:
 
 
 def write(plan: Plan, study: Study, status: str, wall_s: float) -> dict:
-    """Write everything that the search has found; returns the summary."""
+    """Write everything that the search has found; returns the summary. `wall_s` are the seconds of this session."""
+    wall_s += study.user_attrs.get(WALL, 0.0)
+    study.set_user_attr(WALL, wall_s)
     trials = trials_of(study)
     _trials_csv(plan, study, trials)
     ranked = ranking(study)
-    published = next((t for t in trials if BASELINE in t.user_attrs and t.state == TrialState.COMPLETE), None)
+    baselines = [t for t in ranked if BASELINE in t.user_attrs]
+    # With several policies: that of the winner's, if it was trained to its end.
+    baselines.sort(key=lambda t: t.user_attrs[POLICY] != ranked[0].user_attrs[POLICY])
+    published = baselines[0] if baselines else None
     full = plan.steps * len(trials)
     trained = sum(t.user_attrs.get(STEPS, t.last_step or 0) for t in trials)
     states = [t.state for t in trials]
@@ -157,11 +164,12 @@ def importances(study: Study, step: int) -> dict[str, float]:
     for trial in trials_of(study):
         values = {s: v for s, v in trial.intermediate_values.items() if s >= step}
         if values and trial.params:
-            compared.add_trial(
-                optuna.create_trial(
-                    params=trial.params, distributions=trial.distributions, value=values[min(values)]
+            with contextlib.suppress(ValueError):  # a baseline off its range's grid
+                compared.add_trial(
+                    optuna.create_trial(
+                        params=trial.params, distributions=trial.distributions, value=values[min(values)]
+                    )
                 )
-            )
     try:
         return optuna.importance.get_param_importances(compared, evaluator=PedAnovaImportanceEvaluator())
     except (ValueError, RuntimeError):
@@ -176,7 +184,9 @@ def _best(plan: Plan, trial: FrozenTrial) -> str:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     checkpoints = trial_dir(plan.output_dir, trial_name(trial.number)) / "checkpoints"
-    source = next((p for name in ("best", "last") if (p := checkpoints / name).exists()), None)
+    # The one whose validation was ranked, see `trial.best_values`.
+    names = ("best", "last") if plan.options.tune.metrics[0] == METRIC else ("last",)
+    source = next((p for name in names if (p := checkpoints / name).exists()), None)
     if source is not None:
         shutil.copytree(source.resolve(), scratch / "checkpoint", copy_function=_link_or_copy)
         shutil.copyfile(source / "pretrained_model" / "train_config.json", scratch / "train_config.json")
@@ -245,9 +255,10 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
     if "front" not in summary:
         say(f"best        {_values(best)} (trial {best['trial']})" + _spread(best))
         if published:
-            name, value = next(iter(published["values"].items()))
-            gain = 1 - best["values"][name] / value if value else 0
-            say(f"published   {_values(published)} (trial {published['trial']}, as many steps); "
+            first = next(iter(published["values"]))
+            ours, theirs = (row.get("mean", row["values"][first]) for row in (best, published))
+            gain = 1 - ours / theirs if theirs else 0.0
+            say(f"published   {_values(published)} (trial {published['trial']}, as many steps){_spread(published)}; "
                 f"best is {gain:.1%} lower")  # fmt: skip
     if summary["importances"]:
         top = list(summary["importances"].items())[:3]

@@ -26,7 +26,12 @@ def names(expression: str) -> set[str]:
     if not isinstance(tree, ast.Compare | ast.BoolOp):
         raise ValueError(expression)
     found: set[str] = set()
-    _value(tree, lambda name: found.add(name) or 1)
+    for number in (1.0, 2.5):  # for any values: 1 / (a - 1) is no mistake in itself
+        try:
+            _value(tree, lambda name, number=number: found.add(name) or number)
+            break
+        except ArithmeticError:
+            continue
     return found
 
 

@@ -21,12 +21,32 @@ from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.search.options import SearchFlags, is_ours, parse_search_flags
-from ray_jobs.search.space import POLICY_TYPE, PRETRAINED, Config, SearchSpace, Space, flags, read_space
+from ray_jobs.search.space import (
+    POLICY_TYPE,
+    PRETRAINED,
+    Config,
+    SearchSpace,
+    Space,
+    flags,
+    plain,
+    read_space,
+)
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
 RUNGS = 9  # validations of a trial, unless told otherwise: with asha, one in three goes on at 1/9 and at 1/3
 EVAL_FRAMES = 256
+FOLDERS = {"dataset.root", "policy.path", "policy.pretrained_path", "data.cache"}
+NOT_COMPARED = (
+    "wandb.",
+    "ray.",
+    "checkpoint.",
+    "num_workers",
+    "log_freq",
+    "save_freq",
+    "prefetch_factor",
+    "data.cache",
+)
 # Flags that are decided for each trial, and why nobody else can.
 NOT_TYPED = {
     "config_path": "a search begins from a recipe's flags, not from a checkpoint's config",
@@ -65,6 +85,16 @@ class Plan:
         return self.options.tune.grace_steps or self.recipe.eval_steps
 
     @property
+    def study_name(self) -> str:
+        return self.options.tune.study_name or self.output_dir.name
+
+    @property
+    def terms(self) -> dict[str, str]:
+        """What must be the same for trials to be compared: flags and their values."""
+        words = (word[2:].partition("=") for word in self.base)
+        return {flag: value for flag, _, value in words if not flag.startswith(NOT_COMPARED)}
+
+    @property
     def scheduler(self) -> str:
         """How trials are stopped early; those with several metrics are not."""
         return "none" if len(self.options.tune.metrics) > 1 else self.options.tune.scheduler
@@ -72,12 +102,13 @@ class Plan:
     def save(self) -> None:
         """Write what `--resume` needs into the search's folder."""
         (self.output_dir / SPACES_DIR).mkdir(parents=True, exist_ok=True)
+        policies = [space.policy for space in self.space.spaces]
         for space in self.space.spaces:
-            target = self.output_dir / SPACES_DIR / space.file.name
+            target = self.output_dir / SPACES_DIR / f"{space.policy}.yaml"
             if not target.exists():
                 shutil.copyfile(space.file, target)
         scratch = self.output_dir / f".{SEARCH_FILE}.tmp"
-        scratch.write_text(json.dumps({"flags": self.typed}, indent=2) + "\n")
+        scratch.write_text(json.dumps({"flags": self.typed, "policies": policies}, indent=2) + "\n")
         scratch.replace(self.output_dir / SEARCH_FILE)
 
 
@@ -97,11 +128,12 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
         if not saved.is_file():
             raise InputError(f"--resume=true: nothing to resume, there is no search in {folder}.")
         try:
-            before = json.loads(saved.read_text())["flags"]
+            content = json.loads(saved.read_text())
+            before, policies = content["flags"], content["policies"]
         except (ValueError, KeyError):
             raise InputError(f"cannot resume: {saved} is damaged.") from None
-        copies = ",".join(str(path) for path in sorted((folder / SPACES_DIR).glob("*.yaml")))
-        before["space"] = before["space"] if _all_there(before["space"]) else copies
+        # As they were when the search began, whatever has become of the files since.
+        before["space"] = ",".join(str(folder / SPACES_DIR / f"{policy}.yaml") for policy in policies)
         typed = {**before, **typed}
     elif folder.exists():
         more = " or --resume=true to continue the search in it" if saved.is_file() else ""
@@ -136,8 +168,12 @@ def make_plan(
         raise InputError(
             f"--policy.type={typed[POLICY_TYPE]}: the space is for {', '.join(names)}; leave it out."
         )
+    for owner in (theirs, *(s.baseline for s in spaces)):  # slots work in folders of their own
+        for flag in FOLDERS & owner.keys():
+            if owner[flag] and Path(str(owner[flag])).exists():
+                owner[flag] = str(Path(owner[flag]).absolute())
     mentioned = {flag for space in spaces for flag in space.lines} | {PRETRAINED}
-    fixed = {flag: yaml.safe_load(value) for flag, value in theirs.items() if flag in mentioned}
+    fixed = {flag: plain(yaml.safe_load(value)) for flag, value in theirs.items() if flag in mentioned}
     space = SearchSpace(tuple(spaces), fixed)
     for flag in sorted(
         {p.flag for s in spaces for p in s.parameters if p.distribution is not None} & fixed.keys()
@@ -149,6 +185,10 @@ def make_plan(
     shortest, recipe = math.inf, None
     for s in spaces:
         arguments = partial(_arguments, base, scratch)
+        if broken := s.violated(s.published(fixed)):
+            raise InputError(
+                f"with the flags that were typed, {s.file}'s baseline breaks the constraint '{broken}'."
+            )
         try:
             published = resolve(arguments(s.published(fixed)))
             preflight.check(published)
@@ -185,10 +225,6 @@ def _read(file: Path) -> Space:
     return read_space(file)
 
 
-def _all_there(spaces: str) -> bool:
-    return all(Path(name.strip()).is_file() for name in spaces.split(","))
-
-
 def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     """The arguments that all trials share: the user's, and what a search needs where the user is silent."""
     steps = theirs.get("steps")
@@ -216,9 +252,7 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     if options.tune.workers_per_trial > 1:
         defaults["ray.num_workers"] = str(options.tune.workers_per_trial)
     both = {**defaults, **theirs}
-    for flag in ("dataset.root", "assets.dir"):  # slots work in folders of their own
-        if flag in both:
-            both[flag] = str(Path(both[flag]).absolute())
+    both["assets.dir"] = str(Path(both.get("assets.dir", "pretrained")).absolute())
     return [f"--{flag}={value}" for flag, value in both.items()]
 
 

@@ -48,11 +48,17 @@ def decide(plan: Plan) -> Slot:
         each = cluster.share(workers, cpus, None if gpus is None else gpus / workers, plan.recipe.device)
         room = min(total_cpus // each.cpus, total_gpus // each.gpus if each.gpus else total_cpus) // workers
         return Slot(WATCHER, each, max(1, int(room)))
+    gpus = gpus or 0.0
+    hosts = [node for node in nodes if node.get("GPU", 0) >= gpus]
     if cpus is None:
         at_once = int(total_gpus / gpus) if gpus else min(MAX_CPU_TRIALS, tune.num_samples)
-        cpus = max(1, total_cpus // max(1, at_once))
-        if gpus:
-            cpus = min(cpus, 8)
-    each = cluster.share(1, cpus, gpus or 0.0, plan.recipe.device)
-    room = min(total_cpus // each.cpus, total_gpus / each.gpus if each.gpus else total_cpus)
-    return Slot(each.resources, each, max(1, int(room)))
+        largest = max((int(node.get("CPU", 0)) for node in hosts), default=1)
+        cpus = max(1, min(total_cpus // max(1, at_once), largest, 8 if gpus else largest))
+    each = cluster.Share(cpus, gpus)
+    room = sum(
+        int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) / gpus if gpus else node.get("CPU", 0)))
+        for node in hosts
+    )
+    if not room and not cluster.may_grow():
+        raise InputError(f"--ray.cpus_per_worker={cpus}: no node of this cluster has {each}.")
+    return Slot(each.resources, each, max(1, room))

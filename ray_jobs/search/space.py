@@ -36,6 +36,11 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.search import constraints
 
 POLICY_TYPE, PRETRAINED = "policy.type", "policy.path"  # a pretrained policy brings its type along
+# Equal for all trials, or decided for each: what a search cannot vary.
+NOT_SEARCHED = (
+    "seed", "steps", "output_dir", "resume", "job_name", "eval_steps", "max_eval_samples", "dataset.root",
+    "dataset.repo_id", "dataset.episodes", "dataset.eval_split", "data.eval_episodes", "data.eval_horizon",
+)  # fmt: skip
 SECTIONS = ("policy", "baseline", "search", "constraints")
 KINDS = {  # the keys of an entry below `search`, by the first one that makes its kind
     "low": {"low", "high", "log", "step", "when"},
@@ -91,6 +96,10 @@ class Space:
             elif parameter.source in values:
                 value = values[parameter.source]
                 if parameter.factor is not None:
+                    if isinstance(value, bool) or not isinstance(value, int | float):
+                        raise self.error(
+                            parameter.flag, f"{parameter.flag}: {parameter.source}={value} cannot be scaled."
+                        )
                     scaled = value * parameter.factor
                     value = round(scaled) if isinstance(value, int) else scaled
                 values[parameter.flag] = value
@@ -106,7 +115,13 @@ class Space:
 
     def violated(self, config: Config) -> str | None:
         """The constraint that a configuration breaks, if there is one."""
-        return next((text for _, text in self.constraints if not constraints.holds(text, config)), None)
+        for _, text in self.constraints:
+            try:
+                if not constraints.holds(text, config):
+                    return text
+            except (TypeError, ArithmeticError) as error:
+                raise self.error("constraints", f"constraint '{text}': {error}, with {config}.") from None
+        return None
 
     def corners(self, fixed: Config) -> Iterator[tuple[str, Config]]:
         """Configurations at the ends of every range and at every choice, the rest as in the baseline; then all
@@ -209,7 +224,7 @@ def read_space(file: Path) -> Space:
         fail("policy", "'policy: act' (or diffusion, pi0 ...) must say whose space this is.")
     baseline, search = content.get("baseline") or {}, content.get("search") or {}
     if isinstance(baseline, dict):
-        baseline = {flag: _plain(value) for flag, value in baseline.items()}
+        baseline = {flag: plain(value) for flag, value in baseline.items()}
     for name, section in (("baseline", baseline), ("search", search)):
         if not isinstance(section, dict):
             fail(name, f"'{name}' must be a mapping of flags, as in 'policy.chunk_size: ...'.")
@@ -217,6 +232,8 @@ def read_space(file: Path) -> Space:
         fail("search", "'search' is missing: what shall be varied?")
     parameters, known = [], {POLICY_TYPE, *baseline}
     for flag, entry in search.items():
+        if flag in NOT_SEARCHED:
+            fail(f"search.{flag}", f"{flag} cannot be searched: it must be the same for all trials.")
         parameter = _parameter(file, flag, entry, lines)
         for other in (parameter.source, *parameter.when):
             if other is not None and other not in known:
@@ -232,7 +249,10 @@ def read_space(file: Path) -> Space:
                     f"but 'search' allows {_words(parameter)}.",
                 )
     rules = []
-    for number, text in enumerate(content.get("constraints") or ()):
+    texts = content.get("constraints") or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        fail("constraints", "'constraints' must be a list, as in '- policy.a <= 2 * policy.b'.")
+    for number, text in enumerate(texts):
         key = f"constraints.{number}"
         try:
             names = constraints.names(text)
@@ -308,6 +328,9 @@ def _parameter(file: Path, flag: str, entry: Any, lines: dict[str, int]) -> Para
     when = entry.get("when") or {}
     if not isinstance(when, dict):
         fail("'when' must be a mapping, as in {policy.use_vae: true}.")
+    for key in ("same_as", "of"):
+        if not isinstance(entry.get(key, ""), str):
+            fail(f"{key}: {entry[key]} must be the name of a flag.")
     when = {other: allowed if isinstance(allowed, list) else [allowed] for other, allowed in when.items()}
     if kind == "same_as":
         return Parameter(flag, line, source=entry["same_as"], when=when)
@@ -321,7 +344,7 @@ def _parameter(file: Path, flag: str, entry: Any, lines: dict[str, int]) -> Para
         choices = entry["choices"]
         if not isinstance(choices, list) or len(choices) < 2:
             fail("'choices' must be a list of at least two values.")
-        encoded = [_encoded(_plain(choice)) for choice in choices]
+        encoded = [_encoded(plain(choice)) for choice in choices]
         if len({json.dumps(choice) for choice in encoded}) < len(encoded):
             fail("a choice stands there twice.")
         return Parameter(flag, line, CategoricalDistribution(encoded), when=when)
@@ -347,7 +370,7 @@ def _parameter(file: Path, flag: str, entry: Any, lines: dict[str, int]) -> Para
     return Parameter(flag, line, distribution, when=when)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """YAML 1.1 reads 1e-5, without a point, as a text."""
     try:
         return float(value) if isinstance(value, str) else value
@@ -356,7 +379,7 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any, key: str, fail: Callable[[str], None]) -> int | float:
-    value = _plain(value)
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         fail(f"{key}: {value} must be a number.")
     return value

@@ -9,12 +9,11 @@ study: a search that was killed goes on with all it knew.
 import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -24,32 +23,35 @@ from ray.tune.search import Searcher
 from ray_jobs.engine.errors import INTERRUPTED, InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.search.options import TuneOptions
+from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import SearchSpace, flags
 from ray_jobs.search.trial import ENDED
 
 CONFIG, POLICY, BASELINE, SKIPPED, REASON, STEPS, BEST_STEP, WALL_S, TIMES = (  # user attributes of trials
     "config", "policy", "baseline", "skipped", "reason", "steps", "best_step", "wall_s", "times",
 )  # fmt: skip
-SPACE, METRIC, REPEATS = "space", "metric", "repeats"  # user attributes of the study
+SPACE, METRIC, TERMS, REPEATS, WALL = (
+    "space",
+    "metric",
+    "terms",
+    "repeats",
+    "wall_s",
+)  # user attributes of the study
+BUSY_S = 120  # how long others, a dashboard say, may hold an SQLite file
 TRIES = 50  # drawings until one is new and keeps the constraints; then the space is taken for exhausted
 DEATHS = 3  # processes a trial may cost, and trials in a row that may cost so many
 
 
-def open_study(
-    options: TuneOptions, space: SearchSpace, output_dir: Path, seed: int, grace_steps: int, steps: int
-) -> Study:
-    """Open the study, or begin it with the published recipes enqueued.
-
-    Args:
-        grace_steps, steps: Training steps before which no trial is stopped, and of a whole trial.
+def open_study(plan: Plan, seed: int) -> Study:
+    """Open the plan's study, or begin it with the published recipes enqueued.
 
     Raises:
         InputError: The storage cannot be opened, or holds a study of that name for something else.
     """
     optuna.logging.disable_default_handler()
     warnings.filterwarnings("ignore", module="optuna")
-    name = options.study_name or output_dir.name
-    url = options.storage or f"sqlite:///{output_dir / 'study.db'}"
+    options, name = plan.options.tune, plan.study_name
+    url = options.storage or f"sqlite:///{plan.output_dir / 'study.db'}"
     try:
         study = optuna.create_study(
             storage=_storage(url),
@@ -60,32 +62,45 @@ def open_study(
     except Exception as error:
         hint = " PostgreSQL needs `pip install psycopg2-binary`." if url.startswith("postgres") else ""
         raise InputError(f"--tune.storage={url} cannot be opened: {first_line(error)}{hint}") from None
-    fingerprint, saved = space.fingerprint(), study.user_attrs
+    saved, fault = study.user_attrs, None
     if SPACE not in saved:
-        study.set_user_attr(SPACE, fingerprint)
         study.set_user_attr(METRIC, options.metric)
-        for params in space.baselines():
-            study.enqueue_trial(params, user_attrs={BASELINE: True})
+        study.set_user_attr(TERMS, plan.terms)
+        if not study.get_trials(deepcopy=False):  # else a kill came in between
+            for params in plan.space.baselines():
+                study.enqueue_trial(params, user_attrs={BASELINE: True})
+        study.set_user_attr(SPACE, plan.space.fingerprint())
     elif saved[METRIC] != options.metric:
+        fault = f"minimizes {saved[METRIC]}, the command {options.metric}"
+    elif saved[SPACE] != plan.space.fingerprint():
+        fault = "searches another space"
+    elif changed := sorted(
+        k
+        for k, v in {**saved[TERMS], **plan.terms}.items()
+        if saved[TERMS].get(k) != v or plan.terms.get(k) != v
+    ):
+        flag = changed[0]
+        fault = f"was begun with --{flag}={saved[TERMS].get(flag)}, the command has {plan.terms.get(flag)}: not comparable"
+    elif not plan.resume:
+        fault = "has been begun already; in its own folder, --resume=true goes on with it"
+    if fault:
         raise InputError(
-            f"the study {name} in {url} minimizes {saved[METRIC]}, the command {options.metric}. "
-            "Another --tune.study_name or --output_dir begins a new one."
-        )
-    elif saved[SPACE] != fingerprint:
-        raise InputError(
-            f"the study {name} in {url} searches another space. "
-            "Another --tune.study_name or --output_dir begins a new one."
+            f"the study {name} in {url} {fault}. Another --tune.study_name or --output_dir begins a new one."
         )
     # A sampler that is made anew must not draw its first numbers again.
     study.sampler = make_sampler(options, seed + len(study.get_trials(deepcopy=False)))
-    study.pruner = _pruner(options, grace_steps, steps)
+    study.pruner = _pruner(plan)
     return study
 
 
-def _storage(url: str) -> BaseStorage | str:
+def _storage(url: str) -> BaseStorage:
     if url.startswith("journal://"):
         return JournalStorage(JournalFileBackend(url.removeprefix("journal://")))
-    return url
+    if url.startswith("sqlite:"):
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_S}})
+    return RDBStorage(
+        url, engine_kwargs={"pool_pre_ping": True}
+    )  # else a connection lost overnight stays lost
 
 
 def make_sampler(options: TuneOptions, seed: int) -> BaseSampler:
@@ -106,15 +121,15 @@ def make_sampler(options: TuneOptions, seed: int) -> BaseSampler:
             return NSGAIISampler(population_size=max(4, options.num_samples // 4), seed=seed)
 
 
-def _pruner(options: TuneOptions, grace_steps: int, steps: int) -> BasePruner:
-    kind = "none" if len(options.metrics) > 1 else options.scheduler
-    match kind:
+def _pruner(plan: Plan) -> BasePruner:
+    grace, factor = plan.grace_steps, plan.options.tune.reduction_factor
+    match plan.scheduler:
         case "asha":
-            return SuccessiveHalvingPruner(grace_steps, options.reduction_factor)
+            return SuccessiveHalvingPruner(grace, factor)
         case "hyperband":
-            return HyperbandPruner(grace_steps, steps, options.reduction_factor)
+            return HyperbandPruner(grace, plan.steps, factor)
         case "median":
-            return MedianPruner(n_startup_trials=4, n_warmup_steps=grace_steps - 1)
+            return MedianPruner(n_startup_trials=4, n_warmup_steps=grace - 1)
         case _:
             return NopPruner()
 
@@ -259,7 +274,9 @@ class StudySearch(Searcher):
             return None
         repeats = repeats_of(self.study)
         not_again = self.failed_repeats | {(trial.number, repeat) for trial, repeat in self.live.values()}
-        for trial in finished(self.study)[: self.options.finalists]:
+        done = finished(self.study)
+        published = [t for t in done if BASELINE in t.user_attrs]  # what is gained over it is a mean, too
+        for trial in dict.fromkeys([*done[: self.options.finalists], *published]):
             for seed in map(str, range(self.seed + 1, self.seed + self.options.seeds)):
                 if seed not in repeats.get(str(trial.number), {}) and (trial.number, seed) not in not_again:
                     return Trial(self.study, trial._trial_id), seed

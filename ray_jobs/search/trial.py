@@ -51,20 +51,22 @@ def trial_flags(base: list[str], config: dict, output_dir: Path) -> list[str]:
 
 
 def run_trial(
-    config: dict, *, base: list[str], output_dir: Path, metrics: list[str], each: Share, line
+    config: dict, *, base: list[str], output_dir: Path, group: str, metrics: list[str], each: Share, line
 ) -> None:
     """Train one configuration; reports to Ray Tune at every validation, and how it ended.
 
     Args:
         config: From `StudySearch.suggest`.
         base: Command-line arguments that all trials share.
+        group: The study's name, for W&B.
         metrics: What the search minimizes.
         each: What each worker of a trial with several reserves.
         line: Handle of the search's `cluster.Line`.
     """
     quiet()
-    os.environ["WANDB_RUN_GROUP"] = output_dir.name
+    os.environ["WANDB_RUN_GROUP"] = group
     with no_garbage_collection():
+        import ray
         import torch
         from ray import tune
 
@@ -90,6 +92,8 @@ def run_trial(
                 pruned = True
 
     try:
+        if reason := ray.get(line.why_stopped.remote()):  # drawn before the search was told to end
+            return tune.report({"status": reason})
         if ended := _ended(folder):  # its slot died before it could tell
             return tune.report({**ended, **best_values(folder, metrics)})
         recipe = resolve(trial_flags(base, config, output_dir))
