@@ -276,7 +276,8 @@ class StudySearch(Searcher):
         not_again = self.failed_repeats | {(trial.number, repeat) for trial, repeat in self.live.values()}
         done = finished(self.study)
         published = [t for t in done if BASELINE in t.user_attrs]  # what is gained over it is a mean, too
-        for trial in dict.fromkeys([*done[: self.options.finalists], *published]):
+        finalists = {t.number: t for t in [*done[: self.options.finalists], *published]}
+        for trial in finalists.values():
             for seed in map(str, range(self.seed + 1, self.seed + self.options.seeds)):
                 if seed not in repeats.get(str(trial.number), {}) and (trial.number, seed) not in not_again:
                     return Trial(self.study, trial._trial_id), seed
