@@ -1,9 +1,10 @@
-"""The first five minutes: record a small simulated part-sorting task and train ACT on it, on any machine.
+"""The first five minutes: record a small simulated part-sorting task and search for a good ACT, on any machine.
 
-    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--steps=600]
+    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=270]
 
-The training goes through `ray_jobs.train`, with the last episodes held out. Ends in numbers and a picture of
-predicted against recorded actions. A recorded data set is used again; every training gets a folder of its own.
+The search goes through `ray_jobs.tune`: trial 0 is the published recipe, the last episodes are held out. Ends in
+numbers and a picture of predicted against recorded actions. A recorded data set is used again; every search gets a
+folder of its own.
 """
 
 import time
@@ -14,12 +15,15 @@ from ray_jobs.engine import cluster
 from ray_jobs.engine.console import duration, quiet, run_job
 from ray_jobs.engine.errors import InputError
 
+SPACE = Path(__file__).parent.parent / "search_spaces" / "act.yaml"
+
 
 @dataclass
 class DemoOptions:
     output_dir: str = "outputs/demo"
     episodes: int = 50
-    steps: int = 600
+    trials: int = 8
+    steps: int = 270
 
 
 def main(argv: list[str]) -> int:
@@ -32,12 +36,12 @@ def main(argv: list[str]) -> int:
     folder = Path(options.output_dir)
     dataset = _dataset(folder / "dataset", options.episodes)
 
-    from ray_jobs import train
+    from ray_jobs import tune
 
     held_out = list(range(options.episodes - max(1, options.episodes // 10), options.episodes))
-    run = next(path for n in range(1, 10**6) if not (path := folder / f"train-{n}").exists())
-    print(f"training ACT for {options.steps} steps, episodes {held_out[0]} to {held_out[-1]} held out")
-    status = train.main(_recipe(dataset, run, options.steps, held_out))
+    run = next(path for n in range(1, 10**6) if not (path := folder / f"search-{n}").exists())
+    print(f"searching with {options.trials} trials of ACT, at most {options.steps} steps each")
+    status = tune.main(_recipe(dataset, run, options, held_out))
     if status != 0:
         return status
     print(f"picture     {_picture(run, dataset, held_out[0])}")
@@ -59,8 +63,8 @@ def _parse(argv: list[str]) -> DemoOptions:
         raise InputError(printed.getvalue().strip().splitlines()[-1]) from None
     except draccus.utils.DraccusException as error:
         raise InputError(str(error).strip()) from None
-    if options.episodes < 2 or options.steps < 1:
-        raise InputError("--episodes must be at least 2 and --steps at least 1.")
+    if options.episodes < 2 or options.steps < 2 or options.trials < 1:
+        raise InputError("--episodes and --steps must be at least 2, --trials at least 1.")
     return options
 
 
@@ -79,33 +83,26 @@ def _dataset(root: Path, episodes: int) -> Path:
     return record(root, episodes, image_size=64)
 
 
-def _recipe(dataset: Path, run: Path, steps: int, held_out: list[int]) -> list[str]:
-    """A small ACT that a CPU trains in minutes."""
+def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int]) -> list[str]:
+    """The search's flags: an ACT that a CPU trains in a minute."""
     return [
+        f"--space={SPACE}",
         "--dataset.repo_id=local/part_sorting",
         f"--dataset.root={dataset}",
         "--dataset.video_backend=pyav",
-        "--policy.type=act",
-        "--policy.push_to_hub=false",
         "--policy.pretrained_backbone_weights=null",
-        "--policy.chunk_size=16",
-        "--policy.n_action_steps=16",
         "--policy.dim_model=128",
-        "--policy.n_heads=4",
         "--policy.dim_feedforward=512",
+        "--policy.n_encoder_layers=2",
         "--policy.n_vae_encoder_layers=2",
-        "--policy.optimizer_lr=1e-4",
-        "--policy.optimizer_lr_backbone=1e-4",
         f"--output_dir={run}",
         "--batch_size=8",
         "--num_workers=1",
-        f"--steps={steps}",
-        f"--save_freq={steps}",
-        f"--log_freq={max(1, steps // 10)}",
-        f"--eval_steps={max(1, steps // 3)}",
+        f"--steps={options.steps}",
+        f"--tune.num_samples={options.trials}",
+        "--tune.final_steps=3000",
         f"--data.eval_episodes={held_out}",
         "--max_eval_samples=100",
-        "--env_eval_freq=0",
     ]
 
 
@@ -114,7 +111,7 @@ def _picture(run: Path, dataset: Path, episode: int) -> Path:
 
     from ray_jobs.engine.pictures import predicted_against_recorded
 
-    best = run / "checkpoints" / "best" / "pretrained_model"
+    best = run / "best" / "checkpoint" / "pretrained_model"
     import contextlib
     import io
 

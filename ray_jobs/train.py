@@ -7,30 +7,20 @@
 """
 
 import contextlib
-import fcntl
 import logging
-import os
-import pickle
 import shlex
 import signal
-import threading
 import time
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
 from ray_jobs.engine.console import Display, duration, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError
 from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
-
-ERROR_LOG = "error.log"
-LOCK_FILE = ".lock"
-LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +45,7 @@ def main(argv: list[str]) -> int:
     finally:
         display.close()
     _last_screen(summary, display, time.monotonic() - started)
-    return 130 if summary["status"] == "interrupted" else 0
+    return 130 if summary["status"] == INTERRUPTED else 0
 
 
 def _start_ray(argv: list[str]) -> None:
@@ -73,78 +63,40 @@ def _start_ray(argv: list[str]) -> None:
             cluster.start(options.address)
 
 
-# ---------------------------------------------------------------------- in this process
+def _train_here(recipe: "Recipe", display: Display) -> dict:
+    """Run the loop in this process; returns the summary."""
+    from ray_jobs.engine.workers import train_here
 
-
-def _train_here(recipe, display: Display) -> dict:
-    """Ray Train's local mode: one worker, which is this process."""
-    from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    stop = threading.Event()
-
-    def worker() -> None:
-        nonlocal summary
-        device = recipe.lerobot.policy.device
-        summary = _loop(recipe, main=True, device=device, report=display.show, should_stop=stop.is_set)
+    asked = ""
 
     def interrupt(signum, frame) -> None:
-        if stop.is_set():
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
         display.say("stopping after this step; Ctrl-C again stops at once.")
-        stop.set()
+        asked = INTERRUPTED
 
-    summary: dict = {}
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # it has a handler of its own
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        TorchTrainer(worker, scaling_config=ScalingConfig(num_workers=0)).fit()
+        return train_here(recipe, display.show, lambda: asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return summary
-
-
-# ---------------------------------------------------------------------- on Ray workers
 
 
 def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     """Run the loop on Ray Train's workers, show what they report, hand on Ctrl-C; returns the summary."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
+    from ray_jobs.engine import workers
     from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
 
     options = recipe.options.ray
     cluster.start(options.address).result()
     each = cluster.share(options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device)
     line = cluster.open_line()
-    trainer = TorchTrainer(
-        _worker,
-        # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
-        train_loop_config={"recipe": pickle.dumps(recipe), "line": line},
-        scaling_config=ScalingConfig(
-            num_workers=options.num_workers, use_gpu=each.gpus > 0, resources_per_worker=each.resources
-        ),
-        run_config=RunConfig(
-            name=".ray",
-            storage_path=str(recipe.output_dir),
-            failure_config=FailureConfig(max_failures=options.max_failures),
-            worker_runtime_env={"env_vars": each.env},
-        ),
-    )
-    outcome: dict = {}
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:
-            outcome["error"] = error
-
-    # In a thread, so that Ctrl-C comes to us and not to Ray Train, which would kill the workers.
-    fitting = threading.Thread(target=fit, daemon=True)
-    fitting.start()
+    fitting, outcome = workers.start_fit(workers.make_trainer(recipe, each, line))
     interrupts, waiting_since = 0, time.monotonic()
     while fitting.is_alive():
         try:
@@ -159,104 +111,15 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
             if interrupts > 1 or not display.facts:
                 raise
             display.say("stopping: the workers save a checkpoint first; Ctrl-C again stops at once.")
-            line.ask_to_stop.remote()
+            line.ask_to_stop.remote(INTERRUPTED)
     for event in ray.get(line.hear.remote(0)):
         display.show(event)
 
     if reason := ray.get(line.why_failed.remote()):
         raise RunError(reason)
     if "error" in outcome:
-        raise RunError(_explain(outcome["error"], recipe.output_dir))
+        raise RunError(workers.explain(outcome["error"], recipe.output_dir))
     return read_json(recipe.output_dir / SUMMARY_FILE)
-
-
-def _worker(config: dict) -> None:
-    """One training worker: unpack the recipe, run the loop, report to the driver and to Ray Train."""
-    quiet()
-    with no_garbage_collection():
-        import ray
-        import ray.train
-        import torch
-        from ray.train.torch import get_device
-
-        import ray_jobs.engine.loop  # noqa: F401
-
-    recipe, line = pickle.loads(config["recipe"]), config["line"]
-    if ray.get(line.why_failed.remote()):
-        return  # Ray has started this worker in place of one that knew better
-    context = ray.train.get_context()
-    main = context.get_world_rank() == 0
-    if context.get_world_size() == 1:
-        os.environ.pop("LOCAL_RANK", None)  # else accelerate wraps the policy for a group of one
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-
-    stop = threading.Event()
-
-    def wait_for_stop() -> None:
-        with contextlib.suppress(Exception):  # the driver is gone: Ray ends this process
-            ray.get(line.stop_asked.remote())
-            stop.set()
-
-    threading.Thread(target=wait_for_stop, daemon=True).start()
-    told_at = 0.0
-
-    def report(event: dict) -> None:
-        nonlocal told_at
-        if main and (event["kind"] != "step" or time.monotonic() - told_at > 0.5):
-            told_at = time.monotonic()
-            line.tell.remote(event)
-        if event["kind"] == "eval":
-            ray.train.report({k: v for k, v in event.items() if isinstance(v, int | float)})
-
-    try:
-        _loop(recipe, main=main, device=str(get_device()), report=report, should_stop=stop.is_set)
-    except (InputError, RunError) as error:
-        ray.get(line.fail.remote(str(error)))
-        raise
-
-
-def _loop(recipe: "Recipe", *, main: bool, **how) -> dict:
-    """The training loop, with the models it starts from at hand and, on the main rank, the run's folder locked."""
-    from lerobot.configs.parser import load_plugin
-
-    from ray_jobs.engine import assets, loop
-
-    for package in recipe.plugins:
-        load_plugin(package)
-    assets.mount(recipe.options.assets.dir, recipe.lerobot.policy, weights=True)
-    with _lock(recipe.output_dir) if main else contextlib.nullcontext():
-        if main:
-            recipe.save_options()
-        return loop.train(recipe, **how)
-
-
-@contextlib.contextmanager
-def _lock(output_dir: Path) -> Iterator[None]:
-    """Hold a run's folder: two runs must never write into one. Ends with the process, however it ends."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / LOCK_FILE).open("w") as file:
-        give_up = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    raise RunError(f"another run is writing into {output_dir}.") from None
-                time.sleep(0.2)
-        yield
-
-
-def _explain(error: Exception, output_dir: Path) -> str:
-    """Why Ray Train gave up, in two lines; the whole story goes into the run's error.log."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    rank, cause = min(failures.items())
-    log = output_dir / ERROR_LOG
-    output_dir.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(traceback.format_exception(cause)))
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else type(cause).__name__
-    return f"worker {rank} failed for good: {last}\nThe full error is in {log}."
 
 
 # ---------------------------------------------------------------------- what the user sees

@@ -35,9 +35,9 @@ def undisturbed(parts, tmp_path_factory) -> Path:
 class Run:
     """A training in a process group of its own, as in a terminal."""
 
-    def __init__(self, flags: list[str], **env: str):
+    def __init__(self, flags: list[str], job: str = "ray_jobs.train", **env: str):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ray_jobs.train", *flags],
+            [sys.executable, "-m", job, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -39,7 +39,7 @@ def pictures(tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("loop") / "pictures", [9, 5], cameras=1, seed=3)
 
 
-def train(flags: list[str], report=lambda event: None, should_stop=lambda: False) -> dict:
+def train(flags: list[str], report=lambda event: None, should_stop=lambda: "") -> dict:
     recipe = resolve(flags)
     preflight.check(recipe)
     return loop.train(recipe, device="cpu", report=report, should_stop=should_stop)
@@ -131,7 +131,9 @@ def test_stop_saves_where_it_is_and_goes_on_exactly(numbers, tmp_path):
 
     seen: list[dict] = []
     steps = lambda: sum(event["kind"] == "step" for event in seen)  # noqa: E731
-    stopped = train(flags("stopped"), report=seen.append, should_stop=lambda: steps() == 5)
+    stopped = train(
+        flags("stopped"), report=seen.append, should_stop=lambda: "interrupted" if steps() == 5 else ""
+    )
     assert (stopped["status"], stopped["step"]) == ("interrupted", 5)
     assert list(checkpoint_steps(tmp_path / "stopped")) == [5]
     resumed = train([*flags("stopped"), "--resume=true"])
@@ -320,6 +322,7 @@ def wandb_run(file: Path) -> dict:
         record.ParseFromString(data)
         if record.HasField("run"):
             run["id"] = record.run.run_id
+            run["name"], run["group"] = record.run.display_name, record.run.run_group
             run["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         if record.HasField("history"):
             items = record.history.item
@@ -345,7 +348,7 @@ def test_wandb(pictures, tmp_path):
         "--eval_steps=2",
     )
     asked = iter([False, True])
-    interrupted = train([*flags, "--steps=4"], should_stop=lambda: next(asked))
+    interrupted = train([*flags, "--steps=4"], should_stop=lambda: "interrupted" if next(asked) else "")
     finished = train([*flags, "--steps=4", "--resume=true"])
     first, second = wandb_runs(out)
 

@@ -121,15 +121,15 @@ def test_device_is_the_workers(real, tmp_path):
 
 
 def test_demo_from_nothing(tmp_path):
-    """Records, trains, draws; a second run uses the recording again and overwrites nothing."""
-    flags = (f"--output_dir={tmp_path}", "--episodes=4", "--steps=1")
+    """Records, searches, draws; a second run uses the recording again and overwrites nothing."""
+    flags = (f"--output_dir={tmp_path}", "--episodes=4", "--steps=2", "--trials=2")
     first = job("ray_jobs.demo", *flags)
     assert first.returncode == 0 and first.stderr == "", first.stderr
-    assert "val/action_error" in first.stdout
-    assert (tmp_path / "train-1" / "predicted_against_recorded.png").stat().st_size > 10_000
-    before = (tmp_path / "train-1" / "metrics.jsonl").read_bytes()
+    assert "published   val/action_error" in first.stdout and "trial 0001" in first.stdout
+    assert (tmp_path / "search-1" / "predicted_against_recorded.png").stat().st_size > 10_000
+    before = (tmp_path / "search-1" / "trials.csv").read_bytes()
     second = job("ray_jobs.demo", *flags)
     assert second.returncode == 0 and "using the 4 recorded episodes" in second.stdout
-    assert (tmp_path / "train-1" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "search-1" / "trials.csv").read_bytes() == before
     wrong = job("ray_jobs.demo", "--episode=4")
     assert wrong.returncode == 2 and "--episode" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -1,6 +1,7 @@
 """Ray for the jobs: start or join a cluster, see what it can give, talk to the workers of a run.
 
-Only light imports at the top: jobs start Ray while they are still importing torch and LeRobot.
+Import it before Ray, which reads its environment once. Only light imports at the top: jobs start Ray while they
+are still importing torch and LeRobot.
 """
 
 import asyncio
@@ -27,6 +28,15 @@ CPU_WORKER_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+
+# Ray reads these while it is imported.
+os.environ.update(TRAIN_ENV)
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
+# Under `uv run`, Ray would copy this folder and build an environment of its own for the workers. The nodes have
+# theirs.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` must not start another Ray
 
 _ready: Future | None = None  # set once this process has begun to connect
 
@@ -55,15 +65,6 @@ def start(address: str | None) -> Future:
     done = _ready = Future()
 
     def connect() -> None:
-        os.environ.update(TRAIN_ENV)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
-        # Under `uv run`, Ray would copy this folder and build an environment of its own for the workers. The
-        # nodes have theirs.
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        os.environ["RAY_ENABLE_AUTO_CONNECT"] = (
-            "0"  # a thread that outlives `leave` must not start another Ray
-        )
         import ray
 
         debug = bool(os.environ.get("RAY_JOBS_DEBUG"))
@@ -192,6 +193,7 @@ class Line:
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
         self.stop = asyncio.Event()
+        self.stop_reason = ""
         self.failure: str | None = None
 
     async def tell(self, event: dict) -> None:
@@ -216,12 +218,15 @@ class Line:
         """What a worker gave the run up for: no other need try."""
         return self.failure
 
-    async def ask_to_stop(self) -> None:
+    async def ask_to_stop(self, reason: str) -> None:
+        """`reason` is one of the loop's STOP_REASONS; the first one counts."""
+        self.stop_reason = self.stop_reason or reason
         self.stop.set()
 
-    async def stop_asked(self) -> None:
-        """Returns once somebody asked to stop."""
+    async def stop_asked(self) -> str:
+        """Returns the reason once somebody asked to stop."""
         await self.stop.wait()
+        return self.stop_reason
 
 
 def open_line():

@@ -1,4 +1,7 @@
-"""The two ways a job can go wrong, and the exit status each one has."""
+"""How a job or a run ends early: errors that are meant for people, and the reasons to stop a training."""
+
+# What the loop's `should_stop` answers, and a stopped run's status: with a checkpoint, or without.
+STOP_REASONS = GO_ON, INTERRUPTED, PRUNED = "", "interrupted", "pruned"
 
 
 class InputError(Exception):

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from ray_jobs.engine import checkpoint, parallel, quantiles
 from ray_jobs.engine.data import make_datasets, to_device, training_batches
+from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PRUNED, STOP_REASONS
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
@@ -40,7 +41,7 @@ def train(
     *,
     device: str,
     report: Callable[[dict], None] = lambda event: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], str] = lambda: GO_ON,
 ) -> dict:
     """Train the recipe's policy to its last step, from its last checkpoint if it has one.
 
@@ -48,8 +49,8 @@ def train(
         device: `cpu`, `cuda`, `cuda:1` ...: what this worker trains on.
         report: Called on every rank with dicts that have a `kind`: `start`, `step`, `log`, `eval`,
             `checkpoint`, `notice`. All ranks make the same `eval` and `checkpoint` calls.
-        should_stop: Asked after every step on every rank; once one rank says yes, all ranks save a
-            checkpoint and stop at the same step.
+        should_stop: Asked after every step on every rank; once one rank says INTERRUPTED or PRUNED, all ranks
+            stop at the same step, with a checkpoint unless the run was pruned.
 
     Returns:
         The run's summary, as written to summary.json.
@@ -119,6 +120,7 @@ def train(
             horizon=options.data.eval_horizon,
             max_frames=cfg.max_eval_samples,
             threads=cfg.num_workers,
+            timed=options.data.eval_timing,
         )
     model = policy  # the bare policy; `policy` is the one accelerate has wrapped
     accelerator.wait_for_everyone()
@@ -155,7 +157,7 @@ def train(
     window = Window()
     stop_flag = StopFlag(accelerator, should_stop)
     scores = Scores([record for record in read_metrics(recipe.output_dir) if record["step"] <= step])
-    status = "finished"
+    status = GO_ON
     patience = options.ray.early_stopping
     if patience and scores.evaluations_since_best >= patience:
         patience += scores.evaluations_since_best  # the run was stopped early, and is continued on purpose
@@ -259,15 +261,13 @@ def train(
                 report({"kind": "eval", "step": step, **values})
                 window.begin_step()
 
-            stopping = stop_flag.raised() and step < cfg.steps
+            status = stop_flag.reason() if step < cfg.steps else GO_ON
             if evaluated and patience and scores.evaluations_since_best >= patience:
-                stopping, status = True, "stopped early"
-            elif stopping:
-                status = "interrupted"
-            regular = stopping or should_save_checkpoint(step, cfg.save_freq, cfg.steps)
-            if cfg.save_checkpoint and (regular or improved):
+                status = "stopped early"
+            regular = status or should_save_checkpoint(step, cfg.save_freq, cfg.steps)
+            if cfg.save_checkpoint and (regular or improved) and status != PRUNED:
                 save(only_best=not regular)
-            if stopping:
+            if status:
                 break
     except Exception as error:
         if main:
@@ -277,10 +277,10 @@ def train(
         batches.close()
 
     # ------------------------------------------------------------------ end
-    result = summary(status)
+    result = summary(status or "finished")
     if main:
         tracker.finish(result, checkpoint.last_checkpoint(recipe.output_dir))
-        if cfg.policy.push_to_hub and status != "interrupted":
+        if cfg.policy.push_to_hub and status not in (INTERRUPTED, PRUNED):
             with (averaged_weights or contextlib.nullcontext)():
                 tell(push(cfg, model, preprocessor, postprocessor, dataset.meta))
     accelerator.wait_for_everyone()
@@ -353,21 +353,27 @@ class StopFlag:
     CPU, and no rank ever waits for a GPU because of it.
     """
 
-    def __init__(self, accelerator: Accelerator, should_stop: Callable[[], bool]):
+    def __init__(self, accelerator: Accelerator, should_stop: Callable[[], str]):
         self.should_stop = should_stop
         self.group = None
         if accelerator.num_processes > 1:
             self.group = torch.distributed.new_group(backend="gloo")
         self.pending = None
 
-    def raised(self) -> bool:
+    def reason(self) -> str:
+        """One of STOP_REASONS, the same on all ranks."""
         if self.group is None:
             return self.should_stop()
-        answer = False
+        answer = 0
         if self.pending is not None:
             flag, work = self.pending
             work.wait()
-            answer = bool(flag.item())
-        flag = torch.tensor([int(self.should_stop())])
-        self.pending = flag, torch.distributed.all_reduce(flag, group=self.group, async_op=True)
-        return answer
+            answer = flag.item()
+        flag = torch.tensor(STOP_REASONS.index(self.should_stop()))
+        self.pending = (
+            flag,
+            torch.distributed.all_reduce(
+                flag, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True
+            ),
+        )
+        return STOP_REASONS[answer]

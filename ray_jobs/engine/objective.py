@@ -10,6 +10,8 @@ than H the chunk is.
 
 import contextlib
 import math
+import statistics
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,6 +27,7 @@ from ray_jobs.engine.errors import InputError
 # Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising
 # policy then depends on the group alone.
 GROUP = 16
+TIMED = 5  # predictions that are timed, after one to warm up
 
 
 def chunk_length(policy_cfg) -> int:
@@ -42,6 +45,7 @@ class Validation:
         horizon: H, the number of predicted actions that are compared; None for the whole chunk.
         max_frames: Frames to score in total, spread evenly over episodes and time; 0 scores all.
         threads: Threads that decode videos.
+        timed: Whether to measure `val/inference_ms` as well.
 
     Raises:
         InputError: H is longer than the policy's chunk.
@@ -55,8 +59,9 @@ class Validation:
         horizon: int | None,
         max_frames: int = 0,
         threads: int = 0,
+        timed: bool = False,
     ):
-        self.dataset = dataset
+        self.dataset, self.timed = dataset, timed
         longest = chunk_length(policy_cfg)
         self.horizon = longest if horizon is None else horizon
         if self.horizon > longest:
@@ -88,7 +93,8 @@ class Validation:
 
         Returns:
             `val/loss`, `val/action_error`, and `val/action_error_raw`: the error per dimension, averaged the
-            same way, in the units of the data set (list of floats, action_dim long).
+            same way, in the units of the data set (list of floats, action_dim long); `val/inference_ms` if
+            asked for: the median time of a prediction at the batch size of 1 that a robot has.
         """
         device = accelerator.device
         dims = self.actions.shape[1]
@@ -120,16 +126,31 @@ class Validation:
                 error = ((chunk - recorded).abs() * inside[..., None]).double()
                 errors[position, :dims] += error.sum((0, 1))
                 errors[position, dims] += inside.sum()
+            milliseconds = (
+                self._inference_ms(policy, preprocessor, postprocessor, device) if self.timed else None
+            )
         policy.train(training)
         policy.reset()
         errors, loss = accelerator.reduce(errors.to(device)).cpu(), accelerator.reduce(loss.to(device)).cpu()
         raw = (errors[:, :dims] / errors[:, dims:]).mean(0)  # (dims,)
         in_std = raw[self.moving] / self.std[self.moving]
-        return {
+        values = {
             "val/loss": (loss[0] / loss[1]).item(),
             "val/action_error": in_std.mean().item() if len(in_std) else 0.0,
             "val/action_error_raw": raw.tolist(),
         }
+        return values if milliseconds is None else {**values, "val/inference_ms": milliseconds}
+
+    def _inference_ms(self, policy, preprocessor, postprocessor, device: torch.device) -> float:
+        frame = self.groups[0][1][:1]
+        batch = preprocessor(to_device(self.reader(frame), self.dataset.meta.camera_keys, device))
+        times = []
+        for _ in range(TIMED + 1):
+            policy.reset()
+            begin = time.perf_counter()
+            postprocessor(policy.predict_action_chunk(batch)).cpu()
+            times.append(time.perf_counter() - begin)
+        return 1000 * statistics.median(times[1:])
 
     def _items(self, rows: list[int]) -> dict:
         from lerobot.utils.collate import lerobot_collate_fn

@@ -70,6 +70,8 @@ class DataOptions:
     """Episodes held out for validation; takes the place of --dataset.eval_split."""
     eval_horizon: int | None = None
     """Steps of the predicted chunk that val/action_error compares. Default: the whole chunk."""
+    eval_timing: bool = False
+    """Measure val/inference_ms with every validation: one prediction at batch size 1, in milliseconds."""
 
     def __post_init__(self) -> None:
         at_least("data.eval_horizon", self.eval_horizon, 1)
@@ -164,14 +166,16 @@ def help_text() -> str:
     """Our options with their defaults, and where LeRobot's are shown."""
     lines = ["Every flag of lerobot-train, and:", ""]
     for group in dataclasses.fields(Options):
-        group_type = group.default_factory
-        lines.append(f"  {group_type.__doc__}")
-        for option in dataclasses.fields(group_type):
-            default = "" if option.default is None else f" [{json.dumps(option.default, default=str)}]"
-            help_line = draccus.wrappers.docstring.get_attribute_docstring(
-                group_type, option.name
-            ).docstring_below
-            lines.append(f"    --{group.name}.{option.name}{default}\n        {help_line}")
-        lines.append("")
+        lines += [*help_for(group.name, group.default_factory), ""]
     lines.append("LeRobot's flags for one policy:  python -m ray_jobs.train --policy.type=act --help")
     return "\n".join(lines)
+
+
+def help_for(group: str, options: type) -> list[str]:
+    """The lines of help about one group of options: a dataclass with a text below each field."""
+    lines = [f"  {options.__doc__}"]
+    for option in dataclasses.fields(options):
+        default = "" if option.default is None else f" [{json.dumps(option.default, default=str)}]"
+        text = draccus.wrappers.docstring.get_attribute_docstring(options, option.name).docstring_below
+        lines.append(f"    --{group}.{option.name}{default}\n        {text}")
+    return lines

@@ -48,15 +48,11 @@ def check(recipe: Recipe) -> None:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
     """
     policy = recipe.lerobot.policy
-    _lengths(policy)
     meta = open_dataset(recipe)
     choose_episodes(recipe, meta)
     check_files(recipe, meta)
-    _validation(recipe)
-    features = _features(recipe, meta)
+    features, network = check_policy(recipe, meta)
     _pretrained(policy, features, recipe.options.assets.dir)
-    network = _network(policy, features)
-    _optimizer(recipe)
     _weights(recipe, network)
     network = _adapters(recipe, network)
     if network is not None:
@@ -65,6 +61,26 @@ def check(recipe: Recipe) -> None:
     _resume(recipe)
     _output_dir(recipe, network)
     _wandb(recipe)
+
+
+def check_policy(
+    recipe: Recipe, meta: LeRobotDatasetMetadata
+) -> tuple[dict[str, PolicyFeature], torch.nn.Module | None]:
+    """The part of `check` that depends on the policy's flags alone; a search asks it of many configurations.
+
+    Returns:
+        The data set's features under the policy's names, and its network without memory if that can be had.
+    """
+    _lengths(recipe.lerobot.policy)
+    _validation(recipe)
+    features = _features(recipe, meta)
+    policy, folder = recipe.lerobot.policy, recipe.options.assets.dir
+    assets.provide(
+        folder, assets.needed(policy, folder), weights=False
+    )  # SmolVLA's sizes lie beside its tokenizer
+    network = _network(policy, features)
+    _optimizer(recipe)
+    return features, network
 
 
 def _validation(recipe: Recipe) -> None:

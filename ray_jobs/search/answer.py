@@ -1,0 +1,270 @@
+"""What a search leaves behind: trials.csv, summary.json, best/, and the last screen."""
+
+import csv
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+
+import optuna
+from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from ray_jobs.engine.console import duration
+from ray_jobs.engine.tracking import SUMMARY_FILE, write_json
+from ray_jobs.search.plan import Plan
+from ray_jobs.search.space import flags
+from ray_jobs.search.study import (
+    BASELINE,
+    BEST_STEP,
+    CONFIG,
+    POLICY,
+    REASON,
+    STEPS,
+    WALL_S,
+    finished,
+    mean_value,
+    ranking,
+    repeats_of,
+    trial_name,
+    trials_of,
+)
+from ray_jobs.search.trial import trial_dir
+
+TRIALS_FILE, BEST_DIR, COMMAND_FILE = "trials.csv", "best", "command.sh"
+OF_THE_SEARCH = (
+    "eval_steps",
+    "log_freq",
+    "save_freq",
+    "steps",
+    "checkpoint.keep_last",
+)  # not of the long training
+
+
+def sweep(plan: Plan, study: Study) -> None:
+    """Remove the checkpoints of trials that cannot win any more: only the best few keep theirs."""
+    keep = _winners(plan, study)
+    for trial in trials_of(study):
+        if trial.state.is_finished() and trial.number not in keep:
+            shutil.rmtree(
+                trial_dir(plan.output_dir, trial_name(trial.number)) / "checkpoints", ignore_errors=True
+            )
+
+
+def _winners(plan: Plan, study: Study) -> set[int]:
+    options = plan.options.tune
+    if len(options.metrics) > 1:
+        return {t.number for t in study.best_trials}
+    room = max(options.keep_trials, options.finalists if options.seeds > 1 else 1)
+    return {t.number for t in finished(study)[:room]}
+
+
+def write(plan: Plan, study: Study, status: str, wall_s: float) -> dict:
+    """Write everything that the search has found; returns the summary."""
+    trials = trials_of(study)
+    _trials_csv(plan, study, trials)
+    ranked = ranking(study)
+    published = next((t for t in trials if BASELINE in t.user_attrs and t.state == TrialState.COMPLETE), None)
+    full = plan.steps * len(trials)
+    trained = sum(t.user_attrs.get(STEPS, t.last_step or 0) for t in trials)
+    states = [t.state for t in trials]
+    summary = {
+        "status": status,
+        "study": study.study_name,
+        "metric": plan.options.tune.metric,
+        "horizon": plan.horizon,
+        "steps": plan.steps,
+        "trials": len(trials),
+        **{state.name.lower(): states.count(state) for state in dict.fromkeys(states)},
+        "trained_steps": trained,
+        "trained_share": round(trained / full, 3) if full else None,
+        "wall_s": round(wall_s, 1),
+        "importances": importances(study, plan.grace_steps),
+        "baseline": _described(plan, study, published),
+        "best": _described(plan, study, ranked[0] if ranked else None),
+    }
+    if len(plan.options.tune.metrics) > 1:
+        front = sorted(study.best_trials, key=lambda t: t.values)
+        summary["front"] = [_described(plan, study, t) for t in front]
+    if ranked:
+        summary["command"] = _best(plan, ranked[0])
+    write_json(plan.output_dir / SUMMARY_FILE, summary)
+    return summary
+
+
+def _described(plan: Plan, study: Study, trial: FrozenTrial | None) -> dict | None:
+    if trial is None:
+        return None
+    repeats = repeats_of(study).get(str(trial.number), {})
+    described = {
+        "trial": trial.number,
+        "policy": trial.user_attrs[POLICY],
+        "values": dict(zip(plan.options.tune.metrics, trial.values, strict=True)),
+        "step": trial.user_attrs.get(BEST_STEP),
+        "config": trial.user_attrs[CONFIG],
+        "folder": str(trial_dir(plan.output_dir, trial_name(trial.number))),
+    }
+    if repeats:
+        values = [trial.values[0], *repeats.values()]
+        described |= {"seeds": values, "mean": mean_value(study, trial), "spread": max(values) - min(values)}
+    return described
+
+
+def _trials_csv(plan: Plan, study: Study, trials: list[FrozenTrial]) -> None:
+    metrics, repeats = plan.options.tune.metrics, repeats_of(study)
+    searched = sorted({flag for t in trials for flag in t.user_attrs.get(CONFIG, {})})
+    scratch = plan.output_dir / f".{TRIALS_FILE}.tmp"
+    with scratch.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(
+            [
+                "trial",
+                "state",
+                *metrics,
+                "best_step",
+                "steps",
+                "wall_s",
+                "baseline",
+                "other_seeds",
+                "reason",
+                *searched,
+            ]
+        )
+        for t in trials:
+            values = t.values or [t.intermediate_values.get(t.last_step) if t.last_step else None]
+            values = (values + [None] * len(metrics))[: len(metrics)]
+            config = t.user_attrs.get(CONFIG, {})
+            table.writerow(
+                [t.number, t.state.name, *values, t.user_attrs.get(BEST_STEP),
+                 t.user_attrs.get(STEPS, t.last_step), t.user_attrs.get(WALL_S),
+                 BASELINE in t.user_attrs, json.dumps(repeats.get(str(t.number), {})), t.user_attrs.get(REASON),
+                 *(config.get(flag) for flag in searched)]
+            )  # fmt: skip
+    scratch.replace(plan.output_dir / TRIALS_FILE)
+
+
+def importances(study: Study, step: int) -> dict[str, float]:
+    """How much each parameter mattered (PED-ANOVA), the most important first; {} if too little was tried.
+
+    Trials that were stopped early count as well: all are compared at their first validation from `step` on, which
+    every one of them has reached.
+    """
+    if len(study.directions) > 1:
+        return {}
+    compared = optuna.create_study(direction=study.direction)
+    for trial in trials_of(study):
+        values = {s: v for s, v in trial.intermediate_values.items() if s >= step}
+        if values and trial.params:
+            compared.add_trial(
+                optuna.create_trial(
+                    params=trial.params, distributions=trial.distributions, value=values[min(values)]
+                )
+            )
+    try:
+        return optuna.importance.get_param_importances(compared, evaluator=PedAnovaImportanceEvaluator())
+    except (ValueError, RuntimeError):
+        return {}
+
+
+def _best(plan: Plan, trial: FrozenTrial) -> str:
+    """Write best/: checkpoint, train_config.json, and the command that trains the configuration in full; returns
+    how to start it."""
+    target = plan.output_dir / BEST_DIR
+    scratch = plan.output_dir / f".{BEST_DIR}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    checkpoints = trial_dir(plan.output_dir, trial_name(trial.number)) / "checkpoints"
+    source = next((p for name in ("best", "last") if (p := checkpoints / name).exists()), None)
+    if source is not None:
+        shutil.copytree(source.resolve(), scratch / "checkpoint", copy_function=_link_or_copy)
+        shutil.copyfile(source / "pretrained_model" / "train_config.json", scratch / "train_config.json")
+    words = [word for word in plan.base if word[2:].partition("=")[0] not in OF_THE_SEARCH]
+    typed = [f"--{flag}={plan.typed[flag]}" for flag in ("log_freq",) if flag in plan.typed]
+    steps = plan.options.tune.final_steps
+    seed = plan.recipe.lerobot.seed
+    words += typed + flags(trial.user_attrs[CONFIG])
+    words += [
+        f"--steps={steps}",
+        f"--save_freq={max(1, steps // 20)}",
+        f"--eval_steps={max(1, steps // 20)}",
+        *([f"--seed={seed}"] if seed is not None else []),
+        f"--output_dir={plan.output_dir}-best",
+    ]
+    script = scratch / COMMAND_FILE
+    script.write_text(
+        "#!/usr/bin/env bash\n"
+        f"# The configuration of trial {trial.number}, the best of {plan.output_dir.name}, trained in full.\n"
+        "# More flags may follow and go first, as --ray.num_workers=4 or --output_dir=elsewhere.\n"
+        'exec "${PYTHON:-python}" -m ray_jobs.train \\\n    '
+        + " \\\n    ".join(shlex.quote(word) for word in _last_of_each(words))
+        + ' \\\n    "$@"\n'
+    )
+    script.chmod(0o755)
+    old = plan.output_dir / f".{BEST_DIR}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    scratch.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return f"bash {shlex.quote(str(target / COMMAND_FILE))}"
+
+
+def _last_of_each(words: list[str]) -> list[str]:
+    return list({word.partition("=")[0]: word for word in words}.values())
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # checkpoints are never written in place
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
+    """Best against published, what mattered, the next command."""
+    counts = ", ".join(
+        f"{summary[state]} {word}"
+        for state, word in (
+            ("complete", "trained in full"),
+            ("pruned", "pruned"),
+            ("fail", "failed"),
+            ("running", "unfinished"),
+        )
+        if summary.get(state)
+    )
+    say(f"\n{summary['status']}: {summary['trials']} trials in {duration(summary['wall_s'])} ({counts}), "
+        f"{summary['trained_share'] or 0:.0%} of the steps of full trials")  # fmt: skip
+    best, published = summary["best"], summary["baseline"]
+    if best is None:
+        say("no trial was trained to its end; see trials.csv for the reasons.")
+        return
+    for row in summary.get("front", ()):
+        say(f"front       {_values(row)} (trial {row['trial']})")
+    if "front" not in summary:
+        say(f"best        {_values(best)} (trial {best['trial']})" + _spread(best))
+        if published:
+            name, value = next(iter(published["values"].items()))
+            gain = 1 - best["values"][name] / value if value else 0
+            say(f"published   {_values(published)} (trial {published['trial']}, as many steps); "
+                f"best is {gain:.1%} lower")  # fmt: skip
+    if summary["importances"]:
+        top = list(summary["importances"].items())[:3]
+        say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top))
+    changed = {k: v for k, v in best["config"].items() if not published or published["config"].get(k) != v}
+    say("            " + ", ".join(word[2:] for word in flags(changed)) if changed else "")
+    say(f"left        {plan.output_dir}/{{trials.csv,summary.json,study.db,best}}")
+    say(f"train it    {summary['command']}")
+
+
+def _values(row: dict) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in row["values"].items())
+
+
+def _spread(row: dict) -> str:
+    return (
+        f", mean of {len(row['seeds'])} seeds {row['mean']:.4g}, spread {row['spread']:.2g}"
+        if "seeds" in row
+        else ""
+    )

@@ -1,0 +1,119 @@
+"""What a search will do and what it will cost, before it does it."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import ray
+
+from ray_jobs.engine.console import duration, quiet
+from ray_jobs.search.plan import Plan
+from ray_jobs.search.slot import Slot
+from ray_jobs.search.space import flags
+from ray_jobs.search.study import make_sampler
+
+TIMED_STEPS, WARM_UP = 6, 2
+FIRST = 3  # drawn configurations that are shown
+
+
+def intro(plan: Plan, slot: Slot) -> str:
+    """Data, objective, and how many trials of what size, in two lines."""
+    recipe, tune = plan.recipe.lerobot, plan.options.tune
+    held_out = plan.recipe.options.data.eval_episodes
+    held_out = f"episodes {held_out}" if held_out else f"{recipe.dataset.eval_split:.0%} of each task"
+    each = slot.each if tune.workers_per_trial == 1 else f"{tune.workers_per_trial} workers with {slot.each}"
+    return (
+        f"{recipe.dataset.repo_id}: {held_out} held out; {tune.metric} over {plan.horizon} actions, every "
+        f"{plan.recipe.eval_steps} steps\n"
+        f"{tune.num_samples} trials of {plan.steps} steps, {tune.sampler} + {plan.scheduler}; "
+        f"{at_once(plan, slot)} at a time, each {each}"
+    )
+
+
+def at_once(plan: Plan, slot: Slot) -> int:
+    return min(slot.at_once, plan.options.tune.max_concurrent or slot.at_once)
+
+
+def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
+    """Parameters, the first configurations, and the cost, from a few timed steps of the published recipe."""
+    tune, spaces = plan.options.tune, plan.space.spaces
+    say(intro(plan, slot) + "\n\nparameters")
+    for name, text in plan.space.describe().items():
+        say(f"  {name:38} {text}")
+    study = optuna.create_study(
+        sampler=make_sampler(tune, plan.recipe.lerobot.seed or 0), directions=["minimize"] * len(tune.metrics)
+    )
+    for params in plan.space.baselines():
+        study.enqueue_trial(params)
+    say("\nfirst configurations")
+    for number in range(min(tune.num_samples, len(spaces) + FIRST)):
+        space, config = plan.space.suggest(study.ask())
+        searched = {p.flag for p in space.parameters}
+        name = f"{number} (published)" if number < len(spaces) else str(number)
+        say(
+            f"  {name}  "
+            + "  ".join(w[2:] for w in flags({k: v for k, v in config.items() if k in searched}))
+        )
+    run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus)(time_steps)
+    cost = ray.get(run.remote([*plan.base, *flags(spaces[0].published(plan.space.fixed))]))
+    trial_s = cost["step_s"] * plan.steps + cost["eval_s"] * plan.steps / plan.recipe.eval_steps
+    share = expected_share(plan)
+    search_s = trial_s * (1 + (tune.num_samples - 1) * share) / at_once(plan, slot)
+    stopped = (
+        f" ({share:.0%} of the steps, if {plan.scheduler} stops as many as it usually does)"
+        if share < 1
+        else ""
+    )
+    say(
+        f"\ncost, timed on {cost['device']}: {cost['step_s']:.3g} s per step of the published recipe, "
+        f"{cost['eval_s']:.3g} s per validation;\n"
+        f"a whole trial {duration(trial_s)}, the search about {duration(search_s)}{stopped}"
+    )
+
+
+def expected_share(plan: Plan) -> float:
+    """Share of a whole trial's steps that the average trial gets: one in `reduction_factor` passes each rung."""
+    if plan.scheduler == "none":
+        return 1.0
+    spent, alive, before, rung = 0.0, 1.0, 0, plan.grace_steps
+    while rung < plan.steps:
+        spent += alive * (rung - before)
+        before, rung = rung, rung * plan.options.tune.reduction_factor
+        alive /= plan.options.tune.reduction_factor
+    return (spent + alive * (plan.steps - before)) / plan.steps
+
+
+def time_steps(flags: list[str]) -> dict:
+    """Train a few steps in a folder that is thrown away.
+
+    Args:
+        flags: The command line of a trial, without its folder.
+
+    Returns:
+        `step_s` and `eval_s`, in seconds, and the `device`.
+    """
+    quiet()
+    from ray_jobs.engine import preflight
+    from ray_jobs.engine.recipe import resolve
+    from ray_jobs.engine.workers import train_here
+
+    with tempfile.TemporaryDirectory() as folder:
+        more = [f"--output_dir={Path(folder) / 'run'}", "--save_checkpoint=false", "--wandb.enable=false"]
+        more += [f"--steps={TIMED_STEPS}", f"--eval_steps={TIMED_STEPS}", "--ray.num_workers=1"]
+        recipe = resolve([*flags, *more])
+        preflight.check(recipe)
+        at: dict[tuple, float] = {}
+        summary = train_here(
+            recipe,
+            lambda event: at.setdefault((event["kind"], event.get("step")), time.monotonic()),
+            lambda: "",
+        )
+    steps = [at["step", n + 1] - at["step", n] for n in range(WARM_UP, TIMED_STEPS)]
+    return {
+        "step_s": statistics.median(steps),
+        "eval_s": at["eval", TIMED_STEPS] - at["log", TIMED_STEPS],
+        "device": summary["device"],
+    }

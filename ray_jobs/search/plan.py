@@ -1,0 +1,254 @@
+"""From the command line to a checked plan of a search: what every trial shares, and what may vary.
+
+Real configs are built at the space's corners, with LeRobot's own classes, before anything is scheduled.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from ray_jobs.engine import preflight
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.objective import chunk_length
+from ray_jobs.engine.options import asks_to_resume, read_flags
+from ray_jobs.engine.preflight_data import open_dataset
+from ray_jobs.engine.recipe import Recipe, resolve
+from ray_jobs.search.options import SearchFlags, is_ours, parse_search_flags
+from ray_jobs.search.space import POLICY_TYPE, PRETRAINED, Config, SearchSpace, Space, flags, read_space
+
+SEARCH_FILE = "search.json"  # the command line of a search, for --resume
+SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
+RUNGS = 9  # validations of a trial, unless told otherwise: with asha, one in three goes on at 1/9 and at 1/3
+EVAL_FRAMES = 256
+# Flags that are decided for each trial, and why nobody else can.
+NOT_TYPED = {
+    "config_path": "a search begins from a recipe's flags, not from a checkpoint's config",
+    "ray.num_workers": "--tune.workers_per_trial says how many workers each trial has",
+    "ray.gpus_per_worker": "--tune.gpus_per_trial says what each trial reserves",
+    "job_name": "trials are named after --output_dir",
+}
+
+
+@dataclass
+class Plan:
+    """A checked search.
+
+    `base` are the command-line arguments that all trials share, `typed` the user's own, `recipe` the published
+    configuration of the first space, resolved.
+    """
+
+    output_dir: Path
+    options: SearchFlags
+    space: SearchSpace
+    typed: dict[str, str]
+    base: list[str]
+    recipe: Recipe
+    horizon: int
+    resume: bool
+    notices: list[str]
+
+    @property
+    def steps(self) -> int:
+        """Training steps of a whole trial."""
+        return self.recipe.lerobot.steps
+
+    @property
+    def grace_steps(self) -> int:
+        """Steps that every trial is given."""
+        return self.options.tune.grace_steps or self.recipe.eval_steps
+
+    @property
+    def scheduler(self) -> str:
+        """How trials are stopped early; those with several metrics are not."""
+        return "none" if len(self.options.tune.metrics) > 1 else self.options.tune.scheduler
+
+    def save(self) -> None:
+        """Write what `--resume` needs into the search's folder."""
+        (self.output_dir / SPACES_DIR).mkdir(parents=True, exist_ok=True)
+        for space in self.space.spaces:
+            target = self.output_dir / SPACES_DIR / space.file.name
+            if not target.exists():
+                shutil.copyfile(space.file, target)
+        scratch = self.output_dir / f".{SEARCH_FILE}.tmp"
+        scratch.write_text(json.dumps({"flags": self.typed}, indent=2) + "\n")
+        scratch.replace(self.output_dir / SEARCH_FILE)
+
+
+def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
+    """The command line by flag name, whether it asks to resume, and notices. A resumed search has the flags that
+    it was begun with; what is typed again goes first.
+
+    Raises:
+        InputError: Nothing to resume, or a folder that already holds something.
+    """
+    typed, notices = read_flags(["--tune.dry_run=true" if word == "--dry-run" else word for word in argv])
+    resume = asks_to_resume(typed)
+    typed.pop("resume", None)
+    folder = Path(typed.get("output_dir", "outputs/search"))
+    saved = folder / SEARCH_FILE
+    if resume:
+        if not saved.is_file():
+            raise InputError(f"--resume=true: nothing to resume, there is no search in {folder}.")
+        try:
+            before = json.loads(saved.read_text())["flags"]
+        except (ValueError, KeyError):
+            raise InputError(f"cannot resume: {saved} is damaged.") from None
+        copies = ",".join(str(path) for path in sorted((folder / SPACES_DIR).glob("*.yaml")))
+        before["space"] = before["space"] if _all_there(before["space"]) else copies
+        typed = {**before, **typed}
+    elif folder.exists():
+        more = " or --resume=true to continue the search in it" if saved.is_file() else ""
+        raise InputError(
+            f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{more}."
+        )
+    typed["output_dir"] = str(folder)
+    return typed, resume, notices
+
+
+def make_plan(
+    typed: dict[str, str], options: SearchFlags, resume: bool, notices: list[str], say: Callable[[str], None]
+) -> Plan:
+    """Read the spaces, build and check configurations all over them.
+
+    Raises:
+        InputError: In the user's flags, or in a space file (then with its name and line).
+    """
+    for flag, why in NOT_TYPED.items():
+        if flag in typed:
+            raise InputError(f"--{flag}={typed[flag]}: {why}.")
+    spaces = [_read(Path(name.strip())) for name in (options.space or "").split(",") if name.strip()]
+    if not spaces:
+        raise InputError("--space is missing: which space to search, as in --space=search_spaces/act.yaml.")
+    names = [space.policy for space in spaces]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"--space={options.space}: two of them are for the policy {max(names, key=names.count)}."
+        )
+    theirs = {flag: value for flag, value in typed.items() if not is_ours(flag) and flag != "output_dir"}
+    if POLICY_TYPE in theirs and {theirs.pop(POLICY_TYPE)} != set(names):
+        raise InputError(
+            f"--policy.type={typed[POLICY_TYPE]}: the space is for {', '.join(names)}; leave it out."
+        )
+    mentioned = {flag for space in spaces for flag in space.lines} | {PRETRAINED}
+    fixed = {flag: yaml.safe_load(value) for flag, value in theirs.items() if flag in mentioned}
+    space = SearchSpace(tuple(spaces), fixed)
+    for flag in sorted(
+        {p.flag for s in spaces for p in s.parameters if p.distribution is not None} & fixed.keys()
+    ):
+        notices.append(f"--{flag}={theirs[flag]} was typed: it is not searched.")
+    base = _base(theirs, options)
+    output_dir = Path(typed["output_dir"]).absolute()
+    scratch = f"--output_dir={output_dir / 'never'}"
+    shortest, recipe = math.inf, None
+    for s in spaces:
+        arguments = partial(_arguments, base, scratch)
+        try:
+            published = resolve(arguments(s.published(fixed)))
+            preflight.check(published)
+        except InputError as error:
+            _blame_the_user(error, arguments({**s.kind(fixed), **fixed}))
+            raise _in_file(s, "baseline", {}, error) from None
+        meta = open_dataset(published)
+        recipe = recipe or published
+        shortest = min(shortest, chunk_length(published.lerobot.policy))
+        for blamed, config in s.corners(fixed):
+            if s.violated(config) is None:
+                try:
+                    built = resolve(arguments(config))
+                    preflight.choose_episodes(built, meta)
+                    preflight.check_policy(built, meta)
+                except InputError as error:
+                    raise _in_file(s, blamed, config, error) from None
+                shortest = min(shortest, chunk_length(built.lerobot.policy))
+    horizon = recipe.options.data.eval_horizon or int(shortest)
+    if horizon > shortest:
+        raise InputError(
+            f"--data.eval_horizon={horizon}: the space has policies that predict {shortest} actions only."
+        )
+    base.append(f"--data.eval_horizon={horizon}")
+    recipe.notices.clear()
+    return Plan(output_dir, options, space, typed, base, recipe, horizon, resume, notices)
+
+
+def _read(file: Path) -> Space:
+    if not file.is_file():
+        known = sorted(str(path) for path in Path("search_spaces").glob("*.yaml"))
+        hint = f" There are {', '.join(known)}." if known else ""
+        raise InputError(f"--space={file}: there is no such file.{hint}")
+    return read_space(file)
+
+
+def _all_there(spaces: str) -> bool:
+    return all(Path(name.strip()).is_file() for name in spaces.split(","))
+
+
+def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
+    """The arguments that all trials share: the user's, and what a search needs where the user is silent."""
+    steps = theirs.get("steps")
+    if steps is None:
+        raise InputError(
+            "--steps is missing: how long is a trial? With asha most trials get a ninth or a third of it."
+        )
+    if not steps.isdigit() or int(steps) < 2:
+        raise InputError(f"--steps={steps}: must be a whole number, at least 2.")
+    every = max(1, math.ceil(int(steps) / RUNGS))
+    defaults = {
+        "eval_steps": str(every),
+        "max_eval_samples": str(EVAL_FRAMES),
+        "log_freq": str(max(1, every // 2)),
+        "save_freq": steps,
+        "env_eval_freq": "0",
+        "checkpoint.keep_last": "1",
+        "policy.push_to_hub": "false",
+        "wandb.disable_artifact": "true",
+    }
+    if not theirs.keys() & {"data.eval_episodes", "dataset.eval_split"}:
+        defaults["dataset.eval_split"] = "0.1"
+    if "val/inference_ms" in options.tune.metrics:
+        defaults["data.eval_timing"] = "true"
+    if options.tune.workers_per_trial > 1:
+        defaults["ray.num_workers"] = str(options.tune.workers_per_trial)
+    both = {**defaults, **theirs}
+    for flag in ("dataset.root", "assets.dir"):  # slots work in folders of their own
+        if flag in both:
+            both[flag] = str(Path(both[flag]).absolute())
+    return [f"--{flag}={value}" for flag, value in both.items()]
+
+
+def _arguments(base: list[str], scratch: str, config: Config) -> list[str]:
+    return [*base, *flags(config), scratch]
+
+
+def _blame_the_user(error: InputError, without_space: list[str]) -> None:
+    """Raise an error of the baseline as the user's own, if it is there without the space file as well."""
+    try:
+        preflight.check(resolve(without_space))
+    except InputError as own:
+        if str(own) == str(error):
+            raise own from None
+
+
+def _in_file(space: Space, blamed: str, config: Config, error: InputError) -> InputError:
+    """An error about a configuration, with the file and line it comes from."""
+    message = str(error)
+    named = [flag for flag in re.findall(r"--([\w.]+)", message) if flag in space.lines]
+    varied = f"{blamed}={config[blamed]}" if blamed in config else f"the {blamed}"
+    return space.error(named[0] if named and blamed not in config else blamed, f"with {varied}: {message}")
+
+
+def read_command(argv: list[str]) -> tuple[dict[str, str], SearchFlags, bool, list[str]]:
+    """The command line: all flags by name, the tuner's own parsed, whether to resume, notices."""
+    typed, resume, notices = typed_flags(argv)
+    options = parse_search_flags(typed)
+    if len(options.tune.metrics) > 1 and options.tune.scheduler != "none" and "tune.scheduler" in typed:
+        notices.append(
+            f"--tune.scheduler={options.tune.scheduler}: trials with several metrics are not stopped early."
+        )
+    return typed, options, resume, notices

@@ -1,0 +1,107 @@
+"""What a search shows while it runs: a small table on a terminal, plain lines in a log file."""
+
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ray_jobs.engine.console import OUTPUT_EVERY_S, duration
+
+SHOWN = 12  # rows at most
+
+
+class Progress:
+    """Takes the events of the study (`ended`, `notice`) and of the trials, which carry a `trial`.
+
+    Args:
+        done: Trials that had ended before, in a resumed search.
+        best: Their best value and trial, or None.
+    """
+
+    def __init__(
+        self, *, num_samples: int, steps: int, metric: str, done: int, best: tuple[float, str] | None
+    ):
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.num_samples, self.steps, self.metric = num_samples, steps, metric
+        self.done, self.best = done, best
+        self.counts: dict[str, int] = {}
+        self.running: dict[str, dict] = {}
+        self.started, self.ended_here = time.monotonic(), 0
+        self.last_line = time.monotonic()
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        if self.console.is_terminal:
+            self.live.start()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+        self.last_line = time.monotonic()
+
+    def close(self) -> None:
+        self.live.stop()
+
+    def show(self, event: dict) -> None:
+        trial = event.get("trial")
+        row = self.running.get(trial)
+        match event["kind"]:
+            case "begun":
+                self.running[trial] = {"step": 0, "value": None, "since": time.monotonic()}
+            case "notice":
+                self.say(event["text"])
+            case "ended":
+                self._ended(event)
+            case "step" | "log" if row:
+                row["step"] = event["step"]
+            case "start" if row:
+                row["step"] = event["start_step"]
+            case "eval" if row:
+                row |= {"step": event["step"], "value": event.get(self.metric)}
+
+    def refresh(self) -> None:
+        """Call a few times a second."""
+        if self.live.is_started:
+            self.live.update(self._table(), refresh=True)
+        elif time.monotonic() - self.last_line > OUTPUT_EVERY_S:
+            self.say(self._head())
+
+    def _ended(self, event: dict) -> None:
+        name = event["trial"]
+        self.running.pop(name, None)
+        status, value = event["status"], event["value"]
+        self.counts[status] = self.counts.get(status, 0) + 1
+        text = f"trial {name} {status}"
+        if event["step"]:
+            text += f" at step {event['step']}"
+        if value is not None:
+            text += f": {self.metric} {value:.4g}"
+        if event["reason"]:
+            text += f" ({event['reason']})"
+        if not event["repeat"] and status != "interrupted":
+            self.done, self.ended_here = self.done + 1, self.ended_here + 1
+            if status not in ("failed", "pruned") and value is not None:
+                if self.best is None or value < self.best[0]:
+                    self.best, text = (value, name), text + ", the best so far"
+        self.say(text)
+
+    def _head(self) -> str:
+        parts = [f"{self.done}/{self.num_samples} trials", f"{len(self.running)} running"]
+        parts += [f"{n} {status}" for status, n in self.counts.items() if status in ("pruned", "failed")]
+        if self.best:
+            parts.append(f"best {self.metric} {self.best[0]:.4g} (trial {self.best[1]})")
+        left = self.num_samples - self.done
+        if self.ended_here and left > 0:
+            parts.append(f"left {duration((time.monotonic() - self.started) / self.ended_here * left)}")
+        return ", ".join(parts)
+
+    def _table(self) -> Table:
+        table = Table(title=self._head(), title_justify="left", box=None, pad_edge=False)
+        for column in ("trial", "step", self.metric, "for"):
+            table.add_column(column, justify="right")
+        for name, row in list(self.running.items())[:SHOWN]:
+            value = "" if row["value"] is None else f"{row['value']:.4g}"
+            table.add_row(
+                name, f"{row['step']}/{self.steps}", value, duration(time.monotonic() - row["since"])
+            )
+        if len(self.running) > SHOWN:
+            table.add_row(f"+{len(self.running) - SHOWN}")
+        return table

@@ -1,0 +1,58 @@
+"""What one trial reserves on the cluster."""
+
+from dataclasses import dataclass
+
+import ray
+
+from ray_jobs.engine import cluster
+from ray_jobs.engine.errors import InputError
+from ray_jobs.search.plan import Plan
+
+MAX_CPU_TRIALS = 4  # at a time, where nothing else says so: a search learns from one trial for the next
+# A trial whose workers have a group of their own only watches them. A sliver of a CPU would be too much: on a machine
+# that they fill, they would wait for it for ever. So it takes a place on the head node, of which there are plenty.
+WATCHER = {"node:__internal_head__": 0.001}
+
+
+@dataclass
+class Slot:
+    """What one trial reserves on the cluster."""
+
+    bundle: dict[str, float]
+    """Resources of the trial's own process."""
+    each: cluster.Share
+    """Of each worker, where a trial has several."""
+    at_once: int
+    """Trials that the cluster holds now."""
+
+
+def decide(plan: Plan) -> Slot:
+    """Decide what each trial reserves, and refuse what no node has.
+
+    Raises:
+        InputError: Not even an empty cluster has room for one trial.
+    """
+    tune, options = plan.options.tune, plan.recipe.options.ray
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total_cpus, total_gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
+    gpus, cpus = tune.gpus_per_trial, options.cpus_per_worker
+    workers = tune.workers_per_trial
+    if gpus is None and workers == 1 and total_gpus and (plan.recipe.device or "cuda").startswith("cuda"):
+        gpus = 1.0
+    most = max(node.get("GPU", 0) for node in nodes)
+    if gpus and gpus > most and workers == 1:
+        raise InputError(
+            f"--tune.gpus_per_trial={gpus:g}: no node of this cluster has more than {most:g} GPUs."
+        )
+    if workers > 1:
+        each = cluster.share(workers, cpus, None if gpus is None else gpus / workers, plan.recipe.device)
+        room = min(total_cpus // each.cpus, total_gpus // each.gpus if each.gpus else total_cpus) // workers
+        return Slot(WATCHER, each, max(1, int(room)))
+    if cpus is None:
+        at_once = int(total_gpus / gpus) if gpus else min(MAX_CPU_TRIALS, tune.num_samples)
+        cpus = max(1, total_cpus // max(1, at_once))
+        if gpus:
+            cpus = min(cpus, 8)
+    each = cluster.share(1, cpus, gpus or 0.0, plan.recipe.device)
+    room = min(total_cpus // each.cpus, total_gpus / each.gpus if each.gpus else total_cpus)
+    return Slot(each.resources, each, max(1, int(room)))

@@ -1,0 +1,326 @@
+"""The search's memory: an Optuna study, which says what to try next, what is hopeless, and what has been tried.
+
+Ray Tune asks it through its two documented interfaces, `Searcher` and `TrialScheduler`. Unlike Ray's own
+`OptunaSearch` (2.60), which tells Optuna that a stopped trial is COMPLETE, pruned trials are PRUNED with their
+intermediate values and failed ones are FAIL. Stopping is decided by Optuna's pruners, whose only state is the
+study: a search that was killed goes on with all it knew.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from ray_jobs.engine.errors import INTERRUPTED, InputError
+from ray_jobs.engine.explain import first_line
+from ray_jobs.search.options import TuneOptions
+from ray_jobs.search.space import SearchSpace, flags
+from ray_jobs.search.trial import ENDED
+
+CONFIG, POLICY, BASELINE, SKIPPED, REASON, STEPS, BEST_STEP, WALL_S, TIMES = (  # user attributes of trials
+    "config", "policy", "baseline", "skipped", "reason", "steps", "best_step", "wall_s", "times",
+)  # fmt: skip
+SPACE, METRIC, REPEATS = "space", "metric", "repeats"  # user attributes of the study
+TRIES = 50  # drawings until one is new and keeps the constraints; then the space is taken for exhausted
+DEATHS = 3  # processes a trial may cost, and trials in a row that may cost so many
+
+
+def open_study(
+    options: TuneOptions, space: SearchSpace, output_dir: Path, seed: int, grace_steps: int, steps: int
+) -> Study:
+    """Open the study, or begin it with the published recipes enqueued.
+
+    Args:
+        grace_steps, steps: Training steps before which no trial is stopped, and of a whole trial.
+
+    Raises:
+        InputError: The storage cannot be opened, or holds a study of that name for something else.
+    """
+    optuna.logging.disable_default_handler()
+    warnings.filterwarnings("ignore", module="optuna")
+    name = options.study_name or output_dir.name
+    url = options.storage or f"sqlite:///{output_dir / 'study.db'}"
+    try:
+        study = optuna.create_study(
+            storage=_storage(url),
+            study_name=name,
+            directions=["minimize"] * len(options.metrics),
+            load_if_exists=True,
+        )
+    except Exception as error:
+        hint = " PostgreSQL needs `pip install psycopg2-binary`." if url.startswith("postgres") else ""
+        raise InputError(f"--tune.storage={url} cannot be opened: {first_line(error)}{hint}") from None
+    fingerprint, saved = space.fingerprint(), study.user_attrs
+    if SPACE not in saved:
+        study.set_user_attr(SPACE, fingerprint)
+        study.set_user_attr(METRIC, options.metric)
+        for params in space.baselines():
+            study.enqueue_trial(params, user_attrs={BASELINE: True})
+    elif saved[METRIC] != options.metric:
+        raise InputError(
+            f"the study {name} in {url} minimizes {saved[METRIC]}, the command {options.metric}. "
+            "Another --tune.study_name or --output_dir begins a new one."
+        )
+    elif saved[SPACE] != fingerprint:
+        raise InputError(
+            f"the study {name} in {url} searches another space. "
+            "Another --tune.study_name or --output_dir begins a new one."
+        )
+    # A sampler that is made anew must not draw its first numbers again.
+    study.sampler = make_sampler(options, seed + len(study.get_trials(deepcopy=False)))
+    study.pruner = _pruner(options, grace_steps, steps)
+    return study
+
+
+def _storage(url: str) -> BaseStorage | str:
+    if url.startswith("journal://"):
+        return JournalStorage(JournalFileBackend(url.removeprefix("journal://")))
+    return url
+
+
+def make_sampler(options: TuneOptions, seed: int) -> BaseSampler:
+    first = min(10, max(4, options.num_samples // 4))  # random ones, before the model is asked
+    match options.sampler:
+        case "tpe":
+            # Parallel trials keep away from each other; conditional parameters are modelled in groups.
+            return TPESampler(
+                n_startup_trials=first, multivariate=True, group=True, constant_liar=True, seed=seed
+            )
+        case "random":
+            return RandomSampler(seed=seed)
+        case "cmaes":
+            return CmaEsSampler(n_startup_trials=first, seed=seed)
+        case "gp":
+            return GPSampler(n_startup_trials=first, seed=seed)
+        case _:
+            return NSGAIISampler(population_size=max(4, options.num_samples // 4), seed=seed)
+
+
+def _pruner(options: TuneOptions, grace_steps: int, steps: int) -> BasePruner:
+    kind = "none" if len(options.metrics) > 1 else options.scheduler
+    match kind:
+        case "asha":
+            return SuccessiveHalvingPruner(grace_steps, options.reduction_factor)
+        case "hyperband":
+            return HyperbandPruner(grace_steps, steps, options.reduction_factor)
+        case "median":
+            return MedianPruner(n_startup_trials=4, n_warmup_steps=grace_steps - 1)
+        case _:
+            return NopPruner()
+
+
+# ---------------------------------------------------------------------- what is in a study
+
+
+def trial_name(number: int, repeat: str | None = None) -> str:
+    """What a trial is called in folders and tables; `repeat` is the seed of a finalist's repetition."""
+    return f"{number:04d}-seed{repeat}" if repeat else f"{number:04d}"
+
+
+def trials_of(study: Study) -> list[FrozenTrial]:
+    """The trials that were really begun; not those drawn twice or against a constraint."""
+    trials = study.get_trials(deepcopy=False)
+    return [t for t in trials if SKIPPED not in t.user_attrs and t.state != TrialState.WAITING]
+
+
+def finished(study: Study) -> list[FrozenTrial]:
+    """Trials trained to the end, the best first (by the first metric)."""
+    done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
+    return sorted(done, key=lambda t: t.values[0])
+
+
+def repeats_of(study: Study) -> dict[str, dict[str, float]]:
+    """Values of finalists under other seeds: {trial number: {seed: value}}."""
+    return json.loads(study.user_attrs.get(REPEATS, "{}"))
+
+
+def mean_value(study: Study, trial: FrozenTrial) -> float:
+    """A trial's value, averaged over all seeds it was trained with."""
+    values = [trial.values[0], *repeats_of(study).get(str(trial.number), {}).values()]
+    return sum(values) / len(values)
+
+
+def ranking(study: Study) -> list[FrozenTrial]:
+    """Trials trained to the end, the best first; after --tune.seeds those trained with most seeds go first."""
+    repeats = repeats_of(study)
+    return sorted(finished(study), key=lambda t: (-len(repeats.get(str(t.number), {})), mean_value(study, t)))
+
+
+# ---------------------------------------------------------------------- Ray Tune's side
+
+
+class StudySearch(Searcher):
+    """Gives Ray Tune the next configuration, and the study its outcome.
+
+    In this order: trials that an interrupted search left behind, new ones until there are `num_samples`, then
+    the finalists with other seeds.
+
+    Args:
+        study: From `open_study`.
+        seed: Of all trials; repeats use the numbers after it.
+        tell: Called with an event dict (`kind`: `ended`, `notice`) for whoever watches.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        space: SearchSpace,
+        options: TuneOptions,
+        seed: int,
+        steps: int,
+        tell: Callable[[dict], None],
+    ):
+        super().__init__()
+        self.study, self.space, self.options = study, space, options
+        self.seed, self.steps, self.tell = seed, steps, tell
+        self.left_behind = [t for t in trials_of(study) if t.state == TrialState.RUNNING]
+        self.live: dict[str, tuple[Trial, str | None]] = {}  # Tune's trial id -> (trial, seed of a repeat)
+        self.stopping = False
+        self.exhausted = False
+        self.failed_repeats: set[tuple[int, str]] = set()
+        self.deaths_in_a_row = 0
+
+    def __getstate__(self) -> dict:
+        """Ray Tune writes everything down for `Tuner.restore`. Nothing of this is needed: the study knows more."""
+        return {}
+
+    def suggest(self, trial_id: str) -> dict | str | None:
+        if self.stopping:
+            return self.FINISHED
+        if self.options.max_concurrent and len(self.live) >= self.options.max_concurrent:
+            return None
+        found = self._left_behind() or self._new()
+        if found is not None:
+            trial, repeat = found, None
+        elif (found := self._repeat()) is not None:
+            trial, repeat = found
+        else:
+            return None if self.live else self.FINISHED
+        self.live[trial_id] = trial, repeat
+        return {
+            "trial": trial_name(trial.number, repeat),
+            "flags": flags(trial.user_attrs[CONFIG]),
+            "seed": int(repeat or self.seed),
+            "repeat": bool(repeat),
+        }
+
+    def _left_behind(self) -> Trial | None:
+        while self.left_behind:
+            frozen = self.left_behind.pop(0)
+            trial = Trial(self.study, frozen._trial_id)
+            if CONFIG in frozen.user_attrs or self._draw(trial):  # it may have been killed while it was drawn
+                return trial
+        return None
+
+    def _new(self) -> Trial | None:
+        if len(trials_of(self.study)) >= self.options.num_samples or self.exhausted:
+            return None
+        for _ in range(TRIES):
+            trial = self.study.ask()
+            if self._draw(trial):
+                return trial
+        self.exhausted = True
+        self.tell(
+            {"kind": "notice", "text": f"{TRIES} drawings in a row were nothing new: the space is exhausted."}
+        )
+        return None
+
+    def _draw(self, trial: Trial) -> bool:
+        """Draw a trial's configuration; False, with the trial skipped, if it is known or breaks a constraint."""
+        space, config = self.space.suggest(trial)
+        known = {
+            json.dumps(t.user_attrs[CONFIG], sort_keys=True): t.number
+            for t in trials_of(self.study)
+            if CONFIG in t.user_attrs
+        }
+        twin = known.get(json.dumps(config, sort_keys=True))
+        skipped = f"the same as trial {twin}" if twin is not None else space.violated(config)
+        if skipped is None:
+            trial.set_user_attr(POLICY, space.policy)
+            trial.set_user_attr(CONFIG, config)
+            return True
+        trial.set_user_attr(SKIPPED, skipped)
+        self.study.tell(trial, state=TrialState.FAIL)
+        return False
+
+    def _repeat(self) -> tuple[Trial, str] | None:
+        """The next finalist and seed, once all trials have ended."""
+        if any(repeat is None for _, repeat in self.live.values()):
+            return None
+        repeats = repeats_of(self.study)
+        not_again = self.failed_repeats | {(trial.number, repeat) for trial, repeat in self.live.values()}
+        for trial in finished(self.study)[: self.options.finalists]:
+            for seed in map(str, range(self.seed + 1, self.seed + self.options.seeds)):
+                if seed not in repeats.get(str(trial.number), {}) and (trial.number, seed) not in not_again:
+                    return Trial(self.study, trial._trial_id), seed
+        return None
+
+    def judge(self, trial_id: str, result: dict) -> bool:
+        """Note a validation; whether its trial is hopeless. The published recipes are never given up: what is
+        gained over them is said at the same number of steps."""
+        trial, repeat = self.live[trial_id]
+        if repeat or "status" in result or len(self.options.metrics) > 1:
+            return False
+        trial.report(result[self.options.metrics[0]], result["step"])
+        return result["step"] < self.steps and BASELINE not in trial.user_attrs and trial.should_prune()
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        trial, repeat = self.live.pop(trial_id)
+        result = result or {}
+        status = "failed" if error else result.get("status", "pruned")
+        reason = result.get("reason", f"its process died {DEATHS} times" if error else None)
+        self.deaths_in_a_row = self.deaths_in_a_row + 1 if error else 0
+        self.stopping = self.stopping or self.deaths_in_a_row >= DEATHS
+        values = [result.get(name) for name in self.options.metrics]
+        event = {
+            "kind": "ended",
+            "trial": trial_name(trial.number, repeat),
+            "status": status,
+            "reason": reason,
+        }
+        event |= {"value": values[0], "step": result.get("step"), "repeat": repeat}
+        if status == INTERRUPTED:
+            pass  # stays RUNNING, and is taken up again
+        elif repeat:
+            if status in ENDED:
+                repeats = repeats_of(self.study)
+                repeats.setdefault(str(trial.number), {})[repeat] = values[0]
+                self.study.set_user_attr(REPEATS, json.dumps(repeats))
+            else:
+                self.failed_repeats.add((trial.number, repeat))
+        else:
+            times = {k.removeprefix("times/"): v for k, v in result.items() if k.startswith("times/")}
+            noted = {BEST_STEP: result.get("step"), STEPS: result.get("trained", result.get("step")),
+                     WALL_S: result.get("wall_s"), REASON: reason, TIMES: times}  # fmt: skip
+            for name, value in noted.items():
+                if value is not None:
+                    trial.set_user_attr(name, value)
+            if status == "failed" or (status in ENDED and None in values):
+                self.study.tell(trial, state=TrialState.FAIL)
+            elif status == "pruned":
+                self.study.tell(trial, state=TrialState.PRUNED)
+            else:
+                self.study.tell(trial, values)
+        self.tell(event)
+
+
+class StudyScheduler(FIFOScheduler):
+    """Stops the trials that the study takes for hopeless."""
+
+    def __init__(self, search: StudySearch):
+        super().__init__()
+        self.search = search
+
+    def on_trial_result(self, tune_controller, trial, result: dict) -> str:
+        hopeless = self.search.judge(trial.trial_id, result)
+        return TrialScheduler.STOP if hopeless else TrialScheduler.CONTINUE

@@ -1,0 +1,213 @@
+"""Search hyper-parameters of a LeRobot policy unattended: Ray Tune runs the trials, Optuna steers them.
+
+    python -m ray_jobs.tune --space=search_spaces/act.yaml --dataset.repo_id=me/set --dataset.root=datasets/set \
+        --steps=2000 --output_dir=outputs/act_search --tune.num_samples=32
+
+Every flag of `ray_jobs.train` holds for all trials; the space says what varies. `--dry-run` prints the plan,
+`--help` the tuner's own flags.
+"""
+
+import contextlib
+import os
+import queue
+import shutil
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ray_jobs.engine import cluster
+from ray_jobs.engine.console import no_garbage_collection, quiet, run_job
+from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError
+from ray_jobs.engine.options import read_flags
+
+if TYPE_CHECKING:
+    from ray_jobs.search.plan import Plan
+    from ray_jobs.search.slot import Slot
+
+# For Ray Tune, which reads them while it is imported, or when a search begins.
+TUNE_ENV = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run has files of its own
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",  # a stopped trial may take so long to close its W&B run
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Check the space, search, write the answer, and say it. Returns the exit status."""
+    quiet()
+    os.environ.update(TUNE_ENV)
+    if {"--help", "-h"} & set(argv):
+        return _help()
+    _start_ray(argv)
+    with no_garbage_collection():
+        from ray_jobs.search import answer, dry_run
+        from ray_jobs.search.plan import make_plan, read_command
+        from ray_jobs.search.slot import decide
+        from ray_jobs.search.study import open_study
+
+    typed, options, resume, notices = read_command(argv)
+    plan = make_plan(typed, options, resume, notices, print)
+    for notice in plan.notices:
+        print(notice)
+    cluster.start(plan.recipe.options.ray.address).result()
+    slot = decide(plan)
+    if options.tune.dry_run:
+        dry_run.show(plan, slot, print)
+        return 0
+    plan.save()
+
+    from ray_jobs.engine.workers import lock
+
+    with lock(plan.output_dir, wait_s=5):
+        seed = plan.recipe.lerobot.seed or 0
+        study = open_study(options.tune, plan.space, plan.output_dir, seed, plan.grace_steps, plan.steps)
+        started = time.monotonic()
+        status = _search(plan, study, slot, seed)
+        answer.sweep(plan, study)
+        summary = answer.write(plan, study, status, time.monotonic() - started)
+    answer.last_screen(plan, summary, print)
+    if status == INTERRUPTED:
+        print(f"continue    python -m ray_jobs.tune --output_dir={plan.output_dir} --resume=true")
+    if status == "failed":
+        raise RunError(
+            "three trials in a row have cost three processes each; their error.log and Ray's logs tell more."
+        )
+    return 130 if status == INTERRUPTED else 0
+
+
+def _start_ray(argv: list[str]) -> None:
+    """Let Ray start while the space is checked; what is wrong with the command line is said later."""
+    with contextlib.suppress(InputError):
+        flags, _ = read_flags(argv)
+        if flags.get("space") and "resume" not in flags:
+            cluster.start(flags.get("ray.address"))
+
+
+# ---------------------------------------------------------------------- the search
+
+
+def _search(plan: "Plan", study, slot: "Slot", seed: int) -> str:
+    """Run Ray Tune until the study has all its trials; returns how it ended."""
+    import ray
+    from ray import tune
+    from ray.tune import FailureConfig, RunConfig, TuneConfig
+
+    from ray_jobs.engine.workers import start_fit
+    from ray_jobs.search import answer, dry_run
+    from ray_jobs.search.progress import Progress
+    from ray_jobs.search.study import DEATHS, StudyScheduler, StudySearch, finished, trial_name, trials_of
+    from ray_jobs.search.trial import run_trial
+
+    options = plan.options.tune
+    if options.workers_per_trial > 1 and options.max_concurrent is None:
+        options.max_concurrent = slot.at_once  # else trials would start whose workers find no room
+    told: queue.SimpleQueue = queue.SimpleQueue()
+
+    def tell(event: dict) -> None:
+        # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
+        if event["kind"] == "ended":
+            answer.sweep(plan, study)
+        told.put(event)
+
+    search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
+    line = cluster.open_line()
+    trainable = tune.with_resources(
+        partial(
+            run_trial,
+            base=plan.base,
+            output_dir=plan.output_dir,
+            metrics=options.metrics,
+            each=slot.each,
+            line=line,
+        ),
+        tune.PlacementGroupFactory([slot.bundle]),
+    )
+    scratch = plan.output_dir / ".ray"
+    shutil.rmtree(
+        scratch, ignore_errors=True
+    )  # Tune's own notes of an earlier session; ours are in the study
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=TuneConfig(
+            search_alg=search,
+            scheduler=StudyScheduler(search),
+            num_samples=10**6,  # the searcher says when it is over
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial.config["trial"],
+            trial_dirname_creator=lambda trial: trial.config["trial"],
+        ),
+        run_config=RunConfig(
+            name=scratch.name,
+            storage_path=str(plan.output_dir),
+            failure_config=FailureConfig(max_failures=DEATHS - 1),
+            verbose=0,
+        ),
+    )
+    done = [t for t in trials_of(study) if t.state.is_finished()]
+    best = finished(study)[:1]
+    progress = Progress(
+        num_samples=options.num_samples,
+        steps=plan.steps,
+        metric=options.metrics[0],
+        done=len(done),
+        best=(best[0].values[0], trial_name(best[0].number)) if best else None,
+    )
+    progress.say(dry_run.intro(plan, slot))
+    fitting, outcome = start_fit(tuner)
+    status, started = "done", time.monotonic()
+
+    def stop(reason: str) -> None:
+        nonlocal status
+        search.stopping, status = True, reason
+        line.ask_to_stop.remote(INTERRUPTED)
+
+    try:
+        while fitting.is_alive():
+            try:
+                for event in ray.get(line.hear.remote(0.3)):
+                    progress.show(event)
+                while not told.empty():
+                    progress.show(told.get())
+                progress.refresh()
+                if (
+                    options.time_budget_s
+                    and status == "done"
+                    and time.monotonic() - started > options.time_budget_s
+                ):
+                    progress.say("the time is up: trials save a checkpoint and end.")
+                    stop("time is up")
+            except KeyboardInterrupt:
+                if status == INTERRUPTED:
+                    raise
+                progress.say("stopping: running trials save a checkpoint first; Ctrl-C again stops at once.")
+                stop(INTERRUPTED)
+        while not told.empty():
+            progress.show(told.get())
+    finally:
+        progress.close()
+        ray.kill(line)  # Tune's registry would keep it as long as this process lives
+    shutil.rmtree(scratch, ignore_errors=True)
+    if "error" in outcome:
+        raise RunError(f"Ray Tune gave up: {outcome['error']}")
+    return "failed" if search.deaths_in_a_row >= DEATHS else status
+
+
+# ---------------------------------------------------------------------- what the user sees
+
+
+def _help() -> int:
+    from ray_jobs.engine.options import help_for
+    from ray_jobs.search.options import TuneOptions
+
+    print(__doc__)
+    print("  --space=FILE[,FILE]\n        Search spaces, one for each policy (see search_spaces/).")
+    print("\n".join(help_for("tune", TuneOptions)))
+    print("\nThe flags of one training:  python -m ray_jobs.train --help")
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main, at_end=cluster.leave)

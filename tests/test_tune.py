@@ -1,0 +1,427 @@
+"""The tuner end to end: real searches on a Ray cluster of this session, read back with plain Optuna.
+
+The policies are tiny and the data has no cameras: a step takes milliseconds.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, job
+from optuna.trial import TrialState
+from test_data import make
+from test_faults import Run, alive
+from test_loop import wandb_runs
+
+from ray_jobs import tune
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.tracking import read_json, read_metrics
+
+ACT = {
+    "policy": "act",
+    "baseline": {
+        "policy.chunk_size": 8,
+        "policy.n_action_steps": 8,
+        "policy.dim_model": 32,
+        "policy.n_heads": 2,
+        "policy.dim_feedforward": 64,
+        "policy.n_encoder_layers": 1,
+        "policy.n_vae_encoder_layers": 1,
+        "policy.latent_dim": 8,
+        "policy.use_vae": True,
+        "policy.kl_weight": 10.0,
+        "policy.optimizer_lr": 1e-5,
+    },
+    "search": {
+        "policy.optimizer_lr": {"low": 1e-5, "high": 1e-2, "log": True},
+        "policy.chunk_size": {"low": 6, "high": 10, "step": 2},
+        "policy.n_action_steps": {"same_as": "policy.chunk_size"},
+        "policy.use_vae": {"choices": [True, False]},
+        "policy.kl_weight": {"low": 1.0, "high": 100.0, "log": True, "when": {"policy.use_vae": True}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("tune") / "numbers", [23, 17, 9, 20, 21], seed=2)
+
+
+@pytest.fixture(scope="module")
+def common(numbers) -> list[str]:
+    return [
+        "--dataset.repo_id=local/numbers",
+        f"--dataset.root={numbers}",
+        "--policy.device=cpu",
+        "--policy.pretrained_backbone_weights=null",
+        "--batch_size=4",
+        "--num_workers=0",
+        "--data.eval_episodes=[2,4]",
+        "--steps=18",
+        "--seed=5",
+    ]
+
+
+def space_file(folder: Path, content: dict = ACT, name: str = "space") -> Path:
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def search(*flags: str) -> int:
+    """Run the tuner in this process, on the session's cluster, as `python -m ray_jobs.tune` does."""
+    return tune.main(list(flags))
+
+
+def study_of(folder: Path) -> optuna.Study:
+    return optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
+
+
+@pytest.fixture(scope="module")
+def asha(common, tmp_path_factory) -> Path:
+    """A search of 12 trials with ASHA, and W&B offline; shared by the tests that look at what it left behind."""
+    folder = tmp_path_factory.mktemp("asha")
+    wandb = ("--wandb.enable=true", "--wandb.mode=offline", "--wandb.project=test")
+    where = (f"--space={space_file(folder)}", f"--output_dir={folder / 'run'}")
+    assert search(*common, *where, *wandb, "--tune.num_samples=12") == 0
+    return folder / "run"
+
+
+def test_study_tells_pruned_from_complete(asha):
+    """Read with plain Optuna: pruned trials are PRUNED with their validations; the best is the summary's."""
+    study, summary = study_of(asha), read_json(asha / "summary.json")
+    states = [trial.state for trial in study.trials]
+    assert len(states) == 12 and set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
+    for trial in study.trials:
+        recorded = {
+            r["step"]: r["val/action_error"]
+            for r in read_metrics(asha / f"trials/{trial.number:04d}")
+            if "val/action_error" in r
+        }
+        assert trial.intermediate_values == recorded and recorded
+        if trial.state == TrialState.PRUNED:
+            assert max(recorded) < 18 and trial.value == recorded[max(recorded)]
+        else:
+            assert max(recorded) == 18 and trial.value == min(recorded.values())
+    assert study.best_trial.number == summary["best"]["trial"]
+    assert study.best_value == summary["best"]["values"]["val/action_error"]
+    assert study.trials[0].state == TrialState.COMPLETE  # the published recipe is never given up
+    assert study.trials[0].params["policy.optimizer_lr"] == 1e-5
+    assert summary["baseline"]["values"]["val/action_error"] == study.trials[0].value
+    assert summary["trained_share"] < 0.7
+    assert len({json.dumps(trial.user_attrs["config"]) for trial in study.trials}) == 12
+
+
+def test_slots_are_reused(asha):
+    """Twelve trials, two processes."""
+    slots = [trial.user_attrs["times"]["slot"] for trial in study_of(asha).trials]
+    assert len(set(slots)) <= 3 and len(slots) == 12  # two, or three where both had ended in the same moment
+
+
+def test_answer(asha, tmp_path):
+    """trials.csv has every trial; best/ holds the winner's checkpoint and a command that trains it, as it is."""
+    study = study_of(asha)
+    rows = list(csv.DictReader((asha / "trials.csv").open()))
+    assert [int(row["trial"]) for row in rows] == list(range(12))
+    for row, trial in zip(rows, study.trials, strict=True):
+        assert float(row["val/action_error"]) == trial.value and row["state"] == trial.state.name
+        assert float(row["policy.optimizer_lr"]) == trial.params["policy.optimizer_lr"]
+    best = study.best_trial
+    config = read_json(asha / "best" / "train_config.json")
+    assert (
+        config["policy"]["chunk_size"]
+        == config["policy"]["n_action_steps"]
+        == best.params["policy.chunk_size"]
+    )
+    assert (asha / "best/checkpoint/pretrained_model/model.safetensors").is_file()
+    script = asha / "best" / "command.sh"
+    assert "--steps=100000" in script.read_text() and os.access(script, os.X_OK)
+    again = tmp_path / "again"
+    more = [
+        "--steps=18",
+        "--eval_steps=2",
+        "--max_eval_samples=256",
+        f"--output_dir={again}",
+        "--ray.num_workers=0",
+    ]
+    result = subprocess.run(
+        [script, *more],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    value = read_json(again / "summary.json")["best"]["val/action_error"]
+    assert value == pytest.approx(best.value, rel=1e-5)  # with another number of threads
+
+
+def test_only_the_best_keep_checkpoints(asha):
+    ranked = sorted(
+        (t for t in study_of(asha).trials if t.state == TrialState.COMPLETE), key=lambda t: t.value
+    )
+    with_checkpoints = {int(path.parent.name) for path in asha.glob("trials/*/checkpoints")}
+    assert with_checkpoints == {t.number for t in ranked[:3]}
+
+
+def test_wandb_has_every_trial(asha):
+    """One offline run per trial, pruned ones too, in one group, with params, step metrics and how it ended."""
+    for trial in study_of(asha).trials:
+        (run,) = wandb_runs(asha / f"trials/{trial.number:04d}")
+        assert (run["group"], run["name"]) == ("run", f"run-{trial.number:04d}")
+        assert run["config"]["policy"]["optimizer_lr"] == pytest.approx(trial.params["policy.optimizer_lr"])
+        errors = {h["_step"]: h["val/action_error"] for h in run["history"] if "val/action_error" in h}
+        assert errors == trial.intermediate_values
+        assert run["summary"]["status"] == {"COMPLETE": "finished", "PRUNED": "pruned"}[trial.state.name]
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+def test_failed_trials_do_not_stop_the_search(common, tmp_path, capsys):
+    """A learning rate that explodes is a FAIL with its reason, once; the others go on."""
+    wild = {**ACT, "search": {"policy.optimizer_lr": {"choices": [1e-5, 1e-3, 1e30]}}}
+    output = tmp_path / "run"
+    flags = (f"--space={space_file(tmp_path, wild)}", f"--output_dir={output}", "--tune.scheduler=none")
+    assert search(*common, *flags, "--tune.num_samples=3", "--tune.sampler=random") == 0
+    by_lr = {t.params["policy.optimizer_lr"]: t for t in study_of(output).trials if "config" in t.user_attrs}
+    assert {lr: t.state.name for lr, t in by_lr.items()} == {1e-5: "COMPLETE", 1e-3: "COMPLETE", 1e30: "FAIL"}
+    assert "gradient norm" in by_lr[1e30].user_attrs["reason"]
+    assert "failed" in capsys.readouterr().out
+    # All there is has been tried: a fourth trial is not the same again.
+    assert search(f"--output_dir={output}", "--resume=true", "--tune.num_samples=4") == 0
+    assert sum("config" in t.user_attrs for t in study_of(output).trials) == 3
+    assert "the space is exhausted" in capsys.readouterr().out
+
+
+def test_killed_slot(common, tmp_path):
+    """SIGKILL to the process of a running trial: it goes on in another one, and every trial has its value."""
+    output, killed = tmp_path / "run", []
+
+    def kill() -> None:
+        while not killed:
+            for process in psutil.Process().children(recursive=True):
+                with_slot = "ImplicitFunc" in " ".join(process.cmdline())
+                if with_slot and list(output.glob("trials/*/checkpoints/*")):
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    flags = (f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.scheduler=none")
+    assert search(*common, *flags, "--tune.num_samples=4", "--tune.max_concurrent=1") == 0
+    assert killed
+    study = study_of(output)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 4
+    assert str(killed[0]) not in {t.user_attrs["times"]["slot"].partition(":")[2] for t in study.trials}
+    for trial in study.trials:
+        assert sorted(trial.intermediate_values) == list(range(2, 19, 2))
+
+
+def test_killed_driver(common, tmp_path):
+    """SIGKILL to the driver at three moments, resumed each time: twelve trials, all different, none RUNNING."""
+    output = tmp_path / "run"
+    flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=12"]
+    for number, seen in enumerate((" at step", " at step", " at step")):
+        run = Run([*flags, *(["--resume=true"] if number else [])], job="ray_jobs.tune")
+        run.wait_for(seen)
+        slots = [p for p in run.family() if "ImplicitFunc" in " ".join(p.cmdline())]
+        os.kill(run.process.pid, signal.SIGKILL)
+        run.end()
+        psutil.wait_procs(slots, timeout=30)
+    before = study_of(output).trials
+    ended = {t.number: t.value for t in before if t.state.is_finished()}
+    assert len(ended) >= 3 and any(t.state == TrialState.RUNNING for t in before)
+    result = job("ray_jobs.tune", f"--output_dir={output}", "--resume=true")
+    assert result.returncode == 0, result.stdout + result.stderr
+    study = study_of(output)
+    trials = [
+        t for t in study.trials if "config" in t.user_attrs
+    ]  # the others are drawings that were known already
+    assert len(trials) == 12 and all(t.state.is_finished() for t in study.trials)
+    assert {number: study.trials[number].value for number in ended} == ended
+    assert len({json.dumps(t.user_attrs["config"]) for t in trials}) == 12
+    for trial in trials:  # none began anew: every validation stands there once
+        steps = [r["step"] for r in read_metrics(output / f"trials/{trial.number:04d}") if "val/loss" in r]
+        assert steps == sorted(trial.intermediate_values) == list(range(2, steps[-1] + 1, 2))
+
+
+def test_ctrl_c_and_a_longer_search(common, tmp_path):
+    """Ctrl-C: status 130, checkpoints, no process left, how to go on. Then more trials than were asked for first."""
+    output = tmp_path / "run"
+    flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=8"]
+    run = Run(flags, job="ray_jobs.tune")
+    run.wait_for(" at step")
+    family = run.family()
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130, run.printed
+    assert "--resume=true" in run.printed and "Traceback" not in run.printed
+    _, left = psutil.wait_procs(family, timeout=30)
+    assert alive(left) == []
+    assert search(f"--output_dir={output}", "--resume=true", "--tune.num_samples=10") == 0
+    assert [t.state.is_finished() for t in study_of(output).trials] == [True] * 10
+
+
+def test_time_budget(common, tmp_path, capsys):
+    """The time is up: a clean end with status 0, and a longer budget goes on."""
+    output = tmp_path / "run"
+    flags = (f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=300")
+    assert search(*common, *flags, "--tune.time_budget_s=12") == 0
+    printed = capsys.readouterr().out
+    assert "the time is up" in printed and "time is up: " in printed
+    before = len(study_of(output).trials)
+    assert 0 < before < 300
+    assert (
+        search(
+            f"--output_dir={output}",
+            "--resume=true",
+            "--tune.time_budget_s=100",
+            f"--tune.num_samples={before}",
+        )
+        == 0
+    )
+    assert all(t.state.is_finished() for t in study_of(output).trials)
+
+
+# ---------------------------------------------------------------------- other kinds of search
+
+
+def test_several_policies_two_workers_and_a_front(common, numbers, tmp_path, capsys):
+    """ACT and Diffusion in one search, two data-parallel workers per trial, two metrics: the front is printed."""
+    diffusion = {
+        "policy": "diffusion",
+        "baseline": {
+            "policy.horizon": 8,
+            "policy.n_action_steps": 4,
+            "policy.down_dims": [16, 32],
+            "policy.n_groups": 4,
+            "policy.diffusion_step_embed_dim": 16,
+            "policy.num_train_timesteps": 5,
+            "policy.optimizer_lr": 1e-4,
+        },
+        "search": {"policy.optimizer_lr": {"low": 1e-5, "high": 1e-2, "log": True}},
+    }
+    files = f"{space_file(tmp_path)},{space_file(tmp_path, diffusion, 'diffusion')}"
+    output = tmp_path / "run"
+    flags = (f"--space={files}", f"--output_dir={output}", "--tune.metric=val/action_error,val/inference_ms")
+    more = ("--tune.workers_per_trial=2", "--ray.cpus_per_worker=1", "--tune.num_samples=2")
+    assert search(*common, *flags, *more, "--steps=6") == 0
+    study, summary = study_of(output), read_json(output / "summary.json")
+    assert [t.user_attrs["policy"] for t in study.trials] == ["act", "diffusion"]
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
+    front = {t.number for t in study.best_trials}
+    assert {row["trial"] for row in summary["front"]} == front
+    assert capsys.readouterr().out.count("front  ") == len(front)
+    assert summary["horizon"] == 6  # the smallest chunk that either space allows
+    for trial in study.trials:
+        assert read_json(output / f"trials/{trial.number:04d}/summary.json")["num_workers"] == 2
+
+
+def test_finalists_with_several_seeds(common, tmp_path, capsys):
+    output = tmp_path / "run"
+    flags = (f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=3")
+    seeds = ("--tune.seeds=3", "--tune.finalists=2", "--tune.scheduler=none")
+    assert search(*common, *flags, *seeds) == 0
+    summary = read_json(output / "summary.json")
+    repeats = json.loads(study_of(output).user_attrs["repeats"])
+    best_two = sorted(study_of(output).trials, key=lambda t: t.value)[:2]
+    assert set(repeats) == {str(t.number) for t in best_two}
+    assert all(set(values) == {"6", "7"} for values in repeats.values())
+    means = {t.number: (t.value + sum(repeats[str(t.number)].values())) / 3 for t in best_two}
+    assert summary["best"]["trial"] == min(means, key=means.get)
+    assert summary["best"]["mean"] == pytest.approx(min(means.values()))
+    assert "mean of 3 seeds" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- wrong input
+
+WRONG = {
+    "--tune.num_sample=3": "unknown flag --tune.num_sample; did you mean --tune.num_samples?",
+    "--tune.num_samples=0": "--tune.num_samples=0: must be at least 1",
+    "--tune.num_samples=x": "--tune.num_samples=x: must be a whole number",
+    "--tune.sampler=tpee": "did you mean tpe?",
+    "--tune.scheduler=pbt": "It can be asha, hyperband, median, none",
+    "--tune.metric=val/succes": "nothing reports val/succes. Validations report val/action_error",
+    "--tune.time_budget_s=0": "--tune.time_budget_s=0.0: must be above 0",
+    "--tune.storage=sqlite:////nowhere/at/all.db": "--tune.storage=sqlite:////nowhere/at/all.db cannot be opened",
+    "--tune.storage=nonsense": "--tune.storage=nonsense cannot be opened",
+    "--tune.gpus_per_trial=9": "no node of this cluster has more than 0 GPUs",
+    "--policy.type=diffusion": "the space is for act",
+    "--ray.num_workers=2": "--tune.workers_per_trial says how many",
+    "--space=nowhere.yaml": "--space=nowhere.yaml: there is no such file. There are search_spaces/act.yaml",
+    "--steps=0": "--steps=0",
+    "--data.eval_horizon=9": "--data.eval_horizon=9: the space has policies that predict 6 actions only",
+    "--policy.chunksize=9": "unknown flag --policy.chunksize for act; did you mean --policy.chunk_size?",
+    "--resume=true": "nothing to resume, there is no search in",
+}
+
+
+@pytest.mark.parametrize("flag", WRONG)
+def test_wrong_flag(common, tmp_path, flag):
+    with pytest.raises(InputError) as refused:
+        search(*common, f"--space={space_file(tmp_path)}", f"--output_dir={tmp_path / 'run'}", flag)
+    message = str(refused.value)
+    assert WRONG[flag] in message and len(message.splitlines()) <= 2, message
+
+
+@pytest.mark.parametrize(
+    ("flag", "entry", "told"),
+    [
+        ("policy.chunk_sise", {"low": 6, "high": 10}, "unknown flag --policy.chunk_sise for act; did you mean --policy.chunk_size?"),
+        ("policy.dropout", {"low": 0.0, "high": 2.0}, "with policy.dropout=2.0"),
+        ("policy.n_heads", {"choices": [2, 3]}, "with policy.n_heads=3"),
+        ("policy.n_action_steps", {"low": 4, "high": 9}, "--policy.n_action_steps=9 must not exceed --policy.chunk_size=8"),
+    ],
+)  # fmt: skip
+def test_ranges_that_lerobot_refuses(common, tmp_path, flag, entry, told):
+    """Found at the space's corners, with file and line, before anything is scheduled."""
+    published = ACT["baseline"] | {flag: entry.get("low", entry.get("choices", [0])[0])}
+    file = space_file(tmp_path, {"policy": "act", "baseline": published, "search": {flag: entry}})
+    line = 1 + next(
+        n for n, text in enumerate(file.read_text().splitlines()) if text.startswith(f"  {flag}:")
+    )
+    with pytest.raises(InputError) as refused:
+        search(*common, f"--space={file}", f"--output_dir={tmp_path / 'run'}")
+    message = str(refused.value)
+    assert told in message and f"{file}:" in message and not (tmp_path / "run").exists(), message
+    assert line  # the flag stands in both sections; either line leads to it
+
+
+def test_study_of_something_else(common, asha, tmp_path):
+    """A stored study does not go on in another space, or with another metric."""
+    storage = ("--tune.study_name=run", f"--tune.storage=sqlite:///{asha / 'study.db'}")
+    where = f"--output_dir={tmp_path / 'run'}"
+    other = {
+        **ACT,
+        "search": {"policy.dropout": {"choices": [0.0, 0.1]}},
+        "baseline": {**ACT["baseline"], "policy.dropout": 0.1},
+    }
+    for flags, told in (
+        ([f"--space={space_file(tmp_path, other)}"], "searches another space"),
+        ([f"--space={space_file(tmp_path, ACT, 'same')}", "--tune.metric=val/loss"], "minimizes val/action_error, the command val/loss"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            search(*common, *flags, *storage, where)
+
+
+def test_dry_run(common, tmp_path, capsys):
+    """Parameters, first configurations, cost; nothing is left behind."""
+    flags = (f"--space={space_file(tmp_path)}", f"--output_dir={tmp_path / 'run'}", "--dry-run")
+    assert search(*common, *flags) == 0
+    printed = capsys.readouterr().out
+    assert "policy.kl_weight" in printed and "1 to 100 log, when policy.use_vae is true" in printed
+    assert "0 (published)" in printed and "s per step of the published recipe" in printed
+    assert not (tmp_path / "run").exists()
