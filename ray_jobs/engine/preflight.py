@@ -57,6 +57,7 @@ def check(recipe: Recipe) -> None:
     choose_episodes(recipe, meta)
     check_files(recipe.lerobot.dataset, meta, recipe.options.data.eval_episodes)
     features, network = check_policy(recipe, meta)
+    _pretrained(recipe.lerobot.policy, features, recipe.options.assets.dir)
     _weights(recipe, network)
     network = _adapters(recipe, network)
     if network is not None:
@@ -79,8 +80,10 @@ def check_policy(
     _resize(recipe, meta)
     _validation(recipe)
     features = _features(recipe, meta)
-    _pretrained(recipe.lerobot.policy, features, recipe.options.assets.dir)
-    network = _network(recipe.lerobot.policy, features)
+    policy, folder = recipe.lerobot.policy, recipe.options.assets.dir
+    # SmolVLA's sizes lie beside its tokenizer.
+    assets.provide(folder, assets.needed(policy, folder), weights=False)
+    network = _network(policy, features)
     _optimizer(recipe)
     return features, network
 
