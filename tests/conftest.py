@@ -17,8 +17,9 @@ from ray_jobs.engine.console import quiet
 
 quiet()
 
-CACHE = tempfile.TemporaryDirectory(prefix="ray_jobs_cache_")  # decoded frames of all tests
-os.environ["RAY_JOBS_CACHE"] = CACHE.name
+if "RAY_JOBS_CACHE" not in os.environ:  # the processes that tests start share it
+    CACHE = tempfile.TemporaryDirectory(prefix="ray_jobs_cache_")  # decoded frames of all tests
+    os.environ["RAY_JOBS_CACHE"] = CACHE.name
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "datasets" / "g1_yellow_bottle"
