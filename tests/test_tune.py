@@ -364,7 +364,7 @@ WRONG = {
     "--ray.num_workers=2": "--tune.workers_per_trial says how many",
     "--space=nowhere.yaml": "--space=nowhere.yaml: there is no such file. There are search_spaces/act.yaml",
     "--steps=0": "--steps=0",
-    "--data.eval_horizon=9": "--data.eval_horizon=9: the space has policies that predict 6 actions only",
+    "--data.eval_horizon=7": "with policy.chunk_size=6: --data.eval_horizon=7: the policy predicts 6 actions",
     "--policy.chunksize=9": "unknown flag --policy.chunksize for act; did you mean --policy.chunk_size?",
     "--resume=true": "nothing to resume, there is no search in",
 }

@@ -208,10 +208,6 @@ def make_plan(
                     raise _in_file(s, blamed, config, error) from None
                 shortest = min(shortest, chunk_length(built.lerobot.policy))
     horizon = recipe.options.data.eval_horizon or int(shortest)
-    if horizon > shortest:
-        raise InputError(
-            f"--data.eval_horizon={horizon}: the space has policies that predict {shortest} actions only."
-        )
     base.append(f"--data.eval_horizon={horizon}")
     recipe.notices.clear()
     return Plan(output_dir, options, space, typed, base, recipe, horizon, resume, notices)
