@@ -26,6 +26,7 @@ class Progress:
         self.num_samples, self.steps, self.metric = num_samples, steps, metric
         self.done, self.best = done, best
         self.counts: dict[str, int] = {}
+        self.said: set[str] = set()
         self.running: dict[str, dict] = {}
         self.started, self.ended_here = time.monotonic(), 0
         self.last_line = time.monotonic()
@@ -46,7 +47,8 @@ class Progress:
         match event["kind"]:
             case "begun":
                 self.running[trial] = {"step": 0, "value": None, "since": time.monotonic()}
-            case "notice":
+            case "notice" if event["text"] not in self.said:  # every trial says much the same
+                self.said.add(event["text"])
                 self.say(event["text"])
             case "ended":
                 self._ended(event)
