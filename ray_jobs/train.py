@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
 from ray_jobs.engine.console import Display, duration, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError
+from ray_jobs.engine.errors import INTERRUPTED, InputError
 from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     import ray
 
     from ray_jobs.engine import workers
-    from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
 
     options = recipe.options.ray
     cluster.start(options.address).result()
@@ -114,12 +113,7 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
             line.ask_to_stop.remote(INTERRUPTED)
     for event in ray.get(line.hear.remote(0)):
         display.show(event)
-
-    if reason := ray.get(line.why_failed.remote()):
-        raise RunError(reason)
-    if "error" in outcome:
-        raise RunError(workers.explain(outcome["error"], recipe.output_dir))
-    return read_json(recipe.output_dir / SUMMARY_FILE)
+    return workers.summary_of(recipe, line, outcome)
 
 
 # ---------------------------------------------------------------------- what the user sees

@@ -10,7 +10,8 @@ from conftest import ROOT
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flags import check_flags
 from ray_jobs.search import constraints
-from ray_jobs.search.space import SearchSpace, flags, read_space
+from ray_jobs.search.space import SearchSpace, flags
+from ray_jobs.search.space_file import read_space
 
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 GOOD = """\

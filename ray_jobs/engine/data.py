@@ -33,6 +33,7 @@ from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.frame_cache import FrameCache, open_frames
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource, set_frame_size
+from ray_jobs.engine.opened import for_policy, once
 from ray_jobs.engine.recipe import Recipe
 
 PREFETCHED_BATCHES = 2
@@ -47,20 +48,25 @@ def make_datasets(
         eval_episodes: An explicit list of held-out episodes, or None to follow `cfg.dataset.eval_split`.
         size: Height and width that the metadata shall say images have; None leaves what they have.
     """
-    try:
+
+    def open_tables() -> tuple[LeRobotDataset, LeRobotDataset | None]:
         if eval_episodes is None:
-            datasets = make_train_eval_datasets(cfg)
-        else:
-            held_out = copy.deepcopy(cfg)
-            held_out.dataset.episodes = eval_episodes
-            held_out.dataset.image_transforms.enable = False
-            datasets = make_dataset(cfg), make_dataset(held_out)
+            return make_train_eval_datasets(cfg)
+        held_out = copy.deepcopy(cfg)
+        held_out.dataset.episodes = eval_episodes
+        held_out.dataset.image_transforms.enable = False
+        return make_dataset(cfg), make_dataset(held_out)
+
+    try:
+        what = f"episodes {cfg.dataset.episodes}, {eval_episodes} held out, tolerance {cfg.tolerance_s}"
+        opened = once(cfg.dataset, what, open_tables)
     except DatasetGenerationError as error:
         raise RunError(_torn_table(cfg) or f"cannot read {cfg.dataset.repo_id}: {error}") from error
-    for dataset in datasets:
-        if dataset is not None:
-            set_frame_size(dataset.meta, size)
-    return datasets
+    dataset, eval_dataset = (of_set and for_policy(of_set, cfg.policy) for of_set in opened)
+    for of_set in (dataset, eval_dataset):
+        if of_set is not None:
+            set_frame_size(of_set.meta, size)
+    return dataset, eval_dataset
 
 
 def _torn_table(cfg: TrainPipelineConfig) -> str | None:

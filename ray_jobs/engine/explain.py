@@ -1,12 +1,14 @@
 """What parsers and the Hub mean by their errors, in terms of the flags that were typed."""
 
 import contextlib
+import functools
 import io
 import re
 import threading
 from collections.abc import Callable, Iterator
 
 from draccus.utils import DecodingError, DraccusException, ParsingError
+from draccus.wrappers import docstring
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -16,6 +18,10 @@ from huggingface_hub.errors import (
 )
 
 from ray_jobs.engine.errors import InputError
+
+# draccus 0.10 reads a config class's source again for the help text of each of its flags, in every parse: two thirds of
+# its time, in a search's every trial. There is no option that leaves it out.
+docstring.get_attribute_docstring = functools.cache(docstring.get_attribute_docstring)
 
 HUB_WAIT_S = 5  # how long the Hub may take to answer at all
 

@@ -33,6 +33,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import chunk_length
+from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.policy import outline, with_features
 from ray_jobs.engine.preflight_data import (
     check_files,
@@ -53,9 +54,11 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
     """
-    meta = open_dataset(recipe.lerobot.dataset)
+    dataset, held_out = recipe.lerobot.dataset, recipe.options.data.eval_episodes
+    meta = own_metadata(once(dataset, "metadata", lambda: open_dataset(dataset)))
     choose_episodes(recipe, meta)
-    check_files(recipe.lerobot.dataset, meta, recipe.options.data.eval_episodes)
+    chosen = f"files of episodes {dataset.episodes} and {held_out}"
+    once(dataset, chosen, lambda: check_files(dataset, meta, held_out))
     features, network = check_policy(recipe, meta)
     _pretrained(recipe.lerobot.policy, features, recipe.options.assets.dir)
     _weights(recipe, network)

@@ -86,6 +86,23 @@ def start_fit(trainer) -> tuple[threading.Thread, dict]:
     return thread, outcome
 
 
+def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
+    """The summary of a run whose `fit` is over (see `start_fit`).
+
+    Raises:
+        RunError: Why it failed.
+    """
+    import ray
+
+    from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
+
+    if reason := ray.get(line.why_failed.remote()):
+        raise RunError(reason)
+    if "error" in outcome:
+        raise RunError(_explain(outcome["error"], recipe.output_dir))
+    return read_json(recipe.output_dir / SUMMARY_FILE)
+
+
 def _worker(config: dict) -> None:
     """One training worker: unpack the recipe, run the loop, report to the driver and to Ray Train."""
     quiet()
@@ -185,7 +202,7 @@ def lock(output_dir: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
         yield
 
 
-def explain(error: Exception, output_dir: Path) -> str:
+def _explain(error: Exception, output_dir: Path) -> str:
     """Why Ray Train gave up, in two lines; the whole story goes into the run's error.log."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items())

@@ -29,8 +29,8 @@ from ray_jobs.search.space import (
     Space,
     flags,
     plain,
-    read_space,
 )
+from ray_jobs.search.space_file import read_space
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record

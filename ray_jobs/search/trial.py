@@ -152,7 +152,6 @@ def _train_on_workers(recipe, each: Share, report, should_stop) -> dict:
     import ray
 
     from ray_jobs.engine import cluster, workers
-    from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
 
     line = cluster.open_line()
     fitting, outcome = workers.start_fit(workers.make_trainer(recipe, each, line))
@@ -163,11 +162,7 @@ def _train_on_workers(recipe, each: Share, report, should_stop) -> dict:
             line.ask_to_stop.remote(reason)
     for event in ray.get(line.hear.remote(0)):
         report(event)
-    if reason := ray.get(line.why_failed.remote()):
-        raise RunError(reason)
-    if "error" in outcome:
-        raise RunError(workers.explain(outcome["error"], recipe.output_dir))
-    return read_json(recipe.output_dir / SUMMARY_FILE)
+    return workers.summary_of(recipe, line, outcome)
 
 
 def _free() -> None:

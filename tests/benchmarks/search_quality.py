@@ -34,7 +34,8 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from ray_jobs.search.options import TuneOptions
-from ray_jobs.search.space import SearchSpace, read_space
+from ray_jobs.search.space import SearchSpace
+from ray_jobs.search.space_file import read_space
 from ray_jobs.search.study import make_sampler
 
 HERE = Path(__file__).parent
