@@ -26,7 +26,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.processor import ImageCropResizeProcessorStep
 from torch.utils.data import DataLoader, default_collate
 
-from ray_jobs.engine.data import FrameReader, to_device, training_batches
+from ray_jobs.engine.data import FrameReader, make_datasets, to_device, training_batches
 from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.frame_cache import FrameCache, open_frames
 from ray_jobs.engine.frames import FrameSource
@@ -185,6 +185,22 @@ def test_real_recording_from_the_cache(real, policy, tmp_path):
     indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(2))[:1000].tolist()
     for some in itertools.batched(indices, 50):
         assert_same(reader(list(some)), default_collate([dataset[i] for i in some]))
+
+
+def test_opened_once_for_each_policy_in_turn(tmp_path):
+    """A process that opens a data set for a second policy gives that one's time steps; a changed set is opened anew."""
+    root = make(tmp_path / "numbers", [9, 5], seed=1)
+    sizes = [[f"--policy.chunk_size={n}", f"--policy.n_action_steps={n}"] for n in (4, 6, 4)]
+    opened = [make_datasets(config(root, *flags), [1])[0] for flags in sizes]
+    assert [len(dataset[0]["action"]) for dataset in opened] == [4, 6, 4]
+    assert opened[0].hf_dataset is opened[1].hf_dataset
+    opened[0].meta.stats["action"]["mean"][:] = 7.0
+    assert not np.array_equal(opened[1].meta.stats["action"]["mean"], opened[0].meta.stats["action"]["mean"])
+    before = opened[0][0]["action"]
+    shutil.rmtree(root)
+    make(root, [9, 5], seed=2)
+    (again, _) = make_datasets(config(root, *sizes[0]), [1])
+    assert not torch.equal(again[0]["action"], before)
 
 
 def test_unreadable_video_is_named(many_files, tmp_path):

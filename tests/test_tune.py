@@ -18,7 +18,10 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, job
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from ray.cluster_utils import Cluster
 from test_data import make
 from test_faults import Run, alive
 from test_loop import wandb_runs
@@ -231,6 +234,27 @@ def test_killed_slot(common, tmp_path):
         assert sorted(trial.intermediate_values) == list(range(2, 19, 2))
 
 
+def test_lost_node(common, tmp_path):
+    """Two machines (raylets) with a GPU each, cut in two: four trials at a time. One machine is killed while its trials
+    run; the search ends by itself with every trial."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 1})
+    try:
+        doomed = cluster.add_node(num_cpus=4, num_gpus=1)
+        output = tmp_path / "run"
+        flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=8"]
+        flags += ["--steps=60", "--tune.gpus_per_trial=0.5", f"--ray.address={cluster.address}"]
+        run = Run([*flags, "--ray.cpus_per_worker=1", "--tune.scheduler=none"], job="ray_jobs.tune")
+        run.wait_for(" at step")
+        cluster.remove_node(doomed, allow_graceful=False)
+        assert run.end() == 0, run.printed
+        assert "4 at a time" in run.printed
+        trials = study_of(output).trials
+        assert [t.state for t in trials] == [TrialState.COMPLETE] * 8
+        assert len({json.dumps(t.user_attrs["config"]) for t in trials}) == 8
+    finally:
+        cluster.shutdown()
+
+
 def test_killed_driver(common, tmp_path):
     """SIGKILL to the driver at three moments, resumed each time: twelve trials, all different, none RUNNING."""
     output = tmp_path / "run"
@@ -328,6 +352,32 @@ def test_several_policies_two_workers_and_a_front(common, numbers, tmp_path, cap
     assert summary["horizon"] == 6  # the smallest chunk that either space allows
     for trial in study.trials:
         assert read_json(output / f"trials/{trial.number:04d}/summary.json")["num_workers"] == 2
+
+
+def test_kl_weight_alone(common, tmp_path):
+    """A search over the KL weight picks by actions: the training loss, which has the KL term in it, would rank by the
+    weight. The study lies in Optuna's journal."""
+    weights = {"policy.kl_weight": {"choices": [0.01, 10.0, 1000.0]}}
+    file = space_file(
+        tmp_path, {**ACT, "baseline": {**ACT["baseline"], "policy.optimizer_lr": 1e-3}, "search": weights}
+    )
+    output, journal = tmp_path / "run", tmp_path / "journal.log"
+    flags = (f"--space={file}", f"--output_dir={output}", f"--tune.storage=journal://{journal}")
+    assert search(*common, *flags, "--tune.num_samples=3", "--tune.scheduler=none", "--log_freq=2") == 0
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    study = optuna.load_study(study_name="run", storage=storage)
+    trials = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    records = {t.number: read_metrics(output / f"trials/{t.number:04d}") for t in trials}
+    errors = {
+        n: min(r["val/action_error"] for r in rows if "val/action_error" in r) for n, rows in records.items()
+    }
+    losses = {n: [r["train/loss"] for r in rows if "train/loss" in r][-1] for n, rows in records.items()}
+    assert {t.number: t.value for t in trials} == errors
+    assert read_json(output / "summary.json")["best"]["trial"] == min(errors, key=errors.get)
+    weight = {t.number: t.params["policy.kl_weight"] for t in trials}
+    assert [weight[n] for n in sorted(losses, key=losses.get)] == [0.01, 10.0, 1000.0]
+    assert max(losses.values()) > 5 * min(losses.values())
+    assert max(errors.values()) < 2 * min(errors.values())
 
 
 def test_finalists_with_several_seeds(common, tmp_path, capsys):
