@@ -242,7 +242,7 @@ def test_lost_node(common, tmp_path):
         doomed = cluster.add_node(num_cpus=4, num_gpus=1)
         output = tmp_path / "run"
         flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=8"]
-        flags += ["--steps=60", "--tune.gpus_per_trial=0.5", f"--ray.address={cluster.address}"]
+        flags += ["--steps=180", "--tune.gpus_per_trial=0.5", f"--ray.address={cluster.address}"]
         run = Run([*flags, "--ray.cpus_per_worker=1", "--tune.scheduler=none"], job="ray_jobs.tune")
         run.wait_for(" at step")
         cluster.remove_node(doomed, allow_graceful=False)
@@ -287,6 +287,7 @@ def test_ctrl_c_and_a_longer_search(common, tmp_path):
     """Ctrl-C: status 130, checkpoints, no process left, how to go on. Then more trials than were asked for first."""
     output = tmp_path / "run"
     flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=8"]
+    flags += ["--steps=180"]  # else all is over before the signal comes
     run = Run(flags, job="ray_jobs.tune")
     run.wait_for(" at step")
     family = run.family()
