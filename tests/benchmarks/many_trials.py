@@ -94,6 +94,7 @@ def main() -> None:
     finished = sum("exit" in wandb_runs(output / f"trials/{t.number:04d}")[0] for t in study.trials)
     print(f"left: {len(slots())} slot processes, {len(alive)} actors, {len(groups)} placement groups, "
           f"{len(study.trials) - finished} unfinished W&B runs")  # fmt: skip
+    print(*alive, sep="\n")
     ray.shutdown()
     cluster.leave()
 
