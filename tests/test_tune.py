@@ -25,6 +25,7 @@ from ray.cluster_utils import Cluster
 from test_data import make
 from test_faults import Run, alive
 from test_loop import wandb_runs
+from vla import save_base
 
 from ray_jobs import tune
 from ray_jobs.engine.errors import InputError
@@ -379,6 +380,25 @@ def test_kl_weight_alone(common, tmp_path):
     assert [weight[n] for n in sorted(losses, key=losses.get)] == [0.01, 10.0, 1000.0]
     assert max(losses.values()) > 5 * min(losses.values())
     assert max(errors.values()) < 2 * min(errors.values())
+
+
+def test_shipped_space_of_a_pretrained_policy(parts, models, tmp_path):
+    """`search_spaces/smolvla.yaml` as it is, from a tiny checkpoint with its tokenizer in the assets folder."""
+    base, output = tmp_path / "base", tmp_path / "run"
+    save_base("smolvla", base, parts, models)
+    flags = [
+        f"--space={ROOT / 'search_spaces/smolvla.yaml'}",
+        f"--output_dir={output}",
+        f"--assets.dir={models}",
+    ]
+    flags += ["--dataset.repo_id=local/parts", f"--dataset.root={parts}", "--data.eval_episodes=[11]"]
+    flags += ["--max_eval_samples=4", "--batch_size=2", "--num_workers=0", "--steps=2", "--policy.device=cpu"]
+    flags += [f"--policy.pretrained_path={base}", "--policy.chunk_size=8", "--policy.n_action_steps=8"]
+    flags += ["--policy.resize_imgs_with_padding=[32,32]", "--policy.tokenizer_max_length=24"]
+    assert search(*flags, "--tune.num_samples=2", "--tune.scheduler=none") == 0
+    study = study_of(output)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2, [t.user_attrs for t in study.trials]
+    assert study.trials[0].params["policy.optimizer_lr"] == 1e-4  # the published recipe
 
 
 def test_finalists_with_several_seeds(common, tmp_path, capsys):
