@@ -28,7 +28,7 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, checkpoint, quantiles
+from ray_jobs.engine import assets, checkpoint, preflight_stream, quantiles
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
@@ -53,9 +53,11 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
     """
+    preflight_stream.check_flags(recipe)
     meta = open_dataset(recipe.lerobot.dataset)
     choose_episodes(recipe, meta)
     check_files(recipe.lerobot.dataset, meta, recipe.options.data.eval_episodes)
+    preflight_stream.check_data(recipe, meta)
     features, network = check_policy(recipe, meta)
     _pretrained(recipe.lerobot.policy, features, recipe.options.assets.dir)
     _weights(recipe, network)

@@ -1,0 +1,176 @@
+"""`--data.source=stream`: Ray Data reads the data set from wherever it lies, decodes it on CPUs anywhere in the
+cluster, and feeds the training workers.
+
+The reader is Ray's own (`ray.data.read_lerobot`); here are the order in which it reads, and what turns its rows into
+LeRobot's samples. Two things shuffle: every epoch has its episodes in an order of its own, and each worker draws its
+batches from a buffer of samples.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from lerobot.datasets.factory import resolve_delta_timestamps
+from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
+from ray.data.datasource import LeRobotDatasource, ReadTask
+
+from ray_jobs.engine import bucket, checkpoint, ffmpeg
+from ray_jobs.engine.frames import frame_shape, resized
+from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.stream_data import make_streamed
+
+PREFETCHED_BATCHES = 2
+BUFFER_BYTES = 2**30  # of decoded samples that a worker shuffles among, unless told otherwise
+BUFFER_SAMPLES = 10_000
+DTYPES = {"f": np.float32, "i": np.int64, "u": np.int64}  # what LeRobot makes of numbers
+OF_THE_READER = ("dataset_index", "stats")  # columns that LeRobot's samples have not
+
+
+class ShuffledEpisodes(LeRobotDatasource):
+    """Ray's LeRobot reader with a new order of the episodes whenever the data set is read, that is for every epoch."""
+
+    def __init__(self, root: str, *, seed: tuple[int, ...], **how):
+        super().__init__(root, read_granularity="episode", **how)
+        self.order = np.random.default_rng(seed)
+
+    def get_read_tasks(self, *args, **kwargs) -> list[ReadTask]:
+        tasks = super().get_read_tasks(*args, **kwargs)
+        return [tasks[n] for n in self.order.permutation(len(tasks))]
+
+
+@dataclass
+class AsLeRobot:
+    """Turns rows of Ray's reader into samples of `LeRobotDataset`: keys, shapes, dtypes, padding masks, task strings.
+
+    But for two things, which `FrameReader` has as well: cameras are uint8, and resized ones have no `<camera>_is_pad`.
+    """
+
+    cameras: dict[str, bool]
+    """Cameras, and whether their frames have a time step that LeRobot drops: the only one of a video."""
+    size: list[int] | None
+    """Height and width that frames are resized to."""
+    ends: np.ndarray | None
+    """For each episode, the first frame that is not trained on; None if all are (`drop_n_last_frames`)."""
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        keep = slice(None) if self.ends is None else rows["frame_index"] < self.ends[rows["episode_index"]]
+        samples = {}
+        for key, column in rows.items():
+            if key in OF_THE_READER or (
+                self.size and key.removesuffix("_is_pad") in self.cameras.keys() - {key}
+            ):
+                continue
+            if key != "task" and column.dtype == object:  # an array for each row
+                column = np.stack(list(column))
+            column = column[keep]
+            if key in self.cameras:
+                samples[key] = self._frames(key, column)
+            else:
+                samples[key] = column.astype(DTYPES.get(column.dtype.kind, column.dtype), copy=False)
+        return samples
+
+    def _frames(self, key: str, frames: np.ndarray) -> np.ndarray:
+        """(N, H, W, C) or (N, T, H, W, C) to channels first, at the size asked for."""
+        frames = np.ascontiguousarray(np.moveaxis(frames, -1, -3))
+        if self.size:
+            frames = resized(torch.from_numpy(frames), self.size).numpy()
+        return frames[:, 0] if self.cameras[key] else frames
+
+
+def source_of(recipe: Recipe) -> Callable[[], ray.data.Dataset]:
+    """What Ray Train calls whenever it starts workers: gives the data set as a stream of samples."""
+    cfg, options = recipe.lerobot, recipe.options
+    dataset = make_streamed(cfg, options.data.eval_episodes)
+    deltas = resolve_delta_timestamps(cfg.policy, dataset.meta)
+    videos = {
+        key: key in dataset.meta.video_keys and len((deltas or {}).get(key, ())) == 1
+        for key in dataset.meta.camera_keys
+    }
+    ends = np.asarray(dataset.meta.episodes["length"]) - dataset.dropped if dataset.dropped else None
+    return functools.partial(
+        _read,
+        cfg.dataset.root,
+        AsLeRobot(videos, options.data.resize, ends),
+        output_dir=recipe.output_dir,
+        seed=cfg.seed or 0,
+        libraries=ffmpeg.links_folder(),
+        episodes=dataset.episodes,
+        delta_timestamps=deltas,
+        frame_tolerance_s=cfg.tolerance_s,
+    )
+
+
+def _read(
+    root: str, as_lerobot: AsLeRobot, *, output_dir: Path, seed: int, libraries: Path, **how
+) -> ray.data.Dataset:
+    """Called in Ray Train's controller."""
+    if bucket.is_uri(root):
+        how["filesystem"], root = bucket.open_root(root)[0], bucket.plain(root)
+    # Workers that were started anew begin their epoch again, in another order.
+    source = ShuffledEpisodes(root, seed=(seed, steps_done(output_dir)), **how)
+    decoders = {"env_vars": ffmpeg.search_path(libraries, "${LD_LIBRARY_PATH}")}
+    rows = ray.data.read_datasource(
+        source, override_num_blocks=source.default_num_blocks(), runtime_env=decoders
+    )
+    return rows.map_batches(as_lerobot, batch_size=None, runtime_env=decoders)
+
+
+def link_on_every_node() -> None:
+    """Give all nodes FFmpeg's libraries for torchcodec (see `ffmpeg`)."""
+    link = ray.remote(num_cpus=0)(ffmpeg.link)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    ray.get([link.options(label_selector={"ray.io/node-id": n}).remote(ffmpeg.links_folder()) for n in nodes])
+
+
+def steps_done(output_dir: Path) -> int:
+    """Optimizer steps of the run's last checkpoint."""
+    newest = checkpoint.last_checkpoint(output_dir)
+    if newest is None:
+        return 0
+    return json.loads((newest / TRAINING_STATE_DIR / TRAINING_STEP).read_text())["step"]
+
+
+def epochs(recipe: Recipe, shard: ray.data.DataIterator, *, pinned: bool) -> Callable[[int], Iterator[dict]]:
+    """A function of a seed: one worker's batches of one epoch, as `FrameReader` gives them.
+
+    Args:
+        shard: The worker's part of the stream; every worker's has as many samples.
+        pinned: Give images in page-locked memory, from which a GPU copies without waiting.
+    """
+    buffer = buffer_size(recipe)
+
+    def epoch(seed: int) -> Iterator[dict]:
+        for rows in shard.iter_batches(
+            batch_size=recipe.lerobot.batch_size,
+            batch_format="numpy",
+            prefetch_batches=PREFETCHED_BATCHES,
+            local_shuffle_buffer_size=buffer,
+            local_shuffle_seed=seed,
+        ):
+            tasks = rows.pop("task").tolist()
+            batch = {key: torch.tensor(column) for key, column in rows.items()}
+            yield {k: v.pin_memory() if pinned and v.ndim > 3 else v for k, v in batch.items()} | {
+                "task": tasks
+            }
+
+    return epoch
+
+
+def buffer_size(recipe: Recipe) -> int:
+    """Samples that a worker shuffles among: `--data.shuffle_buffer`, else as many as fit into a GiB."""
+    if recipe.options.data.shuffle_buffer is not None:
+        return recipe.options.data.shuffle_buffer
+    dataset = make_streamed(recipe.lerobot, recipe.options.data.eval_episodes, recipe.options.data.resize)
+    deltas = resolve_delta_timestamps(recipe.lerobot.policy, dataset.meta) or {}
+    sample = sum(
+        math.prod(frame_shape(dataset.meta, key)) * len(deltas.get(key, [0]))
+        for key in dataset.meta.camera_keys
+    )
+    return max(1, min(BUFFER_SAMPLES, BUFFER_BYTES // max(1, sample)))
