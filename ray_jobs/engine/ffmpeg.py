@@ -6,6 +6,7 @@ LD_LIBRARY_PATH, is all torchcodec asks for (0.11 with PyAV 15: FFmpeg 7); and b
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,12 @@ def links_folder() -> Path:
 
 def link(folder: Path) -> None:
     """Make this node's links. Without PyAV's wheel (built from source) there are none, and the system's serve."""
-    for library in Path(av.__file__).parent.parent.glob("av.libs/*.so.*"):
-        name, _, version = library.name.partition(".so.")
-        usual = f"{name.rpartition('-')[0]}.so.{version.partition('.')[0]}"
+    for library in Path(av.__file__).parent.parent.glob("av.libs/*.so*"):
         # Under PyAV's names as well: the libraries look for each other beside themselves.
-        for place in (folder / usual, folder / library.name):
+        places = [folder / library.name]
+        if usual := re.fullmatch(r"(lib(?:av|sw).+)-\w+\.so\.(\d+)\..*", library.name):
+            places.append(folder / f"{usual[1]}.so.{usual[2]}")
+        for place in places:
             if place.is_symlink() and place.readlink() == library:
                 continue
             folder.mkdir(parents=True, exist_ok=True)

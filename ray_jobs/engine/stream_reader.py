@@ -22,6 +22,8 @@ from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 from ray.data.datasource import LeRobotDatasource, ReadTask
 
 from ray_jobs.engine import bucket, checkpoint, ffmpeg
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frames import frame_shape, resized
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.stream_data import make_streamed
@@ -36,9 +38,10 @@ OF_THE_READER = ("dataset_index", "stats")  # columns that LeRobot's samples hav
 class ShuffledEpisodes(LeRobotDatasource):
     """Ray's LeRobot reader with a new order of the episodes whenever the data set is read, that is for every epoch."""
 
-    def __init__(self, root: str, *, seed: tuple[int, ...], **how):
+    def __init__(self, root: str, **how):
         super().__init__(root, read_granularity="episode", **how)
-        self.order = np.random.default_rng(seed)
+        self.original_metas = []  # files of the node it was made on; what is read needs none of it
+        self.order = np.random.default_rng()
 
     def get_read_tasks(self, *args, **kwargs) -> list[ReadTask]:
         tasks = super().get_read_tasks(*args, **kwargs)
@@ -94,31 +97,33 @@ def source_of(recipe: Recipe) -> Callable[[], ray.data.Dataset]:
         for key in dataset.meta.camera_keys
     }
     ends = np.asarray(dataset.meta.episodes["length"]) - dataset.dropped if dataset.dropped else None
-    return functools.partial(
-        _read,
-        cfg.dataset.root,
-        AsLeRobot(videos, options.data.resize, ends),
-        output_dir=recipe.output_dir,
-        seed=cfg.seed or 0,
-        libraries=ffmpeg.links_folder(),
-        episodes=dataset.episodes,
-        delta_timestamps=deltas,
-        frame_tolerance_s=cfg.tolerance_s,
-    )
+    root, how = cfg.dataset.root, {}
+    if bucket.is_uri(root):
+        how["filesystem"], root = bucket.open_root(root)[0], bucket.plain(root)
+    how |= {
+        "episodes": dataset.episodes,
+        "delta_timestamps": deltas,
+        "frame_tolerance_s": cfg.tolerance_s,
+    }
+    link_on_every_node()
+    decoders = {"env_vars": ffmpeg.search_path(ffmpeg.links_folder(), "${LD_LIBRARY_PATH}")}
+    # Ray's reader wants torchcodec where it is made, and this process has started without its libraries.
+    make = ray.remote(num_cpus=0, runtime_env=decoders)(lambda: ShuffledEpisodes(root, **how))
+    try:
+        source = ray.get(make.remote())
+    except ray.exceptions.RayTaskError as error:
+        raise InputError(f"--dataset.root={cfg.dataset.root}: Ray Data: {first_line(error.cause)}") from None
+    as_lerobot = AsLeRobot(videos, options.data.resize, ends)
+    return functools.partial(_read, source, as_lerobot, decoders, cfg.seed or 0, recipe.output_dir)
 
 
 def _read(
-    root: str, as_lerobot: AsLeRobot, *, output_dir: Path, seed: int, libraries: Path, **how
+    source: ShuffledEpisodes, as_lerobot: AsLeRobot, decoders: dict, seed: int, output_dir: Path
 ) -> ray.data.Dataset:
-    """Called in Ray Train's controller."""
-    if bucket.is_uri(root):
-        how["filesystem"], root = bucket.open_root(root)[0], bucket.plain(root)
-    # Workers that were started anew begin their epoch again, in another order.
-    source = ShuffledEpisodes(root, seed=(seed, steps_done(output_dir)), **how)
-    decoders = {"env_vars": ffmpeg.search_path(libraries, "${LD_LIBRARY_PATH}")}
-    rows = ray.data.read_datasource(
-        source, override_num_blocks=source.default_num_blocks(), runtime_env=decoders
-    )
+    """Called in Ray Train's controller. Workers that were started anew begin their epoch again, in another order."""
+    source.order = np.random.default_rng((seed, steps_done(output_dir)))
+    blocks = source.default_num_blocks()
+    rows = ray.data.read_datasource(source, override_num_blocks=blocks, runtime_env=decoders)
     return rows.map_batches(as_lerobot, batch_size=None, runtime_env=decoders)
 
 

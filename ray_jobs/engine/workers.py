@@ -56,7 +56,6 @@ def make_trainer(recipe: "Recipe", each: Share, line):
     if recipe.options.data.source == "stream":
         from ray_jobs.engine import stream_reader
 
-        stream_reader.link_on_every_node()
         datasets["train"] = stream_reader.source_of(recipe)
     return TorchTrainer(
         _worker,
