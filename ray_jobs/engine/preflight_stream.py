@@ -4,8 +4,10 @@ from lerobot.datasets import LeRobotDatasetMetadata
 
 from ray_jobs.engine import bucket, ffmpeg, quantiles
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.frame_cache import gigabytes
 from ray_jobs.engine.frames import frame_shape
 from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.stream_data import shuffle_buffer
 
 FLAG = "--data.source=stream"
 
@@ -51,3 +53,7 @@ def check_data(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
         )
     if meta.video_keys:
         ffmpeg.check()
+    samples, size = shuffle_buffer(recipe)
+    recipe.notices.append(
+        f"stream: every worker shuffles among {samples} samples ({gigabytes(size)}); --data.shuffle_buffer changes it"
+    )

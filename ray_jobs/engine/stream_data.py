@@ -13,11 +13,15 @@ import torch
 from accelerate import Accelerator
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, compute_sampler_state
-from lerobot.datasets.factory import make_dataset
+from lerobot.datasets.factory import make_dataset, resolve_delta_timestamps
 from lerobot.utils.constants import IMAGENET_STATS
 
 from ray_jobs.engine import bucket
-from ray_jobs.engine.frames import set_frame_size
+from ray_jobs.engine.frames import frame_shape, set_frame_size
+from ray_jobs.engine.recipe import Recipe
+
+BUFFER_BYTES = 2**30  # of decoded samples that a worker shuffles among, unless told otherwise
+BUFFER_SAMPLES = 10_000
 
 
 @dataclass
@@ -96,6 +100,17 @@ def split_episodes(
         left = len(episodes) - math.ceil(len(episodes) * cfg.dataset.eval_split)
         train, held_out = train + episodes[:left], held_out + episodes[left:]
     return train, held_out
+
+
+def shuffle_buffer(recipe: Recipe) -> tuple[int, int]:
+    """Samples that each worker shuffles among, and their bytes: `--data.shuffle_buffer`, else what fits into a GiB."""
+    cfg, options = recipe.lerobot, recipe.options.data
+    meta = make_streamed(cfg, options.eval_episodes, options.resize).meta
+    deltas = resolve_delta_timestamps(cfg.policy, meta) or {}
+    frames = {key: len(deltas.get(key, [0])) for key in meta.camera_keys}
+    sample = sum(math.prod(frame_shape(meta, key)) * count for key, count in frames.items())
+    samples = options.shuffle_buffer or max(1, min(BUFFER_SAMPLES, BUFFER_BYTES // max(1, sample)))
+    return samples, samples * sample
 
 
 def streamed_batches(

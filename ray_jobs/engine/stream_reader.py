@@ -8,7 +8,6 @@ batches from a buffer of samples.
 
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,11 @@ from ray.data.datasource import LeRobotDatasource, ReadTask
 from ray_jobs.engine import bucket, checkpoint, ffmpeg
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
-from ray_jobs.engine.frames import frame_shape, resized
+from ray_jobs.engine.frames import resized
 from ray_jobs.engine.recipe import Recipe
-from ray_jobs.engine.stream_data import make_streamed
+from ray_jobs.engine.stream_data import make_streamed, shuffle_buffer
 
 PREFETCHED_BATCHES = 2
-BUFFER_BYTES = 2**30  # of decoded samples that a worker shuffles among, unless told otherwise
-BUFFER_SAMPLES = 10_000
 DTYPES = {"f": np.float32, "i": np.int64, "u": np.int64}  # what LeRobot makes of numbers
 OF_THE_READER = ("dataset_index", "stats")  # columns that LeRobot's samples have not
 
@@ -65,10 +62,9 @@ class AsLeRobot:
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         keep = slice(None) if self.ends is None else rows["frame_index"] < self.ends[rows["episode_index"]]
         samples = {}
+        without = {*OF_THE_READER, *(f"{key}_is_pad" for key in self.cameras if self.size)}
         for key, column in rows.items():
-            if key in OF_THE_READER or (
-                self.size and key.removesuffix("_is_pad") in self.cameras.keys() - {key}
-            ):
+            if key in without:
                 continue
             if key != "task" and column.dtype == object:  # an array for each row
                 column = np.stack(list(column))
@@ -149,7 +145,7 @@ def epochs(recipe: Recipe, shard: ray.data.DataIterator, *, pinned: bool) -> Cal
         shard: The worker's part of the stream; every worker's has as many samples.
         pinned: Give images in page-locked memory, from which a GPU copies without waiting.
     """
-    buffer = buffer_size(recipe)
+    buffer = shuffle_buffer(recipe)[0]
 
     def epoch(seed: int) -> Iterator[dict]:
         for rows in shard.iter_batches(
@@ -166,16 +162,3 @@ def epochs(recipe: Recipe, shard: ray.data.DataIterator, *, pinned: bool) -> Cal
             }
 
     return epoch
-
-
-def buffer_size(recipe: Recipe) -> int:
-    """Samples that a worker shuffles among: `--data.shuffle_buffer`, else as many as fit into a GiB."""
-    if recipe.options.data.shuffle_buffer is not None:
-        return recipe.options.data.shuffle_buffer
-    dataset = make_streamed(recipe.lerobot, recipe.options.data.eval_episodes, recipe.options.data.resize)
-    deltas = resolve_delta_timestamps(recipe.lerobot.policy, dataset.meta) or {}
-    sample = sum(
-        math.prod(frame_shape(dataset.meta, key)) * len(deltas.get(key, [0]))
-        for key in dataset.meta.camera_keys
-    )
-    return max(1, min(BUFFER_SAMPLES, BUFFER_BYTES // max(1, sample)))
