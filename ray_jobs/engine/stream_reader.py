@@ -8,6 +8,7 @@ batches from a buffer of samples.
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,19 +147,28 @@ def epochs(recipe: Recipe, shard: ray.data.DataIterator, *, pinned: bool) -> Cal
         pinned: Give images in page-locked memory, from which a GPU copies without waiting.
     """
     buffer = shuffle_buffer(recipe)[0]
+    cameras = make_streamed(recipe.lerobot, recipe.options.data.eval_episodes).meta.camera_keys
 
     def epoch(seed: int) -> Iterator[dict]:
-        for rows in shard.iter_batches(
+        batches = shard.iter_batches(
             batch_size=recipe.lerobot.batch_size,
             batch_format="numpy",
             prefetch_batches=PREFETCHED_BATCHES,
             local_shuffle_buffer_size=buffer,
             local_shuffle_seed=seed,
-        ):
-            tasks = rows.pop("task").tolist()
-            batch = {key: torch.tensor(column) for key, column in rows.items()}
-            yield {k: v.pin_memory() if pinned and v.ndim > 3 else v for k, v in batch.items()} | {
-                "task": tasks
-            }
+        )
+        try:
+            for columns in batches:
+                tasks = columns.pop("task").tolist()
+                batch = {key: torch.tensor(column) for key, column in columns.items()}
+                for key in cameras if pinned else ():
+                    batch[key] = batch[key].pin_memory()
+                yield batch | {"task": tasks}
+        except ray.exceptions.RayError as error:  # Ray tries again; in the end this is what the user sees
+            reasons = [
+                text for text in str(error).splitlines() if re.match(r"[\w.]*(Error|Exception): ", text)
+            ]
+            reason = reasons[-1] if reasons else first_line(error)
+            raise RuntimeError(f"{recipe.lerobot.dataset.root} cannot be read: {reason}") from error
 
     return epoch
