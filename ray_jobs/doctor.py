@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if measuring and not found.faults:
         preflight.check(recipe)
         found.facts["costs"] = costs.measure(asked, recipe)
-    found.advice += _advice(found.facts, asked.data.resize)
+    found.advice += _advice(found.facts, asked.data.resize, recipe.lerobot.policy)
     if "--json" in argv:
         print(json.dumps(vars(found), indent=2))
     else:
@@ -62,7 +62,7 @@ def _recipe(flags: dict[str, str]) -> list[str]:
     return [f"--{name}={value}" for name, value in given.items()]
 
 
-def _advice(facts: dict, size: list[int] | None) -> list[str]:
+def _advice(facts: dict, size: list[int] | None, policy) -> list[str]:
     """What to change, as far as the figures tell."""
     advice, costs = [], facts.get("costs", {})
     need, free = costs.get("to_decode_bytes", 0), costs.get("free_disk_bytes", 0)
@@ -73,7 +73,22 @@ def _advice(facts: dict, size: list[int] | None) -> list[str]:
         advice.append(
             "The cache does not fit on the disk: --data.resize, --data.cache=FOLDER on a larger one."
         )
-    if large and size is None:
+    shrunk = {
+        key: _own_size(policy, *camera["shape"][:2]) for key, camera in facts.get("cameras", {}).items()
+    }
+    smaller = {
+        tuple(own)
+        for key, own in shrunk.items()
+        if own and min(own) < min(facts["cameras"][key]["shape"][:2])
+    }
+    if len(smaller) == 1 and size is None:
+        height, width = smaller.pop()
+        advice.append(
+            f"{policy.type} shrinks images to {height}x{width} itself: --data.resize='[{height},{width}]' stores them "
+            "like that, which makes cache and loader cheaper. It changes the pixels a little (anti-aliased, 8 bit), here "
+            "and at run time."
+        )
+    elif large and size is None:
         advice.append(
             f"{', '.join(large)}: more pixels than most policies use; --data.resize='[240,320]' makes cache, loader "
             "and step cheaper."
@@ -85,6 +100,19 @@ def _advice(facts: dict, size: list[int] | None) -> list[str]:
             "--data.cache on."
         )
     return advice
+
+
+def _own_size(policy, height: int, width: int) -> list[int] | None:
+    """Height and width that a policy's own code resizes an image to, without the border it adds; None if it leaves
+    images as they are."""
+    if policy.type == "diffusion":
+        return policy.resize_shape and list(policy.resize_shape)
+    if policy.type == "smolvla":
+        box = policy.resize_imgs_with_padding and policy.resize_imgs_with_padding[::-1]
+    else:
+        box = getattr(policy, "image_resolution", None)
+    scale = box and min(box[0] / height, box[1] / width)
+    return scale and [int(height * scale), int(width * scale)]
 
 
 def _screen(found) -> list[str]:

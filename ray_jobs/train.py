@@ -93,7 +93,9 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
 
     options = recipe.options.ray
     cluster.start(options.address).result()
-    each = cluster.share(options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device)
+    streamed = recipe.options.data.source == "stream"
+    asked = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
+    each = cluster.share(*asked, decoders=streamed)
     line = cluster.open_line()
     fitting, outcome = workers.start_fit(workers.make_trainer(recipe, each, line))
     interrupts, waiting_since = 0, time.monotonic()

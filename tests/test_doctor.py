@@ -11,6 +11,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from test_data import make
 
 from ray_jobs import doctor
@@ -206,3 +210,20 @@ def test_measures_and_fits_on_a_screen(healthy, capsys):
     assert float(loader[1]) > float(loader[2]) > 0 and float(step[1]) > 0
     assert re.search(r"cache +0.000399 GB, \d+ s to decode", printed)
     assert len(printed.splitlines()) <= 24 and "nothing would stop a training." in printed
+
+
+@pytest.mark.parametrize(
+    ("policy", "size"),
+    [
+        (PI0Config(), "168,224"),
+        (SmolVLAConfig(), "384,512"),
+        (DiffusionConfig(resize_shape=(96, 128)), "96,128"),
+        (ACTConfig(), "240,320"),  # takes images as they are: a suggestion
+    ],
+)
+def test_names_the_size_that_a_policy_shrinks_images_to(policy, size):
+    """It is not used unasked: stored frames are anti-aliased and of 8 bit, LeRobot's own resizing is neither."""
+    advice = doctor._advice({"cameras": {"observation.images.top": {"shape": [480, 640, 3]}}}, None, policy)
+    assert f"--data.resize='[{size}]'" in "".join(advice)
+    small = {"cameras": {"observation.images.top": {"shape": [64, 64, 3]}}}
+    assert doctor._advice(small, None, policy) == []

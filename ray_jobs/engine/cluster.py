@@ -125,7 +125,7 @@ def leave() -> None:
 class Share:
     """Resources of each training worker."""
 
-    cpus: int
+    cpus: float
     gpus: float
 
     @property
@@ -137,16 +137,19 @@ class Share:
         return TRAIN_ENV if self.gpus else TRAIN_ENV | CPU_WORKER_ENV
 
     def __str__(self) -> str:
-        return f"{self.cpus} CPUs, {self.gpus:g} GPUs"
+        return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs"
 
 
-def share(num_workers: int, cpus: int | None, gpus: float | None, device: str | None) -> Share:
+def share(
+    num_workers: int, cpus: int | None, gpus: float | None, device: str | None, *, decoders: bool = False
+) -> Share:
     """Decide what each worker reserves, and refuse what the cluster can never give.
 
     Args:
         num_workers: Workers of the run, at least 1.
         cpus, gpus: What the user asked for per worker, or None.
         device: The recipe's `--policy.device`, or None.
+        decoders: Whether CPUs must be left for tasks that decode: half of them are.
 
     Raises:
         InputError: Not even an empty cluster has room; lists what there is.
@@ -162,7 +165,10 @@ def share(num_workers: int, cpus: int | None, gpus: float | None, device: str | 
     if cpus is None:
         hosts = [n for n, have in enumerate(node_gpus) if have >= gpus] or list(range(len(nodes)))
         per_host = math.ceil(num_workers / len(hosts))
-        cpus = max(1, min(node_cpus[n] for n in hosts) // per_host)
+        fewest = min(node_cpus[n] for n in hosts)
+        cpus = max(1, fewest // per_host)
+        if decoders:
+            cpus = fewest // (2 * per_host) or 0.5
         if gpus:
             cpus = min(cpus, 8)
     room = sum(
@@ -172,8 +178,13 @@ def share(num_workers: int, cpus: int | None, gpus: float | None, device: str | 
     if room < num_workers and not may_grow():
         have = "; ".join(f"{c} CPUs, {g:g} GPUs" for c, g in zip(node_cpus, node_gpus, strict=True))
         raise InputError(
-            f"--ray.num_workers={num_workers} with {cpus} CPUs and {gpus:g} GPUs each: this cluster has room for "
+            f"--ray.num_workers={num_workers} with {cpus:g} CPUs and {gpus:g} GPUs each: this cluster has room for "
             f"{room}. It has {len(nodes)} node(s): {have}."
+        )
+    if decoders and sum(node_cpus) - num_workers * cpus < 1 and not may_grow():
+        raise InputError(
+            f"--data.source=stream: {num_workers} workers with {cpus:g} CPUs each leave none of the cluster's "
+            f"{sum(node_cpus)} to decode. Fewer workers, or --ray.cpus_per_worker={max(1, int(cpus) // 2)}."
         )
     return Share(cpus, gpus)
 

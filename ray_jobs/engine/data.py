@@ -91,7 +91,8 @@ def open_all_frames(
     ranks: int,
     report: Callable[[dict], None],
 ) -> list[FrameCache | FrameSource | None]:
-    """Where the camera images of the training and of the held-out data set come from (see `open_frames`)."""
+    """Where the camera images of the training and of the held-out data set come from (see `open_frames`); None for one
+    that LeRobot reads, or that is streamed."""
     cfg, options = recipe.lerobot, recipe.options
     samples = cfg.steps * cfg.batch_size * ranks * options.ray.grad_accumulation
     validations = math.ceil(cfg.steps / recipe.eval_steps) if recipe.eval_steps else 0
@@ -102,7 +103,7 @@ def open_all_frames(
 
     return [
         open_frames(of_set, options.data, reads=count, say=say)
-        if of_set is not None and FrameReader.can_read(of_set)
+        if isinstance(of_set, LeRobotDataset) and FrameReader.can_read(of_set)
         else None
         for of_set, count in zip((dataset, eval_dataset), reads, strict=True)
     ]

@@ -6,6 +6,7 @@ import draccus
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import LeRobotDataset
 
+from ray_jobs.engine import bucket
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, parse
 from ray_jobs.engine.frames import set_frame_size
@@ -32,6 +33,8 @@ class DatasetOptions:
         Raises:
             InputError: It is not there, not whole, or cannot be resized.
         """
+        if bucket.is_uri(self.dataset.root):
+            raise InputError(f"{self.name}: this looks at local folders; a training reads from a bucket.")
         meta = open_dataset(self.dataset)
         check_files(self.dataset, meta)
         check_resize(self.data.resize, meta)

@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.policy import build, make_processors
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.stop_flag import StopFlag
+from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.engine.tracking import Tracker, read_metrics
 
 CHECK_EVERY = 200  # steps between looks for NaN where nothing else asks for the loss
@@ -44,6 +45,7 @@ def train(
     device: str,
     report: Callable[[dict], None] = lambda event: None,
     should_stop: Callable[[], str] = lambda: GO_ON,
+    stream: Callable[[int], Iterator[dict]] | None = None,
 ) -> dict:
     """Train the recipe's policy to its last step, from its last checkpoint if it has one.
 
@@ -53,6 +55,7 @@ def train(
             `checkpoint`, `notice`. All ranks make the same `eval` and `checkpoint` calls.
         should_stop: Asked after every step on every rank; once one rank says INTERRUPTED or PRUNED, all ranks
             stop at the same step, with a checkpoint unless the run was pruned.
+        stream: Under `--data.source=stream`, a function of a seed: this rank's batches of one epoch.
 
     Returns:
         The run's summary, as written to summary.json.
@@ -92,7 +95,8 @@ def train(
     torch.backends.cudnn.benchmark = not cfg.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    dataset, eval_dataset = make_datasets(cfg, options.data.eval_episodes, options.data.resize)
+    make = make_datasets if stream is None else make_streamed_datasets
+    dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
     frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, accelerator.num_processes, report)
     quantiles.complete(cfg.policy, dataset.meta)
     memory = recipe.memory
@@ -113,14 +117,11 @@ def train(
     average = make_average(policy, resume_dir, step) if options.ray.ema else None
     use_fast_kernels(policy, optimizer, channels_last=accelerator.mixed_precision != "no")
 
-    batches = training_batches(
-        cfg,
-        dataset,
-        accelerator,
-        frames=frames,
-        batches_per_step=options.ray.grad_accumulation,
-        resumed=resumed,
-    )
+    where = {"batches_per_step": options.ray.grad_accumulation, "resumed": resumed}
+    if stream is None:
+        batches = training_batches(cfg, dataset, accelerator, frames=frames, **where)
+    else:
+        batches = streamed_batches(cfg, dataset, accelerator, stream, **where)
     validation = None
     if eval_dataset is not None and recipe.eval_steps > 0:
         validation = Validation(

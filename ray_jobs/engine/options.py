@@ -70,7 +70,10 @@ class DataOptions:
     """Decode frames once per node: `auto` where it is worth it and there is room, `off`, or a folder to keep them in."""
     resize: list[int] | None = None
     """Height and width that camera images are resized to, here and by the trained policy at run time: '[H,W]'."""
-
+    source: str = "local"
+    """`local`: files on the node. `stream`: Ray decodes them elsewhere in the cluster, also out of `s3://`."""
+    shuffle_buffer: int | None = None
+    """Samples that each worker of a stream shuffles among. Default: what fits into a GiB, at most 10000."""
     eval_episodes: list[int] | None = None
     """Episodes held out for validation; takes the place of --dataset.eval_split."""
     eval_horizon: int | None = None
@@ -80,6 +83,9 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         at_least("data.eval_horizon", self.eval_horizon, 1)
+        at_least("data.shuffle_buffer", self.shuffle_buffer, 1)
+        if self.source not in ("local", "stream"):
+            raise InputError(f"--data.source={self.source}: must be local or stream.")
         if self.cache.lower() in ("off", "false", "no"):  # YAML reads `off` as a truth value
             self.cache = "off"
         elif self.cache != "auto":

@@ -28,7 +28,7 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, checkpoint, quantiles
+from ray_jobs.engine import assets, checkpoint, preflight_stream, quantiles
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
@@ -54,11 +54,13 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
     """
+    preflight_stream.check_flags(recipe)
     dataset, held_out = recipe.lerobot.dataset, recipe.options.data.eval_episodes
     meta = own_metadata(once(dataset, "metadata", lambda: open_dataset(dataset)))
     choose_episodes(recipe, meta)
     chosen = f"files of episodes {dataset.episodes} and {held_out}"
     once(dataset, chosen, lambda: check_files(dataset, meta, held_out))
+    preflight_stream.check_data(recipe, meta)
     features, network = check_policy(recipe, meta)
     _pretrained(recipe.lerobot.policy, features, recipe.options.assets.dir)
     _weights(recipe, network)

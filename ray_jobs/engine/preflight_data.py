@@ -16,6 +16,7 @@ from lerobot.utils.constants import (
     HF_LEROBOT_HOME,
 )
 
+from ray_jobs.engine import bucket
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.frames import frame_shape, set_frame_size
@@ -25,9 +26,11 @@ VIDEO_BACKENDS = ("pyav", "torchcodec", "video_reader")
 
 
 def where_it_is(dataset: DatasetConfig) -> tuple[str, Path | None]:
-    """What the user called the data set, and where it lies here: None if LeRobot will ask the Hub for it."""
+    """What the user called the data set, and where it lies here: None if LeRobot will ask the Hub for it. Of one in
+    a bucket, the metadata alone."""
     if dataset.root is not None:
-        return f"--dataset.root={dataset.root}", Path(dataset.root)
+        here = bucket.fetch(dataset.root) if bucket.is_uri(dataset.root) else Path(dataset.root)
+        return f"--dataset.root={dataset.root}", here
     name, home = f"--dataset.repo_id={dataset.repo_id}", HF_LEROBOT_HOME / dataset.repo_id
     if home.exists() and not has_legacy_hub_download_metadata(home):
         return f"{name} in {HF_LEROBOT_HOME}", home
@@ -49,7 +52,8 @@ def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
             _whole(name, root, path)
     try:
         with contextlib.nullcontext() if root else hub_or_cache():
-            meta = LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision)
+            here = None if dataset.root is None else root
+            meta = LeRobotDatasetMetadata(dataset.repo_id, root=here, revision=dataset.revision)
     except Exception as error:
         if root is None:
             raise InputError(f"{name}: not in {HF_LEROBOT_HOME}, and {hub_answer(error)}") from None
@@ -115,6 +119,13 @@ def check_files(
         return  # the workers download it
     chosen = dataset.episodes
     wanted = set(range(meta.total_episodes) if chosen is None else [*chosen, *(held_out or ())])
+    if bucket.is_uri(dataset.root):
+        there = bucket.listing(dataset.root, "data", "videos")
+        for episode in sorted(wanted):
+            for file in bucket.files_of(meta, (episode,)):
+                if file not in there:
+                    raise InputError(f"{name}: {file} (episode {episode} is in it) is missing.")
+        return
     columns = [("data", meta.data_path, None)]
     columns += [(f"videos/{camera}", meta.video_path, camera) for camera in meta.video_keys]
     for column, pattern, camera in columns:

@@ -19,6 +19,7 @@ from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
 from ray_jobs.engine import assets
+from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.checkpoint import checkpoint_steps, last_checkpoint
 from ray_jobs.engine.checkpoint import fault as checkpoint_fault
 from ray_jobs.engine.errors import InputError
@@ -134,7 +135,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
         path = getattr(owner, name)
         if path is not None and Path(path).exists():
             setattr(owner, name, Path(path).absolute())
-    if cfg.dataset.root is not None:
+    if cfg.dataset.root is not None and not is_uri(cfg.dataset.root):
         cfg.dataset.root = str(Path(cfg.dataset.root).absolute())
     eval_steps = cfg.eval_steps
     if options.data.eval_episodes is not None:
@@ -259,7 +260,7 @@ def _lerobot_config(
             "--reward_model: only policies are trained here; lerobot-train trains reward models."
         )
     if cfg.dataset.streaming:
-        raise InputError("--dataset.streaming=true: not supported; data sets are read from local files here.")
+        raise InputError("--dataset.streaming=true: not supported; --data.source=stream is ours.")
     if cfg.sample_weighting is not None:
         raise InputError("--sample_weighting: not supported here; lerobot-train has it.")
     if cfg.save_checkpoint_to_hub:

@@ -52,8 +52,14 @@ def make_trainer(recipe: "Recipe", each: Share, line):
     from ray.train.torch import TorchTrainer
 
     options = recipe.options.ray
+    datasets = {}
+    if recipe.options.data.source == "stream":
+        from ray_jobs.engine import stream_reader
+
+        datasets["train"] = stream_reader.source_of(recipe)
     return TorchTrainer(
         _worker,
+        datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
         train_loop_config={"recipe": pickle.dumps(recipe), "line": line},
         scaling_config=ScalingConfig(
@@ -129,8 +135,16 @@ def _worker(config: dict) -> None:
         if event["kind"] == "eval":
             ray.train.report({k: v for k, v in event.items() if isinstance(v, int | float)})
 
+    stream = None
+    if recipe.options.data.source == "stream":
+        from ray_jobs.engine import stream_reader
+
+        stream = stream_reader.epochs(
+            recipe, ray.train.get_dataset_shard("train"), pinned=get_device().type == "cuda"
+        )
+    how = {"device": str(get_device()), "report": report, "should_stop": listen_for_stop(line)}
     try:
-        _loop(recipe, main=main, device=str(get_device()), report=report, should_stop=listen_for_stop(line))
+        _loop(recipe, main=main, **how, stream=stream)
     except (InputError, RunError) as error:
         ray.get(line.fail.remote(str(error)))
         raise

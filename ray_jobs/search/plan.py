@@ -207,6 +207,11 @@ def make_plan(
                 except InputError as error:
                     raise _in_file(s, blamed, config, error) from None
                 shortest = min(shortest, chunk_length(built.lerobot.policy))
+    if recipe.options.data.source == "stream":
+        raise InputError(
+            "--data.source=stream: a search would read all of it again for every trial. Give it a local copy, "
+            "perhaps of some episodes (--dataset.episodes)."
+        )
     horizon = recipe.options.data.eval_horizon or int(shortest)
     base.append(f"--data.eval_horizon={horizon}")
     recipe.notices.clear()

@@ -1,0 +1,59 @@
+"""Checks of `--data.source=stream`: what the stream cannot do is refused before anything is scheduled."""
+
+from lerobot.datasets import LeRobotDatasetMetadata
+
+from ray_jobs.engine import bucket, ffmpeg, quantiles
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.frame_cache import gigabytes
+from ray_jobs.engine.frames import frame_shape
+from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.stream_data import shuffle_buffer
+
+FLAG = "--data.source=stream"
+
+
+def check_flags(recipe: Recipe) -> None:
+    """Raises InputError for flags that exclude each other, before the data set is looked for."""
+    cfg, options = recipe.lerobot, recipe.options
+    root = cfg.dataset.root
+    if options.data.source != "stream":
+        if bucket.is_uri(root):
+            raise InputError(f"--dataset.root={root}: data sets in a bucket are read with {FLAG}.")
+        return
+    if root is None:
+        raise InputError(
+            f"{FLAG} needs --dataset.root: a folder that every node sees, or an address such as s3://bucket/set."
+        )
+    if options.ray.num_workers == 0:
+        raise InputError(f"{FLAG} needs Ray's workers, and --ray.num_workers=0 has none; 1 is enough.")
+    if cfg.dataset.image_transforms.enable:
+        raise InputError(
+            f"{FLAG}: --dataset.image_transforms.enable=true is not supported, a stream gives images as they are."
+        )
+
+
+def check_data(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """Raises InputError for data sets that Ray's reader cannot give as `LeRobotDataset` does."""
+    if recipe.options.data.source != "stream":
+        return
+    name = f"{FLAG}: {recipe.lerobot.dataset.repo_id}"
+    if meta.depth_keys or meta.has_language_columns:
+        raise InputError(f"{name} has depth images or language columns, which Ray's reader does not give.")
+    for key, feature in meta.features.items():
+        if key in meta.camera_keys:
+            if frame_shape(meta, key)[0] != 3:
+                raise InputError(f"{name}: {key} has no colours, and Ray's reader gives three channels.")
+        elif feature["dtype"] == "string" or len(feature["shape"]) > 1:
+            raise InputError(f"{name}: {key} is neither a number nor a vector.")
+    policy = recipe.lerobot.policy
+    if bucket.is_uri(recipe.lerobot.dataset.root) and quantiles.lacking(policy, meta):
+        raise InputError(
+            f"{name}: {policy.type} normalizes by quantiles, which meta/stats.json lacks. "
+            "`python -m lerobot.scripts.augment_dataset_quantile_stats` adds them to a local copy."
+        )
+    if meta.video_keys:
+        ffmpeg.check()
+    samples, size = shuffle_buffer(recipe)
+    recipe.notices.append(
+        f"stream: every worker shuffles among {samples} samples ({gigabytes(size)}); --data.shuffle_buffer changes it"
+    )

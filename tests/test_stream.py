@@ -1,0 +1,232 @@
+"""`--data.source=stream`: Ray Data's reader gives LeRobot's samples, out of a folder and out of a bucket."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+import ray
+import torch
+from conftest import job, tiny_act, tiny_diffusion
+from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.policies.factory import make_pre_post_processors
+from torch.utils.data import default_collate
+
+from ray_jobs.engine import bucket, preflight, stream_reader
+from ray_jobs.engine.data import make_datasets, to_device
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.frame_reader import FrameReader
+from ray_jobs.engine.frames import FrameSource
+from ray_jobs.engine.recipe import Recipe, resolve
+from ray_jobs.engine.stream_data import make_streamed_datasets
+
+STREAM = "--data.source=stream"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="CRITICAL")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3(parts):
+    """The address of `parts` in a bucket that a server on this machine has."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    address = server.stdout.readline().decode().strip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        system = fsspec.filesystem("s3")
+        system.mkdir("bucket")
+        system.put(str(parts), "bucket/sets/parts", recursive=True)
+        yield "s3://bucket/sets/parts"
+    server.communicate()
+
+
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print("http://%s:%d" % server.get_host_and_port(), flush=True)
+sys.stdin.read()
+"""
+
+
+def checked(flags: list[str]) -> Recipe:
+    recipe = resolve(flags)
+    preflight.check(recipe)
+    return recipe
+
+
+def epochs(recipe: Recipe, workers: int = 1) -> list:
+    shards = stream_reader.source_of(recipe)().streaming_split(workers, equal=True)
+    return [stream_reader.epochs(recipe, shard, pinned=False) for shard in shards]
+
+
+@pytest.mark.parametrize("policy", [tiny_act, tiny_diffusion])
+def test_an_epoch_holds_lerobots_samples(policy, parts, tmp_path, cluster):
+    """Every frame once (Diffusion leaves out the last ones of an episode), bit for bit as `LeRobotDataset` gives it."""
+    recipe = checked(policy(parts, tmp_path / "run", STREAM, "--data.eval_episodes=[3]"))
+    (epoch,) = epochs(recipe)
+    dataset, _ = make_datasets(recipe.lerobot, recipe.options.data.eval_episodes)
+    dropped = getattr(recipe.lerobot.policy, "drop_n_last_frames", 0)
+    last = {e: length - dropped for e, length in enumerate(dataset.meta.episodes["length"])}
+    table = dataset.hf_dataset.with_format("numpy")
+    wanted = [
+        int(index)
+        for index, frame, episode in zip(
+            table["index"][:], table["frame_index"][:], table["episode_index"][:], strict=True
+        )
+        if frame < last[int(episode)]
+    ]
+    seen = []
+    for batch in epoch(0):
+        seen += batch["index"].tolist()
+        rows = [dataset.absolute_to_relative_idx[index] for index in batch["index"].tolist()]
+        theirs = default_collate([dataset[row] for row in rows])
+        assert theirs.keys() == batch.keys()
+        assert theirs.pop("task") == batch.pop("task")
+        for key, value in theirs.items():
+            assert value.dtype == batch[key].dtype and torch.equal(value, batch[key]), key
+    assert sorted(seen) == sorted(wanted)
+
+    if policy is tiny_act:
+        again = [batch["index"].tolist() for batch in epoch(1)]
+        order = sum(again, [])
+        assert sorted(order) == sorted(wanted) and order != seen
+        # A batch is not a stretch of one episode.
+        episodes = [
+            dataset.hf_dataset[dataset.absolute_to_relative_idx[i]]["episode_index"] for i in order[:40]
+        ]
+        assert len({int(episode) for episode in episodes}) > 6
+
+
+def test_two_workers_share_an_epoch_of_resized_frames(parts, tmp_path, cluster):
+    recipe = checked(tiny_act(parts, tmp_path / "run", STREAM, "--data.resize=[32,48]"))
+    with ThreadPoolExecutor(2) as threads:  # an epoch begins when all workers ask for it
+        first, second = threads.map(lambda epoch: list(epoch(0)), epochs(recipe, workers=2))
+    dataset, _ = make_datasets(recipe.lerobot, None, [32, 48])
+    reader = FrameReader(dataset, 0, FrameSource(dataset, [32, 48]))
+    seen = []
+    for pair in zip(first, second, strict=True):  # as many batches for both
+        for batch in pair:
+            seen += batch["index"].tolist()
+            assert torch.equal(
+                batch["observation.images.top"], reader(batch["index"].tolist())["observation.images.top"]
+            )
+    assert len(set(seen)) == len(seen) == len(dataset) // 2 * 2
+
+
+def test_trains_from_a_bucket(s3, parts, tmp_path):
+    """With two workers, held-out episodes, and a resumed run that Ray's reader goes on with; stock LeRobot opens it."""
+    out = tmp_path / "run"
+    flags = tiny_act(s3, out, STREAM, "--ray.address=local", "--ray.num_workers=2")
+    more = ["--data.eval_episodes=[3]", "--eval_steps=4", "--save_freq=4"]
+    first = job("ray_jobs.train", *flags, *more, "--steps=4")
+    assert first.returncode == 0, first.stderr + first.stdout
+    assert "val/action_error" in first.stdout
+    saved = out / "checkpoints" / "000004" / "pretrained_model"
+    policy = ACTPolicy.from_pretrained(saved).eval()
+    before, after = make_pre_post_processors(policy.config, pretrained_path=str(saved))
+    recipe = resolve(tiny_act(parts, tmp_path / "other"))
+    dataset, _ = make_datasets(recipe.lerobot, None)
+    frame = to_device(default_collate([dataset[5]]), dataset.meta.camera_keys, torch.device("cpu"))
+    assert after(policy.select_action(before(frame))).shape == (1, 3)
+
+
+@pytest.mark.slow
+def test_goes_on_from_a_folder(parts, tmp_path):
+    """Two workers, stopped and resumed; the resumed run begins its epoch again in another order."""
+    out = tmp_path / "run"
+    flags = tiny_act(parts, out, STREAM, "--ray.address=local", "--ray.num_workers=2", "--save_freq=3")
+    assert job("ray_jobs.train", *flags, "--steps=3").returncode == 0
+    again = job("ray_jobs.train", *flags, "--steps=70", "--resume=true")  # more than an epoch
+    assert again.returncode == 0, again.stderr
+    assert (out / "checkpoints" / "000070").is_dir()
+
+
+def test_what_lies_in_a_bucket_is_known_and_little_is_fetched(s3, parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_JOBS_CACHE", str(tmp_path / "cache"))
+    bucket.fetch.cache_clear()
+    recipe = checked(tiny_act(s3, tmp_path / "run", STREAM, "--dataset.eval_split=0.2", "--eval_steps=2"))
+    assert not list((tmp_path / "cache").glob("**/*.mp4"))  # no episode's files yet
+    local = resolve(tiny_act(parts, tmp_path / "run", "--dataset.eval_split=0.2", "--eval_steps=2"))
+    streamed, held_out = make_streamed_datasets(recipe.lerobot, None)
+    dataset, theirs = make_datasets(local.lerobot, None)
+    assert streamed.episodes == dataset.episodes and held_out.episodes == theirs.episodes
+    assert streamed.num_frames == dataset.num_frames
+    for key, stats in dataset.meta.stats.items():
+        for name, value in stats.items():
+            torch.testing.assert_close(
+                torch.as_tensor(streamed.meta.stats[key][name]), torch.as_tensor(value), rtol=0, atol=0
+            )
+    for row in (0, len(theirs) - 1):
+        ours, expected = held_out[row], theirs[row]
+        assert all(torch.equal(ours[key], expected[key]) for key in expected if key != "task")
+
+
+def refusal(flags: list[str]) -> str:
+    with pytest.raises(InputError) as told:
+        checked(flags)
+    assert len(str(told.value).splitlines()) <= 2
+    return str(told.value)
+
+
+def test_what_a_stream_cannot_do_is_refused(s3, parts, tmp_path, monkeypatch):
+    def told(root, *more: str) -> str:
+        return refusal(tiny_act(root, tmp_path / "run", *more))
+
+    assert "--data.source=stream" in told(s3)
+    assert "local or stream" in told(s3, "--data.source=s3")
+    assert "num_workers=0" in told(parts, STREAM, "--ray.num_workers=0")
+    assert "image_transforms" in told(parts, STREAM, "--dataset.image_transforms.enable=true")
+    assert "a folder that every node sees" in told(parts, STREAM, "--dataset.root=null")
+    assert "no meta/info.json" in told("s3://bucket/sets/nothing", STREAM)
+    assert "no meta/info.json" in told("s3://bucket/sets", STREAM)
+    assert "cannot be read: FileNotFoundError" in told("s3://nobucket/sets", STREAM)
+    assert "gcsfs" in told("gs://bucket/sets", STREAM)
+    assert "Protocol not known" in told("nfs3://bucket/sets", STREAM)
+    system = fsspec.filesystem("s3")
+    system.put(str(parts), "bucket/sets/torn", recursive=True)
+    video = next(name for name in system.find("bucket/sets/torn") if name.endswith(".mp4"))
+    system.rm(video)
+    assert "is missing" in told("s3://bucket/sets/torn", STREAM) and Path(video).name in told(
+        "s3://bucket/sets/torn", STREAM
+    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    fsspec.filesystem("s3").clear_instance_cache()
+    bucket.fetch.cache_clear()
+    assert "Could not connect" in told(s3, STREAM)
+
+
+def test_a_search_does_not_stream(parts, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("policy: act\nsearch:\n  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n")
+    asked = job("ray_jobs.tune", f"--space={space}", *tiny_act(parts, tmp_path / "run", STREAM), "--dry-run")
+    assert asked.returncode == 2 and "for every trial" in asked.stderr
+
+
+def test_without_ffmpeg_it_says_so(monkeypatch, tmp_path):
+    from ray_jobs.engine import ffmpeg
+
+    monkeypatch.setattr(ffmpeg, "link", lambda folder: None)
+    monkeypatch.setattr(ffmpeg, "links_folder", lambda: tmp_path)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    try:
+        ffmpeg.check()
+    except InputError as error:
+        assert "apt-get install ffmpeg" in str(error)
+    else:
+        pytest.skip("this machine has an FFmpeg of its own")
