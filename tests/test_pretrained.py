@@ -5,6 +5,8 @@ import re
 
 import pytest
 from conftest import ROOT, tiny_act, train_in_process
+from huggingface_hub import constants, try_to_load_from_cache
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ray_jobs.engine import assets
@@ -85,12 +87,15 @@ def test_smolvla_flags_that_cannot_be_honoured(typed):
 
 
 def test_tokenizer_under_its_hub_name(no_network, tmp_path):
-    """What LeRobot's pi0 processor asks for, from a folder without the Hub's name on it."""
-    name = "google/paligemma-3b-pt-224"
+    """What LeRobot's pi0 processor asks for, from a folder without the Hub's name on it; and afterwards this process
+    has the Hub and its cache back as they were."""
+    name, before = "google/paligemma-3b-pt-224", (constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE)
     tiny_tokenizer(tmp_path / "pretrained" / "paligemma-3b-pt-224")
-    assets.provide(tmp_path / "pretrained", {name: assets.WORDS}, weights=True)
-    assert AutoTokenizer.from_pretrained(name)("sort parts")["input_ids"] == [2, 3]
+    with assets.mounted(tmp_path / "pretrained", PI0Config(device="cpu"), weights=True):
+        assert AutoTokenizer.from_pretrained(name)("sort parts")["input_ids"] == [2, 3]
     assert no_network == []
+    assert (constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE) == before
+    assert try_to_load_from_cache(name, "tokenizer.json") is None
 
 
 def test_policy_under_its_hub_name(no_network, parts, tmp_path):
@@ -119,12 +124,12 @@ def test_policy_under_its_hub_name(no_network, parts, tmp_path):
 
 
 def test_missing_asset_names_the_command(no_network, tmp_path):
-    folder = tmp_path / "pretrained"
-    with pytest.raises(InputError) as refused:
-        assets.provide(folder, {"google/paligemma-3b-pt-224": assets.WORDS}, weights=True)
+    folder, policy = tmp_path / "pretrained", PI0Config(device="cpu")
+    with pytest.raises(InputError) as refused, assets.mounted(folder, policy, weights=True):
+        pass
     message = str(refused.value)
     assert f"hf download google/paligemma-3b-pt-224 --local-dir {folder}/paligemma-3b-pt-224" in message
     assert "accept the licence" in message and len(message.splitlines()) == 2
     (folder / "paligemma-3b-pt-224").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"has no config.json"):
-        assets.provide(folder, {"google/paligemma-3b-pt-224": assets.WORDS}, weights=True)
+    with pytest.raises(InputError, match=r"has no config.json"), assets.mounted(folder, policy, weights=True):
+        pass

@@ -23,7 +23,7 @@ from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
-from ray_jobs.engine import checkpoint, parallel, quantiles
+from ray_jobs.engine import assets, checkpoint, parallel, quantiles
 from ray_jobs.engine.data import make_datasets, open_all_frames, to_device, training_batches
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PRUNED
 from ray_jobs.engine.explain import first_line
@@ -100,11 +100,12 @@ def train(
         available = torch.cuda.get_device_properties(accelerator.device).total_memory
         if text := memory.warning(recipe, available):
             tell(text)
-    policy = build(cfg, dataset.meta, need=memory.building if memory else 0, tell=tell)
+    with assets.mounted(options.assets.dir, cfg.policy, weights=True):
+        policy = build(cfg, dataset.meta, need=memory.building if memory else 0, tell=tell)
+        preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
     # LeRobot fills in the features from the data set, and what adapters need; lerobot-train saves both.
     for name in ("input_features", "output_features", "use_peft"):
         setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
-    preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
     add_resize_step(preprocessor, options.data.resize)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
 

@@ -96,15 +96,14 @@ def resolve(argv: Sequence[str]) -> Recipe:
 
     options = parse_options(flags, saved)
     options.assets.dir = options.assets.dir.absolute()  # workers run in folders of their own
-    for flag in ("policy.path", "policy.pretrained_path"):
-        name = lerobot_parser.parse_arg(flag, theirs)
-        if name is not None and not Path(name).exists():
-            assets.provide(options.assets.dir, {name: assets.WORDS}, weights=False, flag=f"--{flag}=")
+    start = {flag: lerobot_parser.parse_arg(flag, theirs) for flag in ("policy.path", "policy.pretrained_path")}
+    start = {flag: name for flag, name in start.items() if name is not None and not Path(name).exists()}
     if not asked_resume and not {"policy.repo_id", "policy.push_to_hub", "config_path"} & set(flags):
         # As in most of the published commands, which LeRobot refuses for it today.
         theirs = [*theirs, "--policy.push_to_hub=false"]
         notices.append("The policy will not be uploaded: no --policy.repo_id names a place on the Hub.")
-    cfg = _lerobot_config(theirs, flags, options, asked_resume)
+    with assets.configs_mounted(options.assets.dir, start):
+        cfg = _lerobot_config(theirs, flags, options, asked_resume)
 
     if options.data.eval_episodes is not None and "eval_steps" not in flags:
         cfg.eval_steps = asked.get("eval_steps", cfg.eval_steps)
