@@ -49,7 +49,9 @@ def base(parts, models):
 def command(parts, models, tmp_path):
     """A run of two steps, from scratch or from a pretrained policy."""
 
-    def flags(policy: str | None, *more: str, start: Path | str | None = None, name: str = "run") -> list[str]:
+    def flags(
+        policy: str | None, *more: str, start: Path | str | None = None, name: str = "run"
+    ) -> list[str]:
         words = tiny(policy or "pi0", parts, tmp_path / name, models, "--steps=2", "--num_workers=0", *more)
         if start is not None:
             words = [word for word in words if not word.startswith("--policy.") or word in more]
@@ -112,7 +114,7 @@ def test_adapters_are_merged_for_export(base, command, tmp_path, models, no_netw
     train_in_process(command("smolvla", *more, *LORA, start="bases/smolvla"))
     saved = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
     flags = ["--lerobot=0.4", f"--checkpoint={tmp_path / 'run'}", f"--output_dir={tmp_path / 'exported'}"]
-    with pytest.raises(InputError, match="bases/smolvla: not here, not in --assets.dir=pretrained"):
+    with pytest.raises(InputError, match="not here, not in --assets.dir=pretrained"):
         export.main(flags)
     assert not (tmp_path / "exported").exists()
     no_network.clear()

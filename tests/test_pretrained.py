@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, tiny_act, train_in_process
+from conftest import ROOT, job, tiny_act, train_in_process
+from hub import hub_with
 from huggingface_hub import constants, try_to_load_from_cache
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vla import save_base, tiny
 
 from ray_jobs.engine import assets
 from ray_jobs.engine.errors import InputError
@@ -121,6 +123,26 @@ def test_policy_under_its_hub_name(no_network, parts, tmp_path):
         losses[where] = [event["train/loss"] for event in events if event["kind"] == "log"]
     assert losses["some_org/tiny_act"] == losses[str(start)]
     assert no_network == []
+
+
+def test_the_rest_of_the_hub_stays_in_reach(parts, models, tmp_path):
+    """As the short published commands: a base in the assets folder, a data set that only the Hub has, an upload at the
+    end. The Hub is asked for the data set and offered the policy, and not asked for the base."""
+    save_base("pi0", models / "pi0_base", parts, models)
+    flags = [flag for flag in tiny("pi0", parts, tmp_path / "run", models) if "policy." not in flag]
+    flags = [flag for flag in flags if not flag.startswith("--dataset.r")]
+    flags += ["--policy.path=lerobot/pi0_base", "--policy.device=cpu", "--policy.push_to_hub=true"]
+    flags += ["--dataset.repo_id=some_org/parts", "--policy.repo_id=me/trained", "--steps=1"]
+    flags += ["--ray.num_workers=0"]
+    with hub_with("some_org/parts", parts) as (address, asked):
+        env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_of_nobody"}
+        result = job("ray_jobs.train", *flags, **env)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert any(line.startswith("GET /datasets/some_org/parts/resolve/") for line in asked)
+    assert "POST /api/repos/create" in asked and "not uploaded to me/trained" in result.stdout
+    assert not [line for line in asked if "pi0_base" in line or "paligemma" in line]
+    saved = json.loads((tmp_path / "run/checkpoints/000001/pretrained_model/train_config.json").read_text())
+    assert saved["policy"]["pretrained_path"] == "lerobot/pi0_base"
 
 
 def test_missing_asset_names_the_command(no_network, tmp_path):

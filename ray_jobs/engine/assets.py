@@ -121,7 +121,9 @@ def _fetch(folder: Path, repos: dict[str, list[str]], *, weights: bool, flag: st
     """
     places = {name: find(folder, name) for name in repos}
     for name, place in places.items():
-        if place is not None and not any((place / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+        if place is not None and not any(
+            (place / file).is_file() for file in ("config.json", ADAPTER_CONFIG)
+        ):
             raise InputError(
                 f"{place} has no config.json, so it cannot be told what it holds. Fetch all of it:\n"
                 f"{_command(folder, name)}"
