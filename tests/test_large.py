@@ -347,31 +347,48 @@ def test_gpu_that_is_too_small(command, base):
 TURNS = """
 import json, os, sys, time
 import torch
+from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.parallel import in_turns
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
-    for run, free in enumerate(json.loads(sys.argv[1])):
+    rank = int(os.environ["RANK"])
+    for run, (free, failing) in enumerate(json.loads(sys.argv[1])):
         torch.distributed.barrier()
-        with in_turns(10, int(free[0])):
-            began = time.time()
-            time.sleep(0.3)
-            ended = time.time()
-        times = [None, None]
-        torch.distributed.all_gather_object(times, (began, ended))
-        if os.environ["RANK"] == "0":
-            print(json.dumps([run, times]), flush=True)
+        began = ended = 0
+        try:
+            with in_turns(10, free[rank]):
+                began = time.time()
+                if rank == failing:
+                    raise RunError("the weights are torn")
+                time.sleep(0.3)
+                ended = time.time()
+            said = "built"
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        outcomes = [None, None]
+        torch.distributed.all_gather_object(outcomes, (began, ended, said))
+        if rank == 0:
+            print(json.dumps([run, outcomes]), flush=True)
     os._exit(0)
 """
 
 
 def test_policies_are_loaded_in_turns_where_memory_is_short(tmp_path):
-    """Two workers on a node: one after the other if there is room for one, side by side if for two."""
-    (short,), (ample,) = run_script(TURNS, tmp_path, [["15"], ["25"]], processes=2)
-    (a, b), (c, d) = sorted(short)
-    assert b <= c
-    (a, b), (c, d) = sorted(ample)
-    assert c < b
+    """Two workers on a node: side by side if both see room for two, else one after the other, though one of them may
+    have read of more; and when one fails, the other fails with its reason and waits for nothing."""
+    runs = [[[25, 25], None], [[15, 25], None], [[25, 15], None], [[15, 15], 0], [[15, 15], 1], [[25, 25], 1]]
+    results = [rows[0] for rows in run_script(TURNS, tmp_path, runs, processes=2)]
+    together, *apart = ([row[:2] for row in sorted(rows)] for rows in results[:3])
+    assert together[1][0] < together[0][1]
+    for (_, first_ends), (second_begins, _) in apart:
+        assert first_ends <= second_begins
+    told = [[said for _, _, said in rows] for rows in results]
+    assert told[:3] == 3 * [["built", "built"]]
+    torn = "RunError: the weights are torn"
+    assert told[3] == [torn, "RunError: worker 0: the weights are torn"]
+    assert results[3][1][0] == 0  # its turn has not come
+    assert told[4] == told[5] == ["RunError: worker 1: the weights are torn", torn]
 
 
 # ---------------------------------------------------------------------- minutes long

@@ -111,6 +111,14 @@ def test_opens_in_stock_lerobot(actions, real, policy):
 # ---------------------------------------------------------------------- two workers
 
 
+# On a node where there is never room for two policies at a time.
+IN_TURNS = """
+from types import SimpleNamespace
+from ray_jobs.engine import parallel
+parallel.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=1))
+"""
+
+
 @pytest.fixture(scope="module")
 def two(flags, models) -> Path:
     """Every policy on two workers, with a copy on each and with a share on each."""
@@ -122,7 +130,7 @@ def two(flags, models) -> Path:
         for more in (["--steps=2"], ["--ray.parallelism=fsdp", "--resume=true"])
     ]
     env = lerobots_environment(models)
-    run_script(OUR_LOOP, flags.folder, runs, processes=2, PYTHONPATH=env["PYTHONPATH"])
+    run_script(IN_TURNS + OUR_LOOP, flags.folder, runs, processes=2, PYTHONPATH=env["PYTHONPATH"])
     return flags.folder
 
 

@@ -19,7 +19,6 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
-    gather_object,
 )
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.optim import load_optimizer_state_dict
@@ -28,6 +27,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.options import RayOptions
 
 
@@ -150,11 +151,15 @@ def in_turns(need: int, free: int | None = None) -> Iterator[None]:
     """Let as many of a node's workers at a time into the block as its memory has room for.
 
     A policy is built and its checkpoint read in main memory before it goes to the GPU: N workers that did so side
-    by side would need it N times.
+    by side would need it N times. Within, workers must not wait for each other. When one fails there, all do: the
+    others would wait for it until the time for a collective operation is up.
 
     Args:
         need: Bytes each of them takes for a while.
         free: Bytes there are; None asks the system.
+
+    Raises:
+        RunError, RuntimeError: Another worker failed within the block, with a RunError or with any other error.
     """
     rank = int(os.environ.get("LOCAL_RANK", 0))
     workers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -162,10 +167,26 @@ def in_turns(need: int, free: int | None = None) -> Iterator[None]:
         yield
         return
     free = psutil.virtual_memory().available if free is None else free
-    at_once = min(workers, max(1, free // max(need, 1)))
-    # All nodes take as many turns as the slowest: a barrier is for every worker.
-    turns = max(gather_object([math.ceil(workers / at_once)]))
+    # The node with the least room decides for all, and nobody's reading but that one counts: a turn is everybody's.
+    at_once = min(_gather(max(1, free // max(need, 1))))
+    turns = max(_gather(math.ceil(workers / at_once)))
+    failure = None
     for turn in range(turns):
         if turn == rank // at_once:
-            yield
-        torch.distributed.barrier()
+            try:
+                yield
+            except Exception as error:
+                failure = error
+        told = failure and (isinstance(failure, RunError), first_line(failure))
+        failures = {number: one for number, one in enumerate(_gather(told)) if one}
+        if failure:
+            raise failure
+        for number, (for_good, reason) in failures.items():
+            raise (RunError if for_good else RuntimeError)(f"worker {number}: {reason}")
+
+
+def _gather(value) -> list:
+    """The values of all ranks, on every rank."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
