@@ -119,10 +119,24 @@ parallel.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(availab
 """
 
 
+LESS_MEMORY = {  # what is trained and in which precision, with pi0
+    "bf16": ["--policy.dtype=bfloat16"],
+    "frozen": ["--policy.freeze_vision_encoder=true"],
+    "lora": ["--peft.method_type=LORA", "--peft.r=4"],
+    "lora_bf16": ["--peft.method_type=LORA", "--peft.r=4", "--policy.dtype=bfloat16"],
+}
+
+
 @pytest.fixture(scope="module")
-def two(flags, models) -> Path:
+def two(flags, models, scratch) -> Path:
     """Every policy on two workers, with a copy on each and with a share on each."""
     runs = [flags(policy, how, f"--ray.parallelism={how}") for policy in ALL for how in ("ddp", "fsdp")]
+    start = f"--policy.pretrained_path={scratch['pi0'] / 'checkpoints/last/pretrained_model'}"
+    runs += [
+        flags("pi0", f"{how}_{name}", f"--ray.parallelism={how}", start, *more)
+        for name, more in LESS_MEMORY.items()
+        for how in ("ddp", "fsdp")
+    ]
     # The same with sharding in its second half alone.
     runs += [
         flags(policy, "mixed", *more)
@@ -168,6 +182,18 @@ def test_two_sharded_workers_equal_two_with_copies(two, policy):
             for run in (ddp, fsdp)
         ]
         assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", LESS_MEMORY)
+def test_sharded_workers_with_less_memory(two, name):
+    """Losses of pi0 and what is saved of it, in bfloat16, with a frozen vision tower, and with adapters."""
+    ddp, fsdp = two / f"ddp_{name}/pi0", two / f"fsdp_{name}/pi0"
+    for mine, theirs in zip(read_metrics(fsdp), read_metrics(ddp), strict=True):
+        print(mine["train/loss"], theirs["train/loss"])
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-2 if "bf16" in name else 1e-3)
+    weights = "pretrained_model/adapter_model.safetensors" if "lora" in name else WEIGHTS
+    mine, theirs = (load_file(run / "checkpoints/000004" / weights) for run in (fsdp, ddp))
+    assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 @pytest.mark.parametrize("policy", ["act", "pi0"])

@@ -111,7 +111,8 @@ def train(
         if resume_dir:
             step = checkpoint.load(resume_dir, policy, None if sharded else optimizer, scheduler)
         average = make_average(policy, resume_dir, step) if options.ray.ema else None
-        use_fast_kernels(policy, optimizer, channels_last=accelerator.mixed_precision != "no")
+        reduced = accelerator.mixed_precision != "no"
+        use_fast_kernels(policy, optimizer, channels_last=reduced and not sharded)  # FSDP shards rows
         model = policy  # the bare policy; `policy` will be the one accelerate has wrapped
         if sharded:
             policy, optimizer, scheduler = parallel.prepare(accelerator, policy, optimizer, scheduler)
