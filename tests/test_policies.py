@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import job, train_in_process
 from lerobot.datasets import LeRobotDatasetMetadata
 from safetensors.torch import load_file
@@ -119,11 +120,13 @@ parallel.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(availab
 """
 
 
-LESS_MEMORY = {  # what is trained and in which precision, with pi0
-    "bf16": ["--policy.dtype=bfloat16"],
-    "frozen": ["--policy.freeze_vision_encoder=true"],
-    "lora": ["--peft.method_type=LORA", "--peft.r=4"],
-    "lora_bf16": ["--peft.method_type=LORA", "--peft.r=4", "--policy.dtype=bfloat16"],
+LORA = ["--peft.method_type=LORA", "--peft.r=4"]
+LESS = {  # of a pretrained policy is trained, or in less precision
+    "frozen_bf16": ("pi0", ["--policy.dtype=bfloat16", "--policy.freeze_vision_encoder=true"]),
+    "lora": ("pi0", LORA),
+    "lora_bf16": ("pi0", ["--policy.dtype=bfloat16", *LORA]),
+    "amp": ("act", ["--policy.use_amp=true"]),
+    "amp_diffusion": ("diffusion", ["--policy.use_amp=true"]),
 }
 
 
@@ -131,12 +134,12 @@ LESS_MEMORY = {  # what is trained and in which precision, with pi0
 def two(flags, models, scratch) -> Path:
     """Every policy on two workers, with a copy on each and with a share on each."""
     runs = [flags(policy, how, f"--ray.parallelism={how}") for policy in ALL for how in ("ddp", "fsdp")]
-    start = f"--policy.pretrained_path={scratch['pi0'] / 'checkpoints/last/pretrained_model'}"
-    runs += [
-        flags("pi0", f"{how}_{name}", f"--ray.parallelism={how}", start, *more)
-        for name, more in LESS_MEMORY.items()
-        for how in ("ddp", "fsdp")
-    ]
+    for name, (policy, more) in LESS.items():
+        start = f"--policy.pretrained_path={scratch[policy] / 'checkpoints/last/pretrained_model'}"
+        short = [start, "--steps=2", *more]
+        runs += [
+            flags(policy, f"{how}_{name}", f"--ray.parallelism={how}", *short) for how in ("ddp", "fsdp")
+        ]
     # The same with sharding in its second half alone.
     runs += [
         flags(policy, "mixed", *more)
@@ -184,16 +187,21 @@ def test_two_sharded_workers_equal_two_with_copies(two, policy):
         assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("name", LESS_MEMORY)
-def test_sharded_workers_with_less_memory(two, name):
-    """Losses of pi0 and what is saved of it, in bfloat16, with a frozen vision tower, and with adapters."""
-    ddp, fsdp = two / f"ddp_{name}/pi0", two / f"fsdp_{name}/pi0"
+@pytest.mark.parametrize("name", LESS)
+def test_sharded_workers_train_less_or_in_less_precision(two, scratch, name):
+    """The losses, and the shapes of what is saved, are those of two workers with copies."""
+    policy, more = LESS[name]
+    ddp, fsdp = two / f"ddp_{name}" / policy, two / f"fsdp_{name}" / policy
+    rel = 1e-3 if more == LORA else 1e-2
     for mine, theirs in zip(read_metrics(fsdp), read_metrics(ddp), strict=True):
-        print(mine["train/loss"], theirs["train/loss"])
-        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-2 if "bf16" in name else 1e-3)
-    weights = "pretrained_model/adapter_model.safetensors" if "lora" in name else WEIGHTS
-    mine, theirs = (load_file(run / "checkpoints/000004" / weights) for run in (fsdp, ddp))
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=rel)
+    file = WEIGHTS if "lora" not in name else "pretrained_model/adapter_model.safetensors"
+    mine, theirs = (load_file(run / "checkpoints/000002" / file) for run in (fsdp, ddp))
     assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+    if "frozen" in name:
+        before = load_file(scratch[policy] / "checkpoints/last" / WEIGHTS)
+        changed = {key for key in mine if not torch.equal(mine[key], before[key].to(mine[key].dtype))}
+        assert changed and not [key for key in changed if "vision_tower" in key]
 
 
 @pytest.mark.parametrize("policy", ["act", "pi0"])

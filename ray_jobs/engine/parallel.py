@@ -23,7 +23,7 @@ from accelerate.utils import (
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.optim import load_optimizer_state_dict
 from lerobot.utils.constants import TRAINING_STATE_DIR
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -46,7 +46,10 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
         precision = "bf16" if torch.get_autocast_dtype(device.type) == torch.bfloat16 else "fp16"
     sharding = None
     if options.parallelism == "fsdp":
-        sharding = FullyShardedDataParallelPlugin(fsdp_version=2)
+        # Weights are cast for a policy in bfloat16. Under `use_amp` autocast alone does it, as on one worker: batch norm
+        # refuses weights of another precision than its statistics.
+        cast = None if hasattr(cfg.policy, "dtype") else MixedPrecisionPolicy()
+        sharding = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=cast)
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=device.type == "cpu",
