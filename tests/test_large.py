@@ -325,7 +325,8 @@ def test_estimate_follows_the_flags(command):
     assert weigh("--batch_size=8").activations == 2 * one.activations
     assert weigh("--policy.gradient_checkpointing=true").activations < one.activations / 2
     sharded = weigh("--ray.num_workers=4", "--ray.parallelism=fsdp")
-    assert sharded.weights == one.weights // 4 and sharded.optimizer == one.optimizer // 4
+    # A quarter, and the largest layer while it is at work.
+    assert one.weights // 4 < sharded.weights < one.weights and sharded.optimizer == one.optimizer // 4
     assert weigh("--ray.num_workers=4").gradients == 2 * one.gradients
 
 

@@ -76,24 +76,28 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
 
 
 def prepare(accelerator: Accelerator, policy: torch.nn.Module, optimizer, scheduler):
-    """`Accelerator.prepare`, with a policy that is sharded layer by layer where its code allows that.
+    """`Accelerator.prepare`, with a policy that is sharded layer by layer where its code allows that."""
+    if accelerator.is_fsdp2 and (kinds := gathered_kinds(policy)):
+        plugin = accelerator.state.fsdp_plugin
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = [kind.__name__ for kind in kinds]
+    prepared = accelerator.prepare(policy, optimizer, scheduler)
+    if accelerator.is_fsdp2:
+        register_fsdp_forward_method(prepared[0], "predict_action_chunk")
+    return prepared
+
+
+def gathered_kinds(policy: torch.nn.Module) -> list[type[torch.nn.Module]]:
+    """The layers of a sharded policy that are gathered one by one, when they are at work; none: all of it together.
 
     Only a module that is called gathers its share. The large policies reach past their decoder layers to the
     linear layers in them, so these are the units; torch's MultiheadAttention reaches past its own linear layer,
     so a policy that has one is gathered whole.
     """
-    if accelerator.is_fsdp2:
-        kinds = {type(module) for module in policy.modules()}
-        if torch.nn.MultiheadAttention not in kinds:
-            plugin = accelerator.state.fsdp_plugin
-            plugin.auto_wrap_policy = transformer_auto_wrap_policy
-            plugin.transformer_cls_names_to_wrap = [
-                kind.__name__ for kind in (torch.nn.Linear, torch.nn.Embedding) if kind in kinds
-            ]
-    prepared = accelerator.prepare(policy, optimizer, scheduler)
-    if accelerator.is_fsdp2:
-        register_fsdp_forward_method(prepared[0], "predict_action_chunk")
-    return prepared
+    kinds = {type(module) for module in policy.modules()}
+    if torch.nn.MultiheadAttention in kinds:
+        return []
+    return [kind for kind in (torch.nn.Linear, torch.nn.Embedding) if kind in kinds]
 
 
 def whole_state(
