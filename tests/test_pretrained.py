@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, job, tiny_act, train_in_process
+from conftest import job, tiny_act, train_in_process
 from hub import hub_with
 from huggingface_hub import constants, try_to_load_from_cache
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
@@ -13,10 +13,7 @@ from vla import save_base, tiny
 
 from ray_jobs.engine import assets
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.flags import check_flags
 from ray_jobs.engine.options import read_flags
-
-SEED = ROOT.parent / "shared" / "seed"
 
 
 def tiny_tokenizer(folder) -> None:
@@ -29,42 +26,6 @@ def tiny_tokenizer(folder) -> None:
         folder
     )
     (folder / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
-
-
-def commands() -> dict[str, list[str]]:
-    file = SEED / "commands.json"
-    if not file.is_file():
-        pytest.skip(f"the published commands are not there ({file})")
-    return json.loads(file.read_text())
-
-
-def test_every_published_flag_is_understood():
-    """All nine commands, and all rows of the page's tables under the policy they stand under."""
-    for name, words in commands().items():
-        flags, _ = read_flags(words)
-        check_flags(flags)
-        assert "dataset.repo_id" in flags, name
-    page = (SEED / "model_training.txt").read_text()
-    sections = re.split(r"^(\d)\. .*$", page, flags=re.M)
-    policies = {"1": "act", "2": "diffusion", "3": "pi0", "4": "pi05", "5": "smolvla"}
-    rows = 0
-    for number, text in zip(sections[1::2], sections[2::2], strict=True):
-        for row in re.findall(r"^(policy\.[a-z_]+?)(?=[A-Z])", text, flags=re.M):
-            # The values of the page's commands are tried above; here the name is what counts.
-            typed = {"policy.type": policies[number], "policy.dtype": "float32"}
-            values = {"policy.gradient_checkpointing": "false", "policy.device": "cpu"}
-            if row not in typed:
-                typed[row] = values.get(row, "1")
-            flags, _ = read_flags(
-                [
-                    f"--{flag}={value}"
-                    for flag, value in typed.items()
-                    if flag != "policy.dtype" or row == flag
-                ]
-            )
-            check_flags(flags)
-            rows += 1
-    assert rows > 80
 
 
 @pytest.mark.parametrize(
