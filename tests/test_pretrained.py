@@ -14,6 +14,7 @@ from vla import save_base, tiny
 from ray_jobs.engine import assets
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.recipe import resolve
 
 
 def tiny_tokenizer(folder) -> None:
@@ -47,6 +48,29 @@ def test_smolvla_flags_that_cannot_be_honoured(typed):
     with pytest.raises(InputError, match=re.escape(f"--{typed}: SmolVLA")):
         read_flags(["--policy.type=smolvla", f"--{typed}"])
     assert read_flags(["--policy.type=pi0", f"--{typed}"])[1] == []  # the others have these switches
+
+
+def test_smolvla_flags_beside_a_checkpoint(no_network, parts, models, tmp_path):
+    """Without a --policy.type, the checkpoint under its Hub name says whose flags these are."""
+    save_base("smolvla", models / "smolvla_base", parts, models)
+    flags = ["--policy.path=lerobot/smolvla_base", "--dataset.repo_id=a/b", f"--assets.dir={models}"]
+    recipe = resolve(
+        [
+            *flags,
+            "--policy.dtype=float32",
+            "--policy.image_resolution=[28,28]",
+            f"--output_dir={tmp_path / 'x'}",
+        ]
+    )
+    assert recipe.lerobot.policy.resize_imgs_with_padding == (28, 28)
+    (notice,) = (notice for notice in recipe.notices if "policy.dtype" in notice)
+    assert (
+        "is --policy.use_amp=false today" in notice
+        and "loads the vision-language model in bfloat16" in notice
+    )
+    with pytest.raises(InputError, match="--policy.dtype=bfloat16: SmolVLA has no such switch"):
+        resolve([*flags, "--policy.dtype=bfloat16"])
+    assert no_network == []
 
 
 def test_tokenizer_under_its_hub_name(no_network, tmp_path):
