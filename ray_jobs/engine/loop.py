@@ -101,7 +101,7 @@ def train(
         if text := memory.warning(recipe, available):
             tell(text)
     sharded = accelerator.is_fsdp2
-    # All of a policy is in main memory for a while, but of one that is sharded a GPU never holds more than its share.
+    # All of a policy is in main memory for a while. One that is sharded goes from there to the GPUs share by share.
     need, step = memory.building if memory else 0, 0
     with parallel.in_turns(need), assets.mounted(options.assets.dir, cfg.policy, weights=True):
         policy = build(cfg, dataset.meta, device="cpu" if sharded else cfg.policy.device, tell=tell)
