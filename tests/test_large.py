@@ -105,6 +105,11 @@ def test_only_adapters_are_trained_saved_and_loaded_by_lerobot(
     assert read_json(resumed / "summary.json")["start_step"] == 2
     assert no_network == []
 
+    settings = resumed / "checkpoints/000004/pretrained_model/adapter_config.json"
+    settings.write_text(settings.read_text().replace(name, "/moved/away"))
+    message = refusal(*command(policy, "--steps=6", *LORA, "--resume=true", start=name, name="resumed"))
+    assert "holds adapters of /moved/away, which is not there" in message
+
 
 def test_adapters_are_merged_for_export(base, command, tmp_path, models, no_network):
     """The exported policy, alone, predicts what the base with its adapters predicts; the base lies in the assets folder
