@@ -4,7 +4,8 @@
 
 Simulators such as Isaac Sim bring Python 3.11, which LeRobot 0.5 and later do not run on. `--checkpoint` is a run's folder
 (its best checkpoint, else its last), a checkpoint or a `pretrained_model` folder. The copy opens with
-`from_pretrained` and in 0.4's `lerobot-eval`; a training cannot be resumed from it.
+`from_pretrained` and in 0.4's `lerobot-eval`; a training cannot be resumed from it. What LoRA adapters adapt is found
+under its Hub name in `--assets.dir` (default `pretrained`).
 """
 
 import json
@@ -18,6 +19,7 @@ from ray_jobs.engine.console import quiet, run_job
 from ray_jobs.engine.errors import InputError
 
 POLICIES = ("act", "diffusion", "pi0", "pi05", "smolvla")
+FLAGS = ("lerobot", "checkpoint", "output_dir", "assets.dir")
 # Fields of today's configs that 0.4.4 refuses, and whether it does without what they ask for. All of its own exist
 # today, with the same meaning.
 DROPPED = {
@@ -40,8 +42,8 @@ def main(argv: list[str]) -> int:
         return 0
     flags = {name: value for name, _, value in (word.removeprefix("--").partition("=") for word in argv)}
     for name in flags:
-        if name not in ("lerobot", "checkpoint", "output_dir"):
-            raise InputError(f"unknown flag --{name}; there are --lerobot, --checkpoint and --output_dir.")
+        if name not in FLAGS:
+            raise InputError(f"unknown flag --{name}; there are {', '.join(f'--{flag}' for flag in FLAGS)}.")
     for name, example in (("lerobot", "0.4"), ("checkpoint", "outputs/act"), ("output_dir", "exported")):
         if not flags.get(name):
             raise InputError(f"--{name} is missing, as in --{name}={example}.")
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> int:
     source, target = find(Path(flags["checkpoint"])), Path(flags["output_dir"])
     if target.exists():
         raise InputError(f"--output_dir={target} already exists, and nothing in it is overwritten.")
-    kind = export(source, target)
+    kind = export(source, target, assets_dir=Path(flags.get("assets.dir") or "pretrained"))
     print(f"exported    {source}\nto          {target}, for LeRobot 0.4")
     if kind in ("pi0", "pi05"):
         print(
@@ -73,11 +75,12 @@ def find(path: Path) -> Path:
     raise InputError(f"--checkpoint={path}: there is no checkpoint, a config.json is missing.")
 
 
-def export(source: Path, target: Path) -> str:
+def export(source: Path, target: Path, *, assets_dir: Path) -> str:
     """Copy a policy for LeRobot 0.4; returns its type. `target` appears whole or not at all.
 
     Raises:
-        InputError: The policy uses what 0.4 has not, or a file is missing or damaged.
+        InputError: The policy uses what 0.4 has not, a file is missing or damaged, or what its adapters adapt is
+            nowhere to be had.
     """
     config = _read(source / "config.json")
     kind = config.get("type")
@@ -104,7 +107,7 @@ def export(source: Path, target: Path) -> str:
         for path in source.glob("policy_*.safetensors"):
             shutil.copy(path, scratch)
         if (source / "adapter_config.json").is_file():
-            _merge(source, scratch)
+            _merge(source, scratch, assets_dir)
         elif (source / "model.safetensors").is_file():
             shutil.copy(source / "model.safetensors", scratch)
         else:
@@ -160,17 +163,20 @@ def _shift_images(folder: Path, config: dict) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _merge(source: Path, target: Path) -> None:
+def _merge(source: Path, target: Path, assets_dir: Path) -> None:
     """Adapters become part of the weights: what loads the copy needs neither peft nor the policy they adapt."""
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.policies import get_policy_class
     from peft import PeftModel
     from safetensors.torch import save_model
 
+    from ray_jobs.engine import assets
+
     config = PreTrainedConfig.from_pretrained(source)
     base = _read(source / "adapter_config.json")["base_model_name_or_path"]
-    config.device = "cpu"
-    policy = get_policy_class(config.type).from_pretrained(base, config=config)
+    config.pretrained_path, config.device = source, "cpu"
+    with assets.mounted(assets_dir, config, weights=True):
+        policy = get_policy_class(config.type).from_pretrained(base, config=config)
     merged = PeftModel.from_pretrained(policy, source).merge_and_unload()
     save_model(merged, str(target / "model.safetensors"))
 

@@ -11,17 +11,19 @@ import sys
 import numpy as np
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+def from_pretrained(policy_class, config, checkpoint: str):
+    return policy_class.from_pretrained(checkpoint, config=config)
 
 
-def act(checkpoint: str, frames: dict[str, np.ndarray], task: str) -> np.ndarray:
+def act(checkpoint: str, frames: dict[str, np.ndarray], task: str, load=from_pretrained) -> np.ndarray:
     """(frames, chunk, dims)"""
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
     config = PreTrainedConfig.from_pretrained(checkpoint)
     config.device = "cpu"
-    policy = get_policy_class(config.type).from_pretrained(checkpoint, config=config).eval()
+    policy = load(get_policy_class(config.type), config, checkpoint).eval()
     before, after = make_pre_post_processors(config, pretrained_path=checkpoint)
     actions = []
     for number in range(len(next(iter(frames.values())))):

@@ -51,8 +51,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path) -> list[str]:
-    """An empty Hub cache, and every look-up of a host's name noted (in the list) and refused; the process as before
-    afterwards."""
+    """An empty Hub cache, and every look-up of a host's name noted (in the list) and refused."""
     from huggingface_hub import constants
 
     from ray_jobs.engine import assets
@@ -63,10 +62,7 @@ def no_network(monkeypatch, tmp_path) -> list[str]:
         hosts.append(host)
         raise socket.gaierror(f"no network in this test: {host}")
 
-    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
-        monkeypatch.setattr(constants, name, getattr(constants, name))
     monkeypatch.setattr(assets, "USERS_CACHE", tmp_path / "hub_cache")
-    monkeypatch.setattr(assets, "_overlay", None)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     return hosts

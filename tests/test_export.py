@@ -74,7 +74,7 @@ def test_what_04_refuses_is_left_out(trained, tmp_path):
     """`config.json` keeps all else; the original is not touched; nothing is overwritten."""
     source = export.find(trained("pi0"))
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    export.export(source, tmp_path / "pi0")
+    export.export(source, tmp_path / "pi0", assets_dir=tmp_path)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
     ours, copied = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "pi0"))
     assert ours.keys() - copied.keys() == {
@@ -107,7 +107,7 @@ def test_what_cannot_be_expressed(trained, tmp_path, policy, field, value, said)
     file = tmp_path / "changed" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(InputError, match=said) as refused:
-        export.export(tmp_path / "changed", tmp_path / "copy")
+        export.export(tmp_path / "changed", tmp_path / "copy", assets_dir=tmp_path)
     assert len(str(refused.value).splitlines()) <= 2 and not (tmp_path / "copy").exists()
 
 

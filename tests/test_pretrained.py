@@ -4,15 +4,17 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, tiny_act, train_in_process
+from conftest import job, tiny_act, train_in_process
+from hub import hub_with
+from huggingface_hub import constants, try_to_load_from_cache
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vla import save_base, tiny
 
 from ray_jobs.engine import assets
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.flags import check_flags
 from ray_jobs.engine.options import read_flags
-
-SEED = ROOT.parent / "shared" / "seed"
+from ray_jobs.engine.recipe import resolve
 
 
 def tiny_tokenizer(folder) -> None:
@@ -25,42 +27,6 @@ def tiny_tokenizer(folder) -> None:
         folder
     )
     (folder / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
-
-
-def commands() -> dict[str, list[str]]:
-    file = SEED / "commands.json"
-    if not file.is_file():
-        pytest.skip(f"the published commands are not there ({file})")
-    return json.loads(file.read_text())
-
-
-def test_every_published_flag_is_understood():
-    """All nine commands, and all rows of the page's tables under the policy they stand under."""
-    for name, words in commands().items():
-        flags, _ = read_flags(words)
-        check_flags(flags)
-        assert "dataset.repo_id" in flags, name
-    page = (SEED / "model_training.txt").read_text()
-    sections = re.split(r"^(\d)\. .*$", page, flags=re.M)
-    policies = {"1": "act", "2": "diffusion", "3": "pi0", "4": "pi05", "5": "smolvla"}
-    rows = 0
-    for number, text in zip(sections[1::2], sections[2::2], strict=True):
-        for row in re.findall(r"^(policy\.[a-z_]+?)(?=[A-Z])", text, flags=re.M):
-            # The values of the page's commands are tried above; here the name is what counts.
-            typed = {"policy.type": policies[number], "policy.dtype": "float32"}
-            values = {"policy.gradient_checkpointing": "false", "policy.device": "cpu"}
-            if row not in typed:
-                typed[row] = values.get(row, "1")
-            flags, _ = read_flags(
-                [
-                    f"--{flag}={value}"
-                    for flag, value in typed.items()
-                    if flag != "policy.dtype" or row == flag
-                ]
-            )
-            check_flags(flags)
-            rows += 1
-    assert rows > 80
 
 
 @pytest.mark.parametrize(
@@ -84,13 +50,39 @@ def test_smolvla_flags_that_cannot_be_honoured(typed):
     assert read_flags(["--policy.type=pi0", f"--{typed}"])[1] == []  # the others have these switches
 
 
-def test_tokenizer_under_its_hub_name(no_network, tmp_path):
-    """What LeRobot's pi0 processor asks for, from a folder without the Hub's name on it."""
-    name = "google/paligemma-3b-pt-224"
-    tiny_tokenizer(tmp_path / "pretrained" / "paligemma-3b-pt-224")
-    assets.provide(tmp_path / "pretrained", {name: assets.WORDS}, weights=True)
-    assert AutoTokenizer.from_pretrained(name)("sort parts")["input_ids"] == [2, 3]
+def test_smolvla_flags_beside_a_checkpoint(no_network, parts, models, tmp_path):
+    """Without a --policy.type, the checkpoint under its Hub name says whose flags these are."""
+    save_base("smolvla", models / "smolvla_base", parts, models)
+    flags = ["--policy.path=lerobot/smolvla_base", "--dataset.repo_id=a/b", f"--assets.dir={models}"]
+    recipe = resolve(
+        [
+            *flags,
+            "--policy.dtype=float32",
+            "--policy.image_resolution=[28,28]",
+            f"--output_dir={tmp_path / 'x'}",
+        ]
+    )
+    assert recipe.lerobot.policy.resize_imgs_with_padding == (28, 28)
+    (notice,) = (notice for notice in recipe.notices if "policy.dtype" in notice)
+    assert (
+        "is --policy.use_amp=false today" in notice
+        and "loads the vision-language model in bfloat16" in notice
+    )
+    with pytest.raises(InputError, match="--policy.dtype=bfloat16: SmolVLA has no such switch"):
+        resolve([*flags, "--policy.dtype=bfloat16"])
     assert no_network == []
+
+
+def test_tokenizer_under_its_hub_name(no_network, tmp_path):
+    """What LeRobot's pi0 processor asks for, from a folder without the Hub's name on it; and afterwards this process
+    has the Hub and its cache back as they were."""
+    name, before = "google/paligemma-3b-pt-224", (constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE)
+    tiny_tokenizer(tmp_path / "pretrained" / "paligemma-3b-pt-224")
+    with assets.mounted(tmp_path / "pretrained", PI0Config(device="cpu"), weights=True):
+        assert AutoTokenizer.from_pretrained(name)("sort parts")["input_ids"] == [2, 3]
+    assert no_network == []
+    assert (constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE) == before
+    assert try_to_load_from_cache(name, "tokenizer.json") is None
 
 
 def test_policy_under_its_hub_name(no_network, parts, tmp_path):
@@ -118,13 +110,33 @@ def test_policy_under_its_hub_name(no_network, parts, tmp_path):
     assert no_network == []
 
 
+def test_the_rest_of_the_hub_stays_in_reach(parts, models, tmp_path):
+    """As the short published commands: a base in the assets folder, a data set that only the Hub has, an upload at the
+    end. The Hub is asked for the data set and offered the policy, and not asked for the base."""
+    save_base("pi0", models / "pi0_base", parts, models)
+    flags = [flag for flag in tiny("pi0", parts, tmp_path / "run", models) if "policy." not in flag]
+    flags = [flag for flag in flags if not flag.startswith("--dataset.r")]
+    flags += ["--policy.path=lerobot/pi0_base", "--policy.device=cpu", "--policy.push_to_hub=true"]
+    flags += ["--dataset.repo_id=some_org/parts", "--policy.repo_id=me/trained", "--steps=1"]
+    flags += ["--ray.num_workers=0"]
+    with hub_with("some_org/parts", parts) as (address, asked):
+        env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_of_nobody"}
+        result = job("ray_jobs.train", *flags, **env)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert any(line.startswith("GET /datasets/some_org/parts/resolve/") for line in asked)
+    assert "POST /api/repos/create" in asked and "not uploaded to me/trained" in result.stdout
+    assert not [line for line in asked if "pi0_base" in line or "paligemma" in line]
+    saved = json.loads((tmp_path / "run/checkpoints/000001/pretrained_model/train_config.json").read_text())
+    assert saved["policy"]["pretrained_path"] == "lerobot/pi0_base"
+
+
 def test_missing_asset_names_the_command(no_network, tmp_path):
-    folder = tmp_path / "pretrained"
-    with pytest.raises(InputError) as refused:
-        assets.provide(folder, {"google/paligemma-3b-pt-224": assets.WORDS}, weights=True)
+    folder, policy = tmp_path / "pretrained", PI0Config(device="cpu")
+    with pytest.raises(InputError) as refused, assets.mounted(folder, policy, weights=True):
+        pass
     message = str(refused.value)
     assert f"hf download google/paligemma-3b-pt-224 --local-dir {folder}/paligemma-3b-pt-224" in message
     assert "accept the licence" in message and len(message.splitlines()) == 2
     (folder / "paligemma-3b-pt-224").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"has no config.json"):
-        assets.provide(folder, {"google/paligemma-3b-pt-224": assets.WORDS}, weights=True)
+    with pytest.raises(InputError, match=r"has no config.json"), assets.mounted(folder, policy, weights=True):
+        pass

@@ -150,11 +150,11 @@ def save_base(policy: str, folder: Path, real: Path, models: Path, cameras: tupl
         camera = next(f for f in features.values() if f.type is FeatureType.VISUAL)
         config.input_features = {key: f for key, f in features.items() if f.type is FeatureType.STATE}
         config.input_features |= {f"{OBS_IMAGES}.{name}": camera for name in cameras}
-    assets.mount(models, config, weights=True)
-    built = make_policy(config, ds_meta=meta, rename_map={"its": "own names"} if cameras else None)
-    built.save_pretrained(folder)
-    for processor in make_pre_post_processors(config, dataset_stats=meta.stats):
-        processor.save_pretrained(folder)
+    with assets.mounted(models, config, weights=True):
+        built = make_policy(config, ds_meta=meta, rename_map={"its": "own names"} if cameras else None)
+        processors = make_pre_post_processors(config, dataset_stats=meta.stats)
+    for saved in (built, *processors):
+        saved.save_pretrained(folder)
 
 
 def record_frames(real: Path, file: Path, count: int) -> Path:

@@ -1,15 +1,15 @@
 """Models and tokenizers that lie in a folder of the user's instead of on the Hugging Face Hub.
 
-`hf download lerobot/pi0_base --local-dir pretrained/pi0_base` leaves files without the Hub's name on them. Such
-folders are laid out here as a Hub cache, by links, in a folder that belongs to this process. Then all that asks for
-`lerobot/pi0_base` or `google/paligemma-3b-pt-224` finds it without a network, LeRobot's processors included.
+`hf download lerobot/pi0_base --local-dir pretrained/pi0_base` leaves files without the Hub's name on them. While a
+policy and its processors are built, such folders are laid out as a Hub cache, by links, and the Hub is not asked. Then
+all that asks for `lerobot/pi0_base` or `google/paligemma-3b-pt-224` finds it without a network, LeRobot's processors
+included. Before and after, the Hub is what it is without us: for data sets, for the upload of the trained policy.
 """
 
-import atexit
 import contextlib
 import json
-import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,14 +19,15 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.explain import hub_answer, hub_or_cache
+from ray_jobs.engine.explain import hub_answer, hub_or_cache, offline
 
 GATED = ("google/paligemma-3b-pt-224",)  # repos whose licence must be accepted first
-TOKENIZERS = dict.fromkeys(("pi0", "pi05", "pi0_fast"), "google/paligemma-3b-pt-224")  # LeRobot's, hard-coded
-NUMBERS, WORDS = ["*.safetensors"], ["*.json", "*.model", "*.txt", "*.jinja"]
+TOKENIZERS = dict.fromkeys(("pi0", "pi05"), "google/paligemma-3b-pt-224")  # LeRobot's, hard-coded
+TOKENIZER_FIELDS = ("tokenizer_name", "text_tokenizer_name", "action_tokenizer_name")  # of other policies
+NUMBERS, WORDS = ["*.safetensors"], ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+ADAPTER_CONFIG = "adapter_config.json"
 
 USERS_CACHE = Path(constants.HF_HUB_CACHE)
-_overlay: Path | None = None
 
 
 def find(folder: Path, repo_id: str) -> Path | None:
@@ -35,31 +36,11 @@ def find(folder: Path, repo_id: str) -> Path | None:
     return next((place.absolute() for place in places if place.is_dir()), None)
 
 
-def needed(policy: PreTrainedConfig, folder: Path) -> dict[str, list[str]]:
-    """Hub repos without which a policy cannot be built, and the files that are read of each."""
-    repos = {}
-    if policy.type in TOKENIZERS:
-        repos[TOKENIZERS[policy.type]] = WORDS
-    vlm = getattr(policy, "vlm_model_name", None)
-    if vlm:
-        repos[vlm] = WORDS + NUMBERS if policy.load_vlm_weights else WORDS
-    start = policy.pretrained_path and str(policy.pretrained_path)
-    if start:
-        if not Path(start).is_dir():
-            repos[start] = WORDS + NUMBERS
-        saved = (find(folder, start) or Path(start)) / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
-        if saved.is_file():
-            # A damaged file is told of where the weights are looked over.
-            with contextlib.suppress(ValueError):
-                steps = json.loads(saved.read_text()).get("steps", [])
-                names = (step.get("config", {}).get("tokenizer_name") for step in steps)
-                repos |= {name: WORDS for name in names if name and name not in repos}
-    return {name: files for name, files in repos.items() if not Path(name).is_dir()}
-
-
-def mount(folder: Path, policy: PreTrainedConfig, *, weights: bool) -> None:
-    """Let this process find what a policy needs under its Hub name: in `folder`, else in the Hub's cache, else
-    on the Hub. Once something lies in `folder`, the process asks the Hub for nothing any more.
+@contextlib.contextmanager
+def mounted(folder: Path, policy: PreTrainedConfig, *, weights: bool) -> Iterator[None]:
+    """Within, this process finds what a policy is built from under its Hub name: in `folder`, else in the Hub's
+    cache, else on the Hub, from where it is fetched first. If any of it lies in `folder`, the Hub is asked for
+    nothing within.
 
     Args:
         weights: False on a driver: it checks, but leaves weights of billions of parameters to its workers.
@@ -67,25 +48,82 @@ def mount(folder: Path, policy: PreTrainedConfig, *, weights: bool) -> None:
     Raises:
         InputError: Something is nowhere to be had, or what lies in `folder` is no model or tokenizer.
     """
-    provide(folder, needed(policy, folder), weights=weights)
+    start = str(policy.pretrained_path or "")
+    places = _fetch(folder, _hub_names({start: WORDS + NUMBERS}), weights=weights)
+    places |= _fetch(folder, _named(policy, places.get(start, Path(start))), weights=weights)
     url = backbone_url(policy)
-    backbone = Path(url).name if url and policy.pretrained_path is None else None
-    if backbone and (folder / backbone).is_file():
-        checkpoints = _make_overlay() / "torch" / "checkpoints"
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        _link(checkpoints / backbone, (folder / backbone).absolute())
-        torch.hub.set_dir(str(checkpoints.parent))
+    backbone = folder / Path(url).name if url and not start else None
+    with _laid_out(folder, places), tempfile.TemporaryDirectory(prefix="ray_jobs_torch_") as scratch:
+        before = torch.hub.get_dir()
+        if backbone and backbone.is_file():
+            checkpoints = Path(scratch) / "checkpoints"
+            checkpoints.mkdir()
+            (checkpoints / backbone.name).symlink_to(backbone.absolute())
+            torch.hub.set_dir(scratch)
+        try:
+            yield
+        finally:
+            torch.hub.set_dir(before)
 
 
-def provide(folder: Path, repos: dict[str, list[str]], *, weights: bool, flag: str = "") -> None:
-    """The part of `mount` that is about Hub repos: `repos` by name, with the files that are read of each.
+@contextlib.contextmanager
+def configs_mounted(folder: Path, names: dict[str, str]) -> Iterator[None]:
+    """`mounted` for policies whose configs are yet to be read: `names` are the values of `--policy.path` and its
+    like, by flag."""
+    places = {}
+    for flag, name in names.items():
+        places |= _fetch(folder, _hub_names({name: WORDS}), weights=False, flag=f"--{flag}=")
+    with _laid_out(folder, places):
+        yield
+
+
+def _named(policy: PreTrainedConfig, start: Path) -> dict[str, list[str]]:
+    """Hub repos without which a policy cannot be built, and the files that are read of each.
 
     Args:
+        start: Where the files of the checkpoint it starts from lie, if it starts from one.
+    """
+    repos = {}
+    if policy.type in TOKENIZERS:
+        repos[TOKENIZERS[policy.type]] = WORDS
+    repos |= {getattr(policy, field, None): WORDS for field in TOKENIZER_FIELDS}
+    vlm = getattr(policy, "vlm_model_name", None)
+    if vlm:
+        repos[vlm] = WORDS + NUMBERS if policy.load_vlm_weights else WORDS
+    if policy.pretrained_path:
+        steps = _read(start / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json").get("steps", [])
+        for step in steps:
+            repos.setdefault(step.get("config", {}).get("tokenizer_name"), WORDS)
+        base = _read(start / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if base and Path(base).is_absolute() and not Path(base).is_dir():
+            raise InputError(f"{start} holds adapters of {base}, which is not there.")
+        repos[base] = WORDS + NUMBERS
+    return _hub_names(repos)
+
+
+def _read(file: Path) -> dict:
+    """A JSON file's content; nothing if there is none. A damaged one is told of where the weights are looked over."""
+    with contextlib.suppress(ValueError, OSError):
+        return json.loads(file.read_text())
+    return {}
+
+
+def _hub_names(repos: dict[str | None, list[str]]) -> dict[str, list[str]]:
+    return {name: files for name, files in repos.items() if name and not Path(name).is_dir()}
+
+
+def _fetch(folder: Path, repos: dict[str, list[str]], *, weights: bool, flag: str = "") -> dict[str, Path]:
+    """Where Hub repos lie on this machine: in `folder`, or in the Hub's cache, into which they are downloaded.
+
+    Args:
+        repos: By name, the files that are read of each.
         flag: The flag that names them, for messages, as `--policy.path=`.
     """
     places = {name: find(folder, name) for name in repos}
     for name, place in places.items():
-        if place is not None and not (place / "config.json").is_file():
+        if place is not None and not any(
+            (place / file).is_file() for file in ("config.json", ADAPTER_CONFIG)
+        ):
             raise InputError(
                 f"{place} has no config.json, so it cannot be told what it holds. Fetch all of it:\n"
                 f"{_command(folder, name)}"
@@ -94,53 +132,55 @@ def provide(folder: Path, repos: dict[str, list[str]], *, weights: bool, flag: s
         files = repos[name] if weights else [file for file in repos[name] if file not in NUMBERS]
         try:
             with hub_or_cache():
-                snapshot_download(name, allow_patterns=files, cache_dir=USERS_CACHE)
+                places[name] = Path(snapshot_download(name, allow_patterns=files, cache_dir=USERS_CACHE))
         except Exception as error:
             raise InputError(
                 f"{flag}{name}: not here, not in --assets.dir={folder}, and {hub_answer(error)}\n"
                 f"Where there is a network:{_licence(name)} {_command(folder, name)}"
             ) from None
-    if any(places.values()):
-        overlay = _make_overlay()
-        for name, place in places.items():
-            repo = overlay / f"models--{name.replace('/', '--')}"
-            if place is None:
-                _link(repo, USERS_CACHE / repo.name)
-                continue
-            if repo.is_symlink():
-                repo.unlink()  # the user's folder goes before the Hub's cache
-            for part in ("refs", "snapshots"):
-                (repo / part).mkdir(parents=True, exist_ok=True)
+    return places
+
+
+@contextlib.contextmanager
+def _laid_out(folder: Path, places: dict[str, Path]) -> Iterator[None]:
+    """Within, what lies in `folder` is in the Hub's cache, beside what the user has in there, and the Hub is not
+    asked; if none of `places` is in `folder`, all is as LeRobot has it."""
+    ours = {name: place for name, place in places.items() if place == find(folder, name)}
+    if not ours:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="ray_jobs_hub_") as scratch:
+        cache = Path(scratch)
+        for name, place in ours.items():
+            repo = cache / f"models--{name.replace('/', '--')}"
+            (repo / "refs").mkdir(parents=True)
             (repo / "refs" / "main").write_text("local")
-            _link(repo / "snapshots" / "local", place)
-        constants.HF_HUB_OFFLINE = True
+            (repo / "snapshots").mkdir()
+            (repo / "snapshots" / "local").symlink_to(place)
+        for repo in USERS_CACHE.glob("*--*"):
+            if not (cache / repo.name).exists():  # the user's folder goes before the Hub's cache
+                (cache / repo.name).symlink_to(repo)
+        before, constants.HF_HUB_CACHE = constants.HF_HUB_CACHE, scratch  # read at every call
+        try:
+            with offline():
+                yield
+        finally:
+            constants.HF_HUB_CACHE = before
 
 
 def backbone_url(policy: PreTrainedConfig) -> str | None:
     """Where torchvision has the weights that a new policy's cameras start from, if they do.
 
     Raises:
-        ValueError, KeyError, AttributeError: torchvision knows no weights of that name.
+        InputError: torchvision knows no weights of that name.
     """
     name = getattr(policy, "pretrained_backbone_weights", None)
-    return name and torchvision.models.get_weight(name).url
-
-
-def _make_overlay() -> Path:
-    """This process's Hub cache: the user's own, by links, with room for what lies in the assets folder."""
-    global _overlay
-    if _overlay is None:
-        _overlay = Path(tempfile.mkdtemp(prefix="ray_jobs_hub_"))
-        atexit.register(shutil.rmtree, _overlay, ignore_errors=True)
-        for repo in USERS_CACHE.glob("*--*"):
-            _link(_overlay / repo.name, repo)
-        constants.HF_HUB_CACHE = str(_overlay)  # huggingface_hub reads it at every call
-    return _overlay
-
-
-def _link(link: Path, target: Path) -> None:
-    link.unlink(missing_ok=True)
-    link.symlink_to(target)
+    try:
+        return name and torchvision.models.get_weight(name).url
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(
+            f"--policy.pretrained_backbone_weights={name}: torchvision has no such weights."
+        ) from None
 
 
 def _command(folder: Path, name: str) -> str:

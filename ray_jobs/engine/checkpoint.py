@@ -30,6 +30,8 @@ from lerobot.utils.constants import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
+from ray_jobs.engine.explain import offline
+
 BEST_CHECKPOINT_LINK = "best"
 RAW_WEIGHTS = "raw_model.safetensors"  # in training_state: the trained weights behind a saved average
 
@@ -114,7 +116,7 @@ def save(
     target = get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, step)
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    with averaged() if averaged else nullcontext():
+    with averaged() if averaged else nullcontext(), offline():  # peft would look the base up on the Hub
         save_checkpoint(
             checkpoint_dir=scratch,
             step=step,

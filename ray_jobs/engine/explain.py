@@ -122,8 +122,14 @@ def _chain(error: BaseException) -> list[BaseException]:
 def hub_or_cache() -> Iterator[None]:
     """Within, the Hub's cache answers where there is no network. huggingface_hub itself tries again for half
     a minute, and for several where packets are dropped."""
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _hub_answers()
+    with offline() if constants.HF_HUB_OFFLINE or not _hub_answers() else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Within, the Hub is not asked by this process: what is at hand must do."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
     finally:

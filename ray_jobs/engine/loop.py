@@ -23,7 +23,7 @@ from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
-from ray_jobs.engine import checkpoint, parallel, quantiles
+from ray_jobs.engine import assets, checkpoint, parallel, quantiles
 from ray_jobs.engine.data import make_datasets, open_all_frames, to_device, training_batches
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PRUNED
 from ray_jobs.engine.explain import first_line
@@ -104,18 +104,30 @@ def train(
         available = torch.cuda.get_device_properties(accelerator.device).total_memory
         if text := memory.warning(recipe, available):
             tell(text)
-    policy = build(cfg, dataset.meta, need=memory.building if memory else 0, tell=tell)
+    sharded = accelerator.is_fsdp2
+    # All of a policy is in main memory for a while. One that is sharded goes from there to the GPUs share by share.
+    need, step = memory.building if memory else 0, 0
+    with parallel.in_turns(need), assets.mounted(options.assets.dir, cfg.policy, weights=True):
+        policy = build(cfg, dataset.meta, device="cpu" if sharded else cfg.policy.device, tell=tell)
+        preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
+        add_resize_step(preprocessor, options.data.resize)
+        optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
+        if resume_dir:
+            step = checkpoint.load(resume_dir, policy, None if sharded else optimizer, scheduler)
+        average = make_average(policy, resume_dir, step) if options.ray.ema else None
+        reduced = accelerator.mixed_precision != "no"
+        use_fast_kernels(policy, optimizer, channels_last=reduced and not sharded)  # FSDP shards rows
+        model = policy  # the bare policy; `policy` will be the one accelerate has wrapped
+        if sharded:
+            policy, optimizer, scheduler = parallel.prepare(accelerator, policy, optimizer, scheduler)
+            if resume_dir:
+                parallel.load_sharded_optimizer(resume_dir, optimizer.optimizer)
+    if not sharded:
+        policy, optimizer, scheduler = parallel.prepare(accelerator, policy, optimizer, scheduler)
+    policy.train()
     # LeRobot fills in the features from the data set, and what adapters need; lerobot-train saves both.
     for name in ("input_features", "output_features", "use_peft"):
         setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
-    preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
-    add_resize_step(preprocessor, options.data.resize)
-    optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
-
-    sharded = accelerator.is_fsdp2
-    step = checkpoint.load(resume_dir, policy, None if sharded else optimizer, scheduler) if resume_dir else 0
-    average = make_average(policy, resume_dir, step) if options.ray.ema else None
-    use_fast_kernels(policy, optimizer, channels_last=accelerator.mixed_precision != "no")
 
     where = {"batches_per_step": options.ray.grad_accumulation, "resumed": resumed}
     if stream is None:
@@ -133,12 +145,6 @@ def train(
             timed=options.data.eval_timing,
             frames=eval_frames,
         )
-    model = policy  # the bare policy; `policy` is the one accelerate has wrapped
-    accelerator.wait_for_everyone()
-    policy, optimizer, scheduler = parallel.prepare(accelerator, policy, optimizer, scheduler)
-    if sharded and resume_dir:
-        parallel.load_sharded_optimizer(resume_dir, optimizer.optimizer)
-    policy.train()
 
     # ------------------------------------------------------------------ tell
     if main:

@@ -11,6 +11,8 @@ from lerobot.configs.types import PolicyFeature
 from lerobot.optim import AdamConfig, AdamWConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
+from ray_jobs.engine.parallel import gathered_kinds
+
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
@@ -23,7 +25,8 @@ AUTOCAST = 0.6  # most activations take half the space, some stay float32
 @dataclass
 class Memory:
     """Bytes per worker, while it trains. `activations` is rough, None where it could not be worked out.
-    `building` is main memory: the policy and its file beside each other, before it goes to the GPU."""
+    `building` is main memory, before all goes to the GPU: the policy and its file beside each other or, on resume, the
+    optimizer's whole state."""
 
     weights: int
     gradients: int
@@ -88,8 +91,10 @@ def estimate(network: torch.nn.Module, recipe: "Recipe", features: dict[str, Pol
         gradients += size * parameter.requires_grad
     adam = isinstance(cfg.optimizer, AdamConfig | AdamWConfig)
     moments = gradients * (2 if adam else 1)
-    if sharded:
+    building = max(building, moments)
+    if sharded and workers > 1:
         weights, gradients, moments = (amount // workers for amount in (weights, gradients, moments))
+        weights += _gathered(network)
     elif workers > 1:
         gradients *= 2  # DDP exchanges them in buckets of its own
     if options.ema:
@@ -102,6 +107,20 @@ def estimate(network: torch.nn.Module, recipe: "Recipe", features: dict[str, Pol
         if cfg.policy.use_amp and not hasattr(cfg.policy, "dtype"):
             activations = int(activations * AUTOCAST)
     return Memory(weights, gradients, moments, activations, building)
+
+
+def _gathered(network: torch.nn.Module) -> int:
+    """Bytes of a sharded policy that are on a GPU as a whole at a time: its largest layer, and what is in no layer; or
+    all of it."""
+    kinds = tuple(gathered_kinds(network))
+    layers = {
+        id(p): p.numel() * p.element_size()
+        for module in network.modules()
+        if isinstance(module, kinds)
+        for p in module.parameters(recurse=False)
+    }
+    rest = sum(p.numel() * p.element_size() for p in network.parameters() if id(p) not in layers)
+    return rest + max(layers.values(), default=0)
 
 
 def _activations(network: torch.nn.Module, features: dict[str, PolicyFeature]) -> int | None:

@@ -19,15 +19,16 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
-    gather_object,
 )
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.optim import load_optimizer_state_dict
 from lerobot.utils.constants import TRAINING_STATE_DIR
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.options import RayOptions
 
 
@@ -45,7 +46,10 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
         precision = "bf16" if torch.get_autocast_dtype(device.type) == torch.bfloat16 else "fp16"
     sharding = None
     if options.parallelism == "fsdp":
-        sharding = FullyShardedDataParallelPlugin(fsdp_version=2)
+        # Weights are cast for a policy in bfloat16. Under `use_amp` autocast alone does it, as on one worker: batch norm
+        # refuses weights of another precision than its statistics.
+        cast = None if hasattr(cfg.policy, "dtype") else MixedPrecisionPolicy()
+        sharding = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=cast)
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=device.type == "cpu",
@@ -72,24 +76,28 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
 
 
 def prepare(accelerator: Accelerator, policy: torch.nn.Module, optimizer, scheduler):
-    """`Accelerator.prepare`, with a policy that is sharded layer by layer where its code allows that.
+    """`Accelerator.prepare`, with a policy that is sharded layer by layer where its code allows that."""
+    if accelerator.is_fsdp2 and (kinds := gathered_kinds(policy)):
+        plugin = accelerator.state.fsdp_plugin
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = [kind.__name__ for kind in kinds]
+    prepared = accelerator.prepare(policy, optimizer, scheduler)
+    if accelerator.is_fsdp2:
+        register_fsdp_forward_method(prepared[0], "predict_action_chunk")
+    return prepared
+
+
+def gathered_kinds(policy: torch.nn.Module) -> list[type[torch.nn.Module]]:
+    """The layers of a sharded policy that are gathered one by one, when they are at work; none: all of it together.
 
     Only a module that is called gathers its share. The large policies reach past their decoder layers to the
     linear layers in them, so these are the units; torch's MultiheadAttention reaches past its own linear layer,
     so a policy that has one is gathered whole.
     """
-    if accelerator.is_fsdp2:
-        kinds = {type(module) for module in policy.modules()}
-        if torch.nn.MultiheadAttention not in kinds:
-            plugin = accelerator.state.fsdp_plugin
-            plugin.auto_wrap_policy = transformer_auto_wrap_policy
-            plugin.transformer_cls_names_to_wrap = [
-                kind.__name__ for kind in (torch.nn.Linear, torch.nn.Embedding) if kind in kinds
-            ]
-    prepared = accelerator.prepare(policy, optimizer, scheduler)
-    if accelerator.is_fsdp2:
-        register_fsdp_forward_method(prepared[0], "predict_action_chunk")
-    return prepared
+    kinds = {type(module) for module in policy.modules()}
+    if torch.nn.MultiheadAttention in kinds:
+        return []
+    return [kind for kind in (torch.nn.Linear, torch.nn.Embedding) if kind in kinds]
 
 
 def whole_state(
@@ -150,11 +158,15 @@ def in_turns(need: int, free: int | None = None) -> Iterator[None]:
     """Let as many of a node's workers at a time into the block as its memory has room for.
 
     A policy is built and its checkpoint read in main memory before it goes to the GPU: N workers that did so side
-    by side would need it N times.
+    by side would need it N times. Within, workers must not wait for each other. When one fails there, all do: the
+    others would wait for it until the time for a collective operation is up.
 
     Args:
         need: Bytes each of them takes for a while.
         free: Bytes there are; None asks the system.
+
+    Raises:
+        RunError, RuntimeError: Another worker failed within the block, with a RunError or with any other error.
     """
     rank = int(os.environ.get("LOCAL_RANK", 0))
     workers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -162,10 +174,26 @@ def in_turns(need: int, free: int | None = None) -> Iterator[None]:
         yield
         return
     free = psutil.virtual_memory().available if free is None else free
-    at_once = min(workers, max(1, free // max(need, 1)))
-    # All nodes take as many turns as the slowest: a barrier is for every worker.
-    turns = max(gather_object([math.ceil(workers / at_once)]))
+    # The node with the least room decides for all, and nobody's reading but that one counts: a turn is everybody's.
+    at_once = min(_gather(max(1, free // max(need, 1))))
+    turns = max(_gather(math.ceil(workers / at_once)))
+    failure = None
     for turn in range(turns):
         if turn == rank // at_once:
-            yield
-        torch.distributed.barrier()
+            try:
+                yield
+            except Exception as error:
+                failure = error
+        told = failure and (isinstance(failure, RunError), first_line(failure))
+        failures = {number: one for number, one in enumerate(_gather(told)) if one}
+        if failure:
+            raise failure
+        for number, (for_good, reason) in failures.items():
+            raise (RunError if for_good else RuntimeError)(f"worker {number}: {reason}")
+
+
+def _gather(value) -> list:
+    """The values of all ranks, on every rank."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -17,16 +17,15 @@ from lerobot.utils.utils import has_method
 
 from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.explain import first_line
-from ray_jobs.engine.parallel import in_turns
 
 
 def build(
-    cfg: TrainPipelineConfig, meta: LeRobotDatasetMetadata, *, need: int, tell: Callable[[str], None]
+    cfg: TrainPipelineConfig, meta: LeRobotDatasetMetadata, *, device: str, tell: Callable[[str], None]
 ) -> torch.nn.Module:
-    """The policy on its device, with its weights, and adapters if `--peft.*` asks for them.
+    """The policy with its weights, and adapters if `--peft.*` asks for them.
 
     Args:
-        need: Bytes of main memory that building it takes for a while.
+        device: Where it is put; `cfg.policy.device` still names the one it is trained on.
         tell: Called with what cannot be honoured.
 
     Raises:
@@ -36,8 +35,10 @@ def build(
     if uncompiled:
         tell(f"--policy.compile_model=true: this machine cannot compile ({uncompiled}); going on uncompiled.")
         cfg.policy.compile_model = False
-    with in_turns(need), contextlib.redirect_stdout(io.StringIO()) as printed:
+    trained_on, cfg.policy.device = cfg.policy.device, device
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         policy = make_policy(cfg.policy, ds_meta=meta, rename_map=cfg.rename_map)
+    cfg.policy.device = trained_on
     if uncompiled:
         cfg.policy.compile_model = True  # another machine may
     # pi0 and pi0.5 print that their weights do not fit, and go on with random ones.

@@ -62,7 +62,7 @@ def check(recipe: Recipe) -> None:
     once(dataset, chosen, lambda: check_files(dataset, meta, held_out))
     preflight_stream.check_data(recipe, meta)
     features, network = check_policy(recipe, meta)
-    _pretrained(recipe.lerobot.policy, features, recipe.options.assets.dir)
+    _backbone(recipe.lerobot.policy, features, recipe.options.assets.dir)
     _weights(recipe, network)
     network = _adapters(recipe, network)
     if network is not None:
@@ -85,10 +85,7 @@ def check_policy(
     _resize(recipe, meta)
     _validation(recipe)
     features = _features(recipe, meta)
-    policy, folder = recipe.lerobot.policy, recipe.options.assets.dir
-    # SmolVLA's sizes lie beside its tokenizer.
-    assets.provide(folder, assets.needed(policy, folder), weights=False)
-    network = _network(policy, features)
+    network = _network(recipe, features)
     _optimizer(recipe)
     return features, network
 
@@ -193,17 +190,19 @@ def _list(features: dict) -> str:
     return ", ".join(sorted(key for key in features if key != ACTION)) or "no observations"
 
 
-def _network(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> torch.nn.Module | None:
+def _network(recipe: Recipe, features: dict[str, PolicyFeature]) -> torch.nn.Module | None:
     """The policy without memory behind its weights, to be counted and compared; None for those that cannot be
-    built so."""
-    if policy.type not in COUNTED:
-        return None
-    try:
-        return outline(policy, features)
-    except NotImplementedError:  # an operation that needs memory
-        return None
-    except Exception as error:
-        raise InputError(f"{policy.type} cannot be built like this: {first_line(error)}.") from None
+    built so. Everything pretrained that it starts from must be here, or on the Hub."""
+    policy = recipe.lerobot.policy
+    with assets.mounted(recipe.options.assets.dir, policy, weights=False):
+        if policy.type not in COUNTED:
+            return None
+        try:
+            return outline(policy, features)
+        except NotImplementedError:  # an operation that needs memory
+            return None
+        except Exception as error:
+            raise InputError(f"{policy.type} cannot be built like this: {first_line(error)}.") from None
 
 
 def _adapters(recipe: Recipe, network: torch.nn.Module | None) -> torch.nn.Module | None:
@@ -240,27 +239,20 @@ def _optimizer(recipe: Recipe) -> None:
         ) from None
 
 
-def _pretrained(policy: PreTrainedConfig, features: dict[str, PolicyFeature], folder: Path) -> None:
-    """See that everything pretrained that the policy starts from is here or can be downloaded."""
-    name = getattr(policy, "pretrained_backbone_weights", None)
-    try:
-        url = assets.backbone_url(policy)
-    except (ValueError, KeyError, AttributeError):
-        raise InputError(
-            f"--policy.pretrained_backbone_weights={name}: torchvision has no such weights."
-        ) from None
-    assets.mount(folder, policy, weights=False)
+def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature], folder: Path) -> None:
+    """See that torchvision's weights that a new policy starts from are here or can be downloaded."""
+    url = assets.backbone_url(policy)
     cameras = any(feature.type is FeatureType.VISUAL for feature in features.values())
     if url is None or policy.pretrained_path is not None or not cameras:
         return
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if file.is_file():
+    file = Path(url).name
+    if any((place / file).is_file() for place in (folder, Path(torch.hub.get_dir()) / "checkpoints")):
         return
     try:
         socket.create_connection((urlsplit(url).hostname, 443), timeout=HUB_WAIT_S).close()
     except OSError:
         raise InputError(
-            f"--policy.pretrained_backbone_weights={name} (LeRobot's default) is not here and cannot be "
+            f"--policy.pretrained_backbone_weights={policy.pretrained_backbone_weights} (LeRobot's default) is not here and cannot be "
             f"downloaded.\nPut {url} into {folder}, or start untrained: --policy.pretrained_backbone_weights=null"
         ) from None
 

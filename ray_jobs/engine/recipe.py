@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import draccus
-from huggingface_hub import get_token
+from huggingface_hub import get_token, try_to_load_from_cache
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import parser as lerobot_parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
@@ -36,6 +37,7 @@ from ray_jobs.engine.options import (
     read_flags,
     split_flags,
 )
+from ray_jobs.engine.translations import translate
 
 ASKED = "asked"  # part of the options file: what was asked for in LeRobot's flags and train_config.json cannot tell
 
@@ -97,15 +99,20 @@ def resolve(argv: Sequence[str]) -> Recipe:
 
     options = parse_options(flags, saved)
     options.assets.dir = options.assets.dir.absolute()  # workers run in folders of their own
-    for flag in ("policy.path", "policy.pretrained_path"):
-        name = lerobot_parser.parse_arg(flag, theirs)
-        if name is not None and not Path(name).exists():
-            assets.provide(options.assets.dir, {name: assets.WORDS}, weights=False, flag=f"--{flag}=")
+    start = {
+        flag: lerobot_parser.parse_arg(flag, theirs) for flag in ("policy.path", "policy.pretrained_path")
+    }
+    start = {flag: name for flag, name in start.items() if name is not None and not Path(name).exists()}
     if not asked_resume and not {"policy.repo_id", "policy.push_to_hub", "config_path"} & set(flags):
         # As in most of the published commands, which LeRobot refuses for it today.
         theirs = [*theirs, "--policy.push_to_hub=false"]
         notices.append("The policy will not be uploaded: no --policy.repo_id names a place on the Hub.")
-    cfg = _lerobot_config(theirs, flags, options, asked_resume)
+    with assets.configs_mounted(options.assets.dir, start):
+        # Which policy a checkpoint holds shows now: flags of older recipes may be meant for it.
+        typed = dict(arg[2:].split("=", 1) for arg in theirs)
+        translated, more = translate(typed, _type_of_start(theirs))
+        theirs, notices = [f"--{name}={value}" for name, value in translated.items()], notices + more
+        cfg = _lerobot_config(theirs, flags, options, asked_resume)
 
     if options.data.eval_episodes is not None and "eval_steps" not in flags:
         cfg.eval_steps = asked.get("eval_steps", cfg.eval_steps)
@@ -201,6 +208,21 @@ def _resume_arguments(theirs: list[str]) -> tuple[list[str], dict]:
             f"cannot resume: {saved_options} is damaged. Remove it, and give the run's --ray, --data and "
             "--checkpoint flags again."
         ) from None
+
+
+def _type_of_start(theirs: list[str]) -> str | None:
+    """The type of the policy that `--policy.path` or `--config_path` names; None if that does not show."""
+    name = lerobot_parser.parse_arg("policy.path", theirs) or lerobot_parser.parse_arg("config_path", theirs)
+    if name is None:
+        return None
+    place = Path(name)
+    folder = place.parent if place.is_file() else place
+    with contextlib.suppress(
+        TypeError, OSError, ValueError
+    ):  # what is wrong with it, LeRobot's parser will find
+        file = folder / CONFIG_NAME if folder.is_dir() else try_to_load_from_cache(name, CONFIG_NAME)
+        return json.loads(Path(file).read_text()).get("type")
+    return None
 
 
 def _check_checkpoint(folder: Path, policy_type: str | None) -> None:

@@ -17,6 +17,8 @@ class Translation:
     """Or: today's flag and value for each old value; None where it is what happens anyway."""
     otherwise: str = ""
     """Why any other value can't be honoured."""
+    mind: str = ""
+    """What is not quite as it was asked for, all the same."""
 
 
 TRANSLATIONS = (
@@ -27,6 +29,7 @@ TRANSLATIONS = (
         policy="smolvla",
         values={"float32": "policy.use_amp=false"},
         otherwise="SmolVLA has no such switch; --policy.use_amp=true trains in mixed precision.",
+        mind="With --policy.load_vlm_weights=true LeRobot loads the vision-language model in bfloat16 all the same.",
     ),
     Translation(
         "policy.gradient_checkpointing",
@@ -38,16 +41,20 @@ TRANSLATIONS = (
 )
 
 
-def translate(flags: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+def translate(flags: dict[str, str], policy: str | None = None) -> tuple[dict[str, str], list[str]]:
     """The flags as today's LeRobot takes them, and a notice for each that was translated. What was typed under
     today's name goes first.
+
+    Args:
+        policy: The policy's type where `--policy.type` does not say it.
 
     Raises:
         InputError: A value that can't be honoured.
     """
     translated, notices = dict(flags), []
+    policy = flags.get("policy.type", policy)
     for rule in TRANSLATIONS:
-        if rule.flag not in translated or rule.policy not in (None, flags.get("policy.type")):
+        if rule.flag not in translated or rule.policy not in (None, policy):
             continue
         value = translated.pop(rule.flag)
         if rule.to:
@@ -57,7 +64,8 @@ def translate(flags: dict[str, str]) -> tuple[dict[str, str], list[str]]:
             raise InputError(f"--{rule.flag}={value}: {rule.otherwise}")
         elif today := rule.values[value.lower()]:
             translated.setdefault(*today.split("="))
-            notices.append(f"--{rule.flag}={value} is --{today} today: understood as that.")
+            mind = f" {rule.mind}" if rule.mind else ""
+            notices.append(f"--{rule.flag}={value} is --{today} today: understood as that.{mind}")
         else:
             notices.append(f"--{rule.flag}={value} is what {rule.policy} does in any case.")
     return translated, notices

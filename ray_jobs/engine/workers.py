@@ -181,14 +181,13 @@ def listen_for_stop(line) -> Callable[[], str]:
 
 
 def _loop(recipe: "Recipe", *, main: bool, **how) -> dict:
-    """The training loop, with the models it starts from at hand and, on the main rank, the run's folder locked."""
+    """The training loop; on the main rank, with the run's folder locked."""
     from lerobot.configs.parser import load_plugin
 
-    from ray_jobs.engine import assets, loop
+    from ray_jobs.engine import loop
 
     for package in recipe.plugins:
         load_plugin(package)
-    assets.mount(recipe.options.assets.dir, recipe.lerobot.policy, weights=True)
     with lock(recipe.output_dir) if main else contextlib.nullcontext():
         if main:
             recipe.save_options()
