@@ -21,6 +21,7 @@ from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.stream_data import make_streamed_datasets
+from ray_jobs.search.plan import make_plan, read_command
 
 STREAM = "--data.source=stream"
 
@@ -213,9 +214,11 @@ def test_what_a_stream_cannot_do_is_refused(s3, parts, tmp_path, monkeypatch):
 
 def test_a_search_does_not_stream(parts, tmp_path):
     space = tmp_path / "space.yaml"
-    space.write_text("policy: act\nsearch:\n  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n")
-    asked = job("ray_jobs.tune", f"--space={space}", *tiny_act(parts, tmp_path / "run", STREAM), "--dry-run")
-    assert asked.returncode == 2 and "for every trial" in asked.stderr
+    space.write_text(
+        "policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\nsearch:\n  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n"
+    )
+    with pytest.raises(InputError, match="for every trial"):
+        make_plan(*read_command([f"--space={space}", *tiny_act(parts, tmp_path / "run", STREAM)]), print)
 
 
 def test_without_ffmpeg_it_says_so(monkeypatch, tmp_path):

@@ -155,6 +155,11 @@ def make_plan(
     for flag, why in NOT_TYPED.items():
         if flag in typed:
             raise InputError(f"--{flag}={typed[flag]}: {why}.")
+    if typed.get("data.source") == "stream":
+        raise InputError(
+            "--data.source=stream: a search would read all of it again for every trial. Give it a local copy, "
+            "perhaps of some episodes (--dataset.episodes)."
+        )
     spaces = [_read(Path(name.strip())) for name in (options.space or "").split(",") if name.strip()]
     if not spaces:
         raise InputError("--space is missing: which space to search, as in --space=search_spaces/act.yaml.")
@@ -207,11 +212,6 @@ def make_plan(
                 except InputError as error:
                     raise _in_file(s, blamed, config, error) from None
                 shortest = min(shortest, chunk_length(built.lerobot.policy))
-    if recipe.options.data.source == "stream":
-        raise InputError(
-            "--data.source=stream: a search would read all of it again for every trial. Give it a local copy, "
-            "perhaps of some episodes (--dataset.episodes)."
-        )
     horizon = recipe.options.data.eval_horizon or int(shortest)
     base.append(f"--data.eval_horizon={horizon}")
     recipe.notices.clear()
