@@ -114,6 +114,7 @@ def test_an_epoch_holds_lerobots_samples(policy, parts, tmp_path, cluster):
         assert len({int(episode) for episode in episodes}) > 6
 
 
+@pytest.mark.slow
 def test_two_workers_share_an_epoch_of_resized_frames(parts, tmp_path, cluster):
     recipe = checked(tiny_act(parts, tmp_path / "run", STREAM, "--data.resize=[32,48]"))
     with ThreadPoolExecutor(2) as threads:  # an epoch begins when all workers ask for it
