@@ -132,7 +132,7 @@ def test_two_workers_share_an_epoch_of_resized_frames(parts, tmp_path, cluster):
 
 
 def test_trains_from_a_bucket(s3, parts, tmp_path):
-    """With two workers, held-out episodes, and a resumed run that Ray's reader goes on with; stock LeRobot opens it."""
+    """Two workers, fed by CPU tasks, with held-out episodes; stock LeRobot opens the result, and acts."""
     out = tmp_path / "run"
     flags = tiny_act(s3, out, STREAM, "--ray.address=local", "--ray.num_workers=2")
     more = ["--data.eval_episodes=[3]", "--eval_steps=4", "--save_freq=4"]
