@@ -5,6 +5,7 @@ need the real recording look for it at `../shared/datasets` and are skipped wher
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 from ray_jobs.engine.console import quiet
 
 quiet()
+# In the background of a shell Ctrl-C is ignored, and would be by all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "RAY_JOBS_CACHE" not in os.environ:  # the processes that tests start share it
     CACHE = tempfile.TemporaryDirectory(prefix="ray_jobs_cache_")  # decoded frames of all tests
