@@ -55,7 +55,12 @@ class Run:
         raise AssertionError(f"ended without printing {text!r}:\n{self.printed}")
 
     def end(self, timeout: float = 120) -> int:
-        self.printed += self.process.communicate(timeout=timeout)[0]
+        try:
+            self.printed += self.process.communicate(timeout=timeout)[0]
+        except subprocess.TimeoutExpired:
+            for process in (*self.family(), self.process):  # Ray's have sessions of their own
+                process.kill()
+            raise
         return self.process.returncode
 
     def family(self) -> list[psutil.Process]:
