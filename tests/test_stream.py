@@ -1,26 +1,30 @@
 """`--data.source=stream`: Ray Data's reader gives LeRobot's samples, out of a folder and out of a bucket."""
 
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
+import numpy as np
 import pytest
 import ray
 import torch
 from conftest import job, tiny_act, tiny_diffusion
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.factory import make_pre_post_processors
+from numpy.random import SeedSequence
 from torch.utils.data import default_collate
 
 from ray_jobs.engine import bucket, preflight, stream_reader
 from ray_jobs.engine.data import make_datasets, to_device
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.recipe import Recipe, resolve
-from ray_jobs.engine.stream_data import make_streamed_datasets
+from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.search.plan import make_plan, read_command
 
 STREAM = "--data.source=stream"
@@ -114,11 +118,21 @@ def test_an_epoch_holds_lerobots_samples(policy, parts, tmp_path, cluster):
         assert len({int(episode) for episode in episodes}) > 6
 
 
-@pytest.mark.slow
-def test_two_workers_share_an_epoch_of_resized_frames(parts, tmp_path, cluster):
+def test_two_workers_share_epochs_of_resized_frames(parts, tmp_path, cluster):
+    """As many batches for both, no sample twice, and a second epoch after the first, with its episodes in another
+    order."""
     recipe = checked(tiny_act(parts, tmp_path / "run", STREAM, "--data.resize=[32,48]"))
+    source = stream_reader.source_of(recipe)
+    (reads,) = (argument for argument in source.args if isinstance(argument, stream_reader.ShuffledEpisodes))
+    orders = [
+        [task.metadata.num_rows for task in reads.get_read_tasks(reads.default_num_blocks())]
+        for _ in range(2)
+    ]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) and len(orders[0]) > 6
     with ThreadPoolExecutor(2) as threads:  # an epoch begins when all workers ask for it
-        first, second = threads.map(lambda epoch: list(epoch(0)), epochs(recipe, workers=2))
+        both = list(threads.map(lambda epoch: [list(epoch(0)), list(epoch(1))], epochs(recipe, workers=2)))
+    assert len(both[0][1]) == len(both[1][1]) > 0
+    first, second = both[0][0], both[1][0]
     dataset, _ = make_datasets(recipe.lerobot, None, [32, 48])
     reader = FrameReader(dataset, 0, FrameSource(dataset, [32, 48]))
     seen = []
@@ -146,6 +160,52 @@ def test_trains_from_a_bucket(s3, parts, tmp_path):
     dataset, _ = make_datasets(recipe.lerobot, None)
     frame = to_device(default_collate([dataset[5]]), dataset.meta.camera_keys, torch.device("cpu"))
     assert after(policy.select_action(before(frame))).shape == (1, 3)
+
+
+def test_a_resumed_run_begins_its_epoch_again(parts, tmp_path, monkeypatch):
+    """In another order, and another one on each worker; a stream without a sample does not go on for ever."""
+    cfg = resolve(tiny_act(parts, tmp_path / "run", STREAM)).lerobot
+    dataset, _ = make_streamed_datasets(cfg, None)
+    per_epoch = -(-dataset.num_samples // cfg.batch_size)
+
+    def seeds(rank: int, step: int | None, epochs: int) -> list[int]:
+        asked = []
+
+        def stream(seed: int):
+            asked.append(seed)
+            yield {}
+
+        resumed = None if step is None else {"step": step}
+        rank = SimpleNamespace(process_index=rank, num_processes=1)
+        batches = streamed_batches(cfg, dataset, rank, stream, resumed=resumed)
+        return [asked[-1] for _ in zip(range(epochs), batches, strict=False)]
+
+    whole, other = seeds(0, None, 3), seeds(1, None, 3)
+    assert seeds(0, None, 3) == whole and len({*whole, *other}) == 6
+    in_the_second = seeds(0, per_epoch + 2, 2)
+    assert not {*in_the_second} & {*whole} and in_the_second != seeds(0, per_epoch + 3, 2)
+    begun = []
+    monkeypatch.setattr(np.random, "SeedSequence", lambda words: begun.append(words) or SeedSequence(words))
+    seeds(0, per_epoch + 2, 1)
+    assert begun[0][1] == 1  # the epoch it was in
+    with pytest.raises(RunError, match="no sample"):
+        next(
+            streamed_batches(
+                cfg, dataset, SimpleNamespace(process_index=0, num_processes=1), lambda seed: iter(())
+            )
+        )
+
+
+@pytest.mark.parametrize("size", [None, [16, 16]])
+def test_a_block_of_which_nothing_is_trained_on(size):
+    rows = {
+        "frame_index": np.array([8, 9]),
+        "episode_index": np.array([0, 0]),
+        "camera": np.zeros((2, 3, 32, 32, 3), np.uint8),
+        "task": np.array(["push", "push"], object),
+    }
+    samples = stream_reader.AsLeRobot({"camera": False}, size, np.array([8]))(rows)
+    assert samples["camera"].shape == (0, 3, 3, *(size or (32, 32))) and len(samples["task"]) == 0
 
 
 @pytest.mark.slow
@@ -177,6 +237,18 @@ def test_what_lies_in_a_bucket_is_known_and_little_is_fetched(s3, parts, tmp_pat
     for row in (0, len(theirs) - 1):
         ours, expected = held_out[row], theirs[row]
         assert all(torch.equal(ours[key], expected[key]) for key in expected if key != "task")
+
+    # What is changed in the bucket is fetched again.
+    (video,) = (tmp_path / "cache").glob("fetched/**/*.mp4")
+    name = f"bucket/sets/parts/{video.relative_to(next((tmp_path / 'cache/fetched').iterdir()))}"
+    system = fsspec.filesystem("s3")
+    before = system.cat(name)
+    system.pipe(name, before + b"more")
+    system.invalidate_cache()
+    bucket.fetch.cache_clear()
+    make_streamed_datasets(recipe.lerobot, None)
+    assert video.read_bytes() == before + b"more"
+    system.pipe(name, before)
 
 
 def refusal(flags: list[str]) -> str:
@@ -211,6 +283,12 @@ def test_what_a_stream_cannot_do_is_refused(s3, parts, tmp_path, monkeypatch):
     fsspec.filesystem("s3").clear_instance_cache()
     bucket.fetch.cache_clear()
     assert "Could not connect" in told(s3, STREAM)
+
+
+def test_held_out_files_must_fit(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    flags = tiny_act(s3, tmp_path / "run", STREAM, "--data.eval_episodes=[3]", "--save_checkpoint=false")
+    assert "files of the held-out episodes [3] are" in refusal(flags)
 
 
 def test_a_search_does_not_stream(parts, tmp_path):

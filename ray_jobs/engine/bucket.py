@@ -16,20 +16,24 @@ from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frame_cache import default_folder
 
 ANONYMOUS = "anonymous@"  # Ray Data's sign of a public bucket: s3://anonymous@bucket/set
-PATIENCE = {"s3": {"config_kwargs": {"connect_timeout": 10, "retries": {"max_attempts": 2}}}}
+IMPATIENT = {"s3": {"config_kwargs": {"connect_timeout": 10, "retries": {"max_attempts": 2}}}}
 
 
 def is_uri(root: str | Path | None) -> bool:
     return root is not None and "://" in str(root)
 
 
-def open_root(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_root(root: str, *, patient: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
     """A data set's file system, and where in it the data set lies.
+
+    Args:
+        patient: For days of reading; otherwise who has mistyped an address is told within seconds.
 
     Raises:
         InputError: Nothing here opens such an address.
     """
-    options = PATIENCE.get(root.partition("://")[0], {}) | ({"anon": True} if ANONYMOUS in root else {})
+    options = {} if patient else IMPATIENT.get(root.partition("://")[0], {})
+    options = options | ({"anon": True} if ANONYMOUS in root else {})
     try:
         system, place = fsspec.core.url_to_fs(plain(root), **options)
     except (ImportError, ValueError) as error:  # the package is not here, or there is no such protocol
@@ -56,18 +60,21 @@ def fetch(root: str, episodes: tuple[int, ...] = ()) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:  # one process of a node fetches, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _get(root, folder, list(there))
+        _get(root, folder, there)
         if episodes:
             meta = LeRobotDatasetMetadata("fetched/set", root=folder)
-            _get(root, folder, files_of(meta, episodes))
+            files = listing(root, "data", "videos")
+            _get(root, folder, {name: files.get(name, "") for name in files_of(meta, episodes)})
     return folder
 
 
-def _get(root: str, folder: Path, names: list[str]) -> None:
+def _get(root: str, folder: Path, files: dict[str, str]) -> None:
+    """Fetch files by name, unless they are here in the version that goes with it."""
     system, place = open_root(root)
-    for name in names:
+    for name, version in files.items():
         file = folder / name
-        if file.exists():
+        note = file.with_name(f".{file.name}.version")
+        if file.exists() and note.exists() and note.read_text() == version:
             continue
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_name(f".{file.name}.part")
@@ -76,6 +83,7 @@ def _get(root: str, folder: Path, names: list[str]) -> None:
         except Exception as error:
             raise InputError(f"--dataset.root={root}: {name}: {_reason(error)}") from None
         scratch.replace(file)
+        note.write_text(version)
 
 
 def listing(root: str, *folders: str) -> dict[str, str]:

@@ -17,15 +17,16 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from ray_jobs.engine.fingerprint import fingerprint_of
 
+PARTS = ("meta", "data", "videos")
 _identity = ""
 _opened: dict[str, object] = {}  # of the data set with that identity
 
 
 def once[T](dataset: DatasetConfig, what: str, make: Callable[[], T]) -> T:
-    """What `make()` gives, or what it gave before for `what` of the same data set, if no table of it has changed."""
+    """What `make()` gives, or what it gave before for `what` of the same data set, if no file of it has changed."""
     global _identity
     root = Path(dataset.root or HF_LEROBOT_HOME / dataset.repo_id)
-    files = [(path, path.stat()) for part in ("meta", "data") for path in sorted(root.glob(f"{part}/**/*.*"))]
+    files = [(path, path.stat()) for part in PARTS for path in sorted(root.glob(f"{part}/**/*.*"))]
     asked = {name: value for name, value in draccus.encode(dataset).items() if name != "episodes"}
     identity = fingerprint_of(asked, [(str(path), s.st_size, s.st_mtime_ns) for path, s in files])
     if identity != _identity:

@@ -1,13 +1,15 @@
 """Checks of `--data.source=stream`: what the stream cannot do is refused before anything is scheduled."""
 
+import shutil
+
 from lerobot.datasets import LeRobotDatasetMetadata
 
 from ray_jobs.engine import bucket, ffmpeg, quantiles
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.frame_cache import gigabytes
+from ray_jobs.engine.frame_cache import default_folder, gigabytes
 from ray_jobs.engine.frames import frame_shape
 from ray_jobs.engine.recipe import Recipe
-from ray_jobs.engine.stream_data import shuffle_buffer
+from ray_jobs.engine.stream_data import shuffle_buffer, split_episodes
 
 FLAG = "--data.source=stream"
 
@@ -54,6 +56,29 @@ def check_data(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
     if meta.video_keys:
         ffmpeg.check()
     samples, size = shuffle_buffer(recipe)
+    episodes = samples * meta.total_episodes / meta.total_frames
+    # Ray lets the buffer grow by half before it makes a new one beside it.
     recipe.notices.append(
-        f"stream: every worker shuffles among {samples} samples ({gigabytes(size)}); --data.shuffle_buffer changes it"
+        f"stream: every worker shuffles among {samples} samples, about {episodes:.3g} episodes ({gigabytes(size)}, "
+        "for moments two and a half times that); --data.shuffle_buffer changes it"
     )
+    _room_for_held_out(recipe, meta)
+
+
+def _room_for_held_out(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """Held-out episodes lie in files with others, which are fetched as they are."""
+    root, cfg = recipe.lerobot.dataset.root, recipe.lerobot
+    held_out = split_episodes(cfg, meta, recipe.options.data.eval_episodes)[1]
+    if not held_out or not bucket.is_uri(root):
+        return
+    there = bucket.listing(root, "data", "videos")
+    size = sum(int(there[name].split()[0]) for name in bucket.files_of(meta, held_out) if name in there)
+    folder = default_folder()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if size > 0.9 * free:
+        raise InputError(
+            f"{FLAG}: the files of the held-out episodes {held_out} are {gigabytes(size)}, and {folder} has "
+            f"{gigabytes(free)} left. Fewer of them: --data.eval_episodes, or another RAY_JOBS_CACHE."
+        )

@@ -17,6 +17,7 @@ from lerobot.datasets.factory import make_dataset, resolve_delta_timestamps
 from lerobot.utils.constants import IMAGENET_STATS
 
 from ray_jobs.engine import bucket
+from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.frames import frame_shape, set_frame_size
 from ray_jobs.engine.recipe import Recipe
 
@@ -77,7 +78,9 @@ def make_streamed(
     meta = LeRobotDatasetMetadata(cfg.dataset.repo_id, root=root)
     if cfg.dataset.use_imagenet_stats:  # as LeRobot's `make_dataset` has them
         for key in meta.camera_keys:
-            meta.stats[key] |= {name: torch.tensor(stats) for name, stats in IMAGENET_STATS.items()}
+            meta.stats.setdefault(key, {}).update(
+                {name: torch.tensor(stats) for name, stats in IMAGENET_STATS.items()}
+            )
     set_frame_size(meta, size)
     episodes, _ = split_episodes(cfg, meta, eval_episodes)
     return StreamedDataset(meta, episodes, getattr(cfg.policy, "drop_n_last_frames", None) or 0)
@@ -136,4 +139,9 @@ def streamed_batches(
         begin = compute_sampler_state(step * batches_per_step, dataset.num_samples, size, ranks)["epoch"]
     for epoch in itertools.count(begin):
         seed = np.random.SeedSequence((cfg.seed or 0, epoch, step, accelerator.process_index))
-        yield from stream(int(seed.generate_state(1)[0]))
+        batches = stream(int(seed.generate_state(1)[0]))
+        first = next(batches, None)
+        if first is None:
+            raise RunError("the stream gives no sample: fewer are trained on than there are workers.")
+        yield first
+        yield from batches

@@ -96,13 +96,18 @@ def source_of(recipe: Recipe) -> Callable[[], ray.data.Dataset]:
     ends = np.asarray(dataset.meta.episodes["length"]) - dataset.dropped if dataset.dropped else None
     root, how = cfg.dataset.root, {}
     if bucket.is_uri(root):
-        how["filesystem"], root = bucket.open_root(root)[0], bucket.plain(root)
+        how["filesystem"], root = bucket.open_root(root, patient=True)[0], bucket.plain(root)
     how |= {
         "episodes": dataset.episodes,
         "delta_timestamps": deltas,
         "frame_tolerance_s": cfg.tolerance_s,
     }
-    link_on_every_node()
+    try:
+        link_on_every_node()
+    except ray.exceptions.RayTaskError as error:
+        raise InputError(
+            f"--data.source=stream: {ffmpeg.links_folder()}: {first_line(error.cause)}"
+        ) from None
     decoders = {"env_vars": ffmpeg.search_path(ffmpeg.links_folder(), "${LD_LIBRARY_PATH}")}
     # Ray's reader wants torchcodec where it is made, and this process has started without its libraries.
     make = ray.remote(num_cpus=0, runtime_env=decoders)(lambda: ShuffledEpisodes(root, **how))
@@ -118,6 +123,7 @@ def _read(
     source: ShuffledEpisodes, as_lerobot: AsLeRobot, decoders: dict, seed: int, output_dir: Path
 ) -> ray.data.Dataset:
     """Called in Ray Train's controller. Workers that were started anew begin their epoch again, in another order."""
+    link_on_every_node()  # one may have come in place of another
     source.order = np.random.default_rng((seed, steps_done(output_dir)))
     blocks = source.default_num_blocks()
     rows = ray.data.read_datasource(source, override_num_blocks=blocks, runtime_env=decoders)

@@ -135,15 +135,15 @@ def _worker(config: dict) -> None:
         if event["kind"] == "eval":
             ray.train.report({k: v for k, v in event.items() if isinstance(v, int | float)})
 
-    stream = None
-    if recipe.options.data.source == "stream":
-        from ray_jobs.engine import stream_reader
-
-        stream = stream_reader.epochs(
-            recipe, ray.train.get_dataset_shard("train"), pinned=get_device().type == "cuda"
-        )
     how = {"device": str(get_device()), "report": report, "should_stop": listen_for_stop(line)}
     try:
+        stream = None
+        if recipe.options.data.source == "stream":
+            from ray_jobs.engine import stream_reader
+
+            stream = stream_reader.epochs(
+                recipe, ray.train.get_dataset_shard("train"), pinned=get_device().type == "cuda"
+            )
         _loop(recipe, main=main, **how, stream=stream)
     except (InputError, RunError) as error:
         ray.get(line.fail.remote(str(error)))

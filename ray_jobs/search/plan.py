@@ -155,14 +155,14 @@ def make_plan(
     for flag, why in NOT_TYPED.items():
         if flag in typed:
             raise InputError(f"--{flag}={typed[flag]}: {why}.")
-    if typed.get("data.source") == "stream":
+    spaces = [_read(Path(name.strip())) for name in (options.space or "").split(",") if name.strip()]
+    if not spaces:
+        raise InputError("--space is missing: which space to search, as in --space=search_spaces/act.yaml.")
+    if "stream" in (typed.get("data.source"), *(space.baseline.get("data.source") for space in spaces)):
         raise InputError(
             "--data.source=stream: a search would read all of it again for every trial. Give it a local copy, "
             "perhaps of some episodes (--dataset.episodes)."
         )
-    spaces = [_read(Path(name.strip())) for name in (options.space or "").split(",") if name.strip()]
-    if not spaces:
-        raise InputError("--space is missing: which space to search, as in --space=search_spaces/act.yaml.")
     names = [space.policy for space in spaces]
     if len(set(names)) < len(names):
         raise InputError(

@@ -42,7 +42,7 @@ from ray_jobs.search.space import (
 # Equal for all trials, or decided for each: what a search cannot vary.
 NOT_SEARCHED = (
     "seed", "steps", "output_dir", "resume", "job_name", "eval_steps", "max_eval_samples", "dataset.root",
-    "dataset.repo_id", "dataset.episodes", "dataset.eval_split", "data.eval_episodes", "data.eval_horizon",
+    "dataset.repo_id", "dataset.episodes", "dataset.eval_split", "data.source", "data.eval_episodes", "data.eval_horizon",
 )  # fmt: skip
 SECTIONS = ("policy", "baseline", "search", "constraints")
 KINDS = {  # the keys of an entry below `search`, by the first one that makes its kind
