@@ -258,6 +258,12 @@ def refusal(flags: list[str]) -> str:
     return str(told.value)
 
 
+def test_held_out_files_must_fit(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    flags = tiny_act(s3, tmp_path / "run", STREAM, "--data.eval_episodes=[3]", "--save_checkpoint=false")
+    assert "files of the held-out episodes [3] are" in refusal(flags)
+
+
 def test_what_a_stream_cannot_do_is_refused(s3, parts, tmp_path, monkeypatch):
     def told(root, *more: str) -> str:
         return refusal(tiny_act(root, tmp_path / "run", *more))
@@ -283,12 +289,6 @@ def test_what_a_stream_cannot_do_is_refused(s3, parts, tmp_path, monkeypatch):
     fsspec.filesystem("s3").clear_instance_cache()
     bucket.fetch.cache_clear()
     assert "Could not connect" in told(s3, STREAM)
-
-
-def test_held_out_files_must_fit(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    flags = tiny_act(s3, tmp_path / "run", STREAM, "--data.eval_episodes=[3]", "--save_checkpoint=false")
-    assert "files of the held-out episodes [3] are" in refusal(flags)
 
 
 def test_a_search_does_not_stream(parts, tmp_path):
