@@ -8,6 +8,8 @@ Simulators such as Isaac Sim bring Python 3.11, which LeRobot 0.5 and later do n
 under its Hub name in `--assets.dir` (default `pretrained`).
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -171,12 +173,19 @@ def _merge(source: Path, target: Path, assets_dir: Path) -> None:
     from safetensors.torch import save_model
 
     from ray_jobs.engine import assets
+    from ray_jobs.engine.policy import check_loaded, loading
 
     config = PreTrainedConfig.from_pretrained(source)
     base = _read(source / "adapter_config.json")["base_model_name_or_path"]
     config.pretrained_path, config.device = source, "cpu"
-    with assets.mounted(assets_dir, config, weights=True):
+    printed = io.StringIO()
+    with (
+        assets.mounted(assets_dir, config, weights=True),
+        loading(config),
+        contextlib.redirect_stdout(printed),
+    ):
         policy = get_policy_class(config.type).from_pretrained(base, config=config)
+    check_loaded(base, printed.getvalue())
     merged = PeftModel.from_pretrained(policy, source).merge_and_unload()
     save_model(merged, str(target / "model.safetensors"))
 

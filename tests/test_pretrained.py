@@ -4,17 +4,20 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import job, tiny_act, train_in_process
 from hub import hub_with
 from huggingface_hub import constants, try_to_load_from_cache
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from vla import save_base, tiny
+from vla import RESNET, save_base, tiny
 
 from ray_jobs.engine import assets
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.options import read_flags
 from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.tracking import read_json
 
 
 def tiny_tokenizer(folder) -> None:
@@ -128,6 +131,31 @@ def test_the_rest_of_the_hub_stays_in_reach(parts, models, tmp_path):
     assert not [line for line in asked if "pi0_base" in line or "paligemma" in line]
     saved = json.loads((tmp_path / "run/checkpoints/000001/pretrained_model/train_config.json").read_text())
     assert saved["policy"]["pretrained_path"] == "lerobot/pi0_base"
+
+
+def test_backbone_in_the_assets_folder(no_network, parts, models, tmp_path, monkeypatch):
+    """ACT starts from torchvision's weights that lie there; what goes on from a checkpoint does without them."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    flags = [f for f in tiny_act(parts, tmp_path / "run", "--save_freq=2") if "backbone_weights" not in f]
+    train_in_process([*flags, f"--assets.dir={models}", "--steps=2"])
+    saved = tmp_path / "run/checkpoints/000002/pretrained_model"
+    assert read_json(saved / "config.json")["pretrained_backbone_weights"] == "ResNet18_Weights.IMAGENET1K_V1"
+    weight = load_file(saved / "model.safetensors")["model.backbone.conv1.weight"]
+    torch.testing.assert_close(weight, torch.load(models / RESNET)["conv1.weight"], rtol=0, atol=1e-3)
+    summary, _ = train_in_process([*flags, "--steps=4", "--resume=true"])  # nothing in any folder
+    assert summary["step"] == 4
+    config = read_json(tmp_path / "run/checkpoints/000004/pretrained_model/config.json")
+    assert config["pretrained_backbone_weights"] == "ResNet18_Weights.IMAGENET1K_V1"
+    more = [
+        f"--policy.path={saved}",
+        "--policy.push_to_hub=false",
+        f"--output_dir={tmp_path / 'tuned'}",
+        "--steps=1",
+    ]
+    kept = [f for f in flags if not f.startswith(("--policy.", "--output_dir"))]
+    summary, _ = train_in_process([*kept, *more, "--policy.device=cpu"])
+    assert summary["step"] == 1 and no_network == []
 
 
 def test_missing_asset_names_the_command(no_network, tmp_path):

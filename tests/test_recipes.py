@@ -16,11 +16,10 @@ COMMANDS = ROOT.parent / "shared" / "seed" / "commands.json"
 PI = [PLUGIN, "--policy.image_resolution=[28,28]"]
 SMALL = {  # what a machine without a GPU and a network needs, appended to the published words
     "act_minimal": [
-        "--policy.pretrained_backbone_weights=null",
         "--policy.dim_model=64",
         "--policy.n_heads=2",
     ],
-    "act": ["--policy.pretrained_backbone_weights=null"],
+    "act": [],
     "diffusion": ["--policy.down_dims=[32,64]"],
     "pi0_minimal": [PLUGIN, "--wandb.mode=offline"],
     "pi0": PI,
@@ -189,16 +188,16 @@ def test_rows_of_the_pages_tables_are_honoured(policy, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["act_minimal", "diffusion"])
-def test_published_recipe_trains(name, real, tmp_path):
-    summary, events = train_in_process(command(name, real, tmp_path / "run"))
+def test_published_recipe_trains(name, real, bases, tmp_path):
+    summary, events = train_in_process(command(name, real, tmp_path / "run", bases))
     assert summary["status"] == "finished"
     assert [e["step"] for e in events if e["kind"] == "log"] == [1, 2]
     assert (tmp_path / "run" / "checkpoints" / "000002" / "pretrained_model" / "model.safetensors").is_file()
 
 
-def test_published_recipe_on_ray(real, tmp_path):
+def test_published_recipe_on_ray(real, bases, tmp_path):
     """The long ACT command as a user types it: one line for the renamed flag, one for the missing GPU."""
-    result = job("ray_jobs.train", *command("act", real, tmp_path / "run"))
+    result = job("ray_jobs.train", *command("act", real, tmp_path / "run", bases))
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert result.stdout.count("--eval_freq is called --env_eval_freq today") == 1

@@ -9,6 +9,7 @@ import numpy as np
 from conftest import ROOT, _common, tiny_act, tiny_diffusion
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
+RESNET = "resnet18-f37072fd.pth"  # ResNet18_Weights.IMAGENET1K_V1
 SMOLVLM = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
 LARGE = ("pi0", "pi05", "smolvla")
 ALL = ("act", "diffusion", *LARGE)
@@ -38,8 +39,9 @@ def _for_older_transformers(folder: Path) -> None:
 
 
 def make_models(folder: Path) -> Path:
-    """What `hf download` leaves of PaliGemma's tokenizer and of SmolVLM2, in tiny."""
+    """What `hf download` leaves of PaliGemma's tokenizer and of SmolVLM2, in tiny; and a ResNet-18 of random weights."""
     import torch
+    import torchvision
     from transformers import (
         SmolVLMConfig,
         SmolVLMForConditionalGeneration,
@@ -91,6 +93,7 @@ def make_models(folder: Path) -> Path:
     for part, name in ((parts[0], "preprocessor_config"), (parts[2], "video_preprocessor_config")):
         (smolvlm / f"{name}.json").write_text(part.to_json_string())
     _for_older_transformers(smolvlm)
+    torch.save(torchvision.models.resnet18().state_dict(), folder / RESNET)
     return folder
 
 

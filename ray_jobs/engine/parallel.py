@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.options import RayOptions
 
@@ -143,7 +143,11 @@ def load_sharded_optimizer(checkpoint_dir: Path, optimizer: torch.optim.Optimize
         parameter = parameters[int(index)]
         optimizer.state[parameter] = {
             name: distribute_tensor(
-                value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+                # Copies in bfloat16 have moments in it; a sharded policy's weights are float32.
+                value.to(parameter.device, parameter.dtype),
+                parameter.device_mesh,
+                parameter.placements,
+                src_data_rank=None,
             )
             if value.shape == parameter.shape and value.dim()
             else value.to(parameter.device)
@@ -184,7 +188,7 @@ def in_turns(need: int, free: int | None = None) -> Iterator[None]:
                 yield
             except Exception as error:
                 failure = error
-        told = failure and (isinstance(failure, RunError), first_line(failure))
+        told = failure and (isinstance(failure, RunError | InputError), first_line(failure))
         failures = {number: one for number, one in enumerate(_gather(told)) if one}
         if failure:
             raise failure

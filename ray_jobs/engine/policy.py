@@ -4,7 +4,8 @@ import contextlib
 import copy
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from lerobot.configs.policies import PreTrainedConfig
@@ -36,19 +37,41 @@ def build(
         tell(f"--policy.compile_model=true: this machine cannot compile ({uncompiled}); going on uncompiled.")
         cfg.policy.compile_model = False
     trained_on, cfg.policy.device = cfg.policy.device, device
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with loading(cfg.policy), contextlib.redirect_stdout(io.StringIO()) as printed:
         policy = make_policy(cfg.policy, ds_meta=meta, rename_map=cfg.rename_map)
     cfg.policy.device = trained_on
     if uncompiled:
         cfg.policy.compile_model = True  # another machine may
-    # pi0 and pi0.5 print that their weights do not fit, and go on with random ones.
-    for sign in ("Warning: Could not load state dict: ", "Could not load state dict from remote files: "):
-        if sign in printed.getvalue():
-            reason = printed.getvalue().partition(sign)[2].splitlines()
-            raise RunError(f"{cfg.policy.pretrained_path} cannot be loaded: {' '.join(reason[:4])}")
+    check_loaded(cfg.policy.pretrained_path, printed.getvalue())
     if cfg.peft is not None and not has_method(policy, "merge_and_unload"):
         policy = policy.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(cfg.peft))
     return policy
+
+
+@contextlib.contextmanager
+def loading(policy: PreTrainedConfig) -> Iterator[None]:
+    """Within, a policy that is built from a checkpoint does without torchvision's weights, which LeRobot would fetch
+    for ACT and Diffusion before it puts the checkpoint's in their place."""
+    saved = getattr(policy, "pretrained_backbone_weights", None)
+    if saved and policy.pretrained_path:
+        policy.pretrained_backbone_weights = None
+    try:
+        yield
+    finally:
+        if saved:
+            policy.pretrained_backbone_weights = saved
+
+
+def check_loaded(path: str | Path | None, printed: str) -> None:
+    """pi0 and pi0.5 print that their weights do not fit or are not there, and go on with random ones.
+
+    Raises:
+        RunError: They did.
+    """
+    for sign in ("Warning: Could not load state dict: ", "Could not load state dict from remote files: "):
+        if sign in printed:
+            reason = printed.partition(sign)[2].splitlines()
+            raise RunError(f"{path} cannot be loaded: {' '.join(reason[:4])}")
 
 
 def why_not_compiled(device: str) -> str | None:

@@ -5,11 +5,10 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import tempfile
 import uuid
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import torch
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
@@ -249,7 +248,7 @@ def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature], fold
     if any((place / file).is_file() for place in (folder, Path(torch.hub.get_dir()) / "checkpoints")):
         return
     try:
-        socket.create_connection((urlsplit(url).hostname, 443), timeout=HUB_WAIT_S).close()
+        urlopen(Request(url, method="HEAD"), timeout=HUB_WAIT_S).close()
     except OSError:
         raise InputError(
             f"--policy.pretrained_backbone_weights={policy.pretrained_backbone_weights} (LeRobot's default) is not here and cannot be "
