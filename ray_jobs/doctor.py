@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.options import read_flags
 
 
@@ -23,15 +22,13 @@ def main(argv: list[str]) -> int:
     flags, _ = read_flags([word for word in argv if word != "--json"])
     measuring = flags.pop("measure", "true").lower() != "false"
     with no_garbage_collection():
-        from ray_jobs.engine import bucket, costs, dataset_options, preflight
+        from ray_jobs.engine import costs, dataset_options, preflight
         from ray_jobs.engine.diagnosis import diagnose
         from ray_jobs.engine.recipe import resolve
 
     asked = dataset_options.read(
         [f"--{k}={v}" for k, v in flags.items() if k.startswith(("dataset.", "data.")) and "eval" not in k]
     )
-    if bucket.is_uri(asked.dataset.root):
-        raise InputError(f"{asked.name}: this looks at local folders; a training reads from a bucket.")
     recipe = resolve(_recipe(flags))
     found = diagnose(asked, recipe.lerobot.policy)
     if measuring and not found.faults:

@@ -4,8 +4,6 @@ held-out episodes. Whatever fsspec opens will do; credentials and endpoints are 
 
 import fcntl
 import functools
-import hashlib
-import json
 from pathlib import Path
 
 import fsspec
@@ -13,6 +11,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
 
 ANONYMOUS = "anonymous@"  # Ray Data's sign of a public bucket: s3://anonymous@bucket/set
@@ -55,8 +54,7 @@ def fetch(root: str, episodes: tuple[int, ...] = ()) -> Path:
     there = listing(root, "meta")
     if "meta/info.json" not in there:
         raise InputError(f"--dataset.root={root}: not a LeRobot data set, it has no meta/info.json.")
-    identity = hashlib.sha256(json.dumps([plain(root), sorted(there.items())]).encode()).hexdigest()[:24]
-    folder = default_folder() / "fetched" / identity
+    folder = default_folder() / "fetched" / fingerprint_of(plain(root), sorted(there.items()))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:  # one process of a node fetches, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)

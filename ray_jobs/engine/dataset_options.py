@@ -33,8 +33,6 @@ class DatasetOptions:
         Raises:
             InputError: It is not there, not whole, or cannot be resized.
         """
-        if bucket.is_uri(self.dataset.root):
-            raise InputError(f"{self.name}: this looks at local folders; a training reads from a bucket.")
         meta = open_dataset(self.dataset)
         check_files(self.dataset, meta)
         check_resize(self.data.resize, meta)
@@ -57,11 +55,16 @@ def read(words: list[str]) -> DatasetOptions:
     """Parse the flags.
 
     Raises:
-        InputError: A flag or a value is wrong, or no data set is named.
+        InputError: A flag or a value is wrong, or no data set is named, or one in a bucket.
     """
     flags, _ = read_flags(words)
     if "dataset.repo_id" not in flags:
         raise InputError(
             "--dataset.repo_id is missing: the data set's name (with --dataset.root=FOLDER any will do)."
         )
-    return parse(lambda: draccus.parse(DatasetOptions, args=[f"--{k}={v}" for k, v in flags.items()]), flags)
+    asked = parse(lambda: draccus.parse(DatasetOptions, args=[f"--{k}={v}" for k, v in flags.items()]), flags)
+    if bucket.is_uri(asked.dataset.root):
+        raise InputError(
+            f"--dataset.root={asked.dataset.root}: this looks at local folders; a training reads from a bucket."
+        )
+    return asked

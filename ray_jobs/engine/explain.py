@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from ray_jobs.engine.errors import InputError
 
-# draccus 0.10 reads a config class's source again for the help text of each of its flags, in every parse: two thirds of
+# draccus 0.11 reads a config class's source again for the help text of each of its flags, in every parse: two thirds of
 # its time, in a search's every trial. There is no option that leaves it out.
 docstring.get_attribute_docstring = functools.cache(docstring.get_attribute_docstring)
 

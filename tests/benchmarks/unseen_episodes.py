@@ -10,25 +10,16 @@ and scored once, at the end, on those last two.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import optuna
 from lerobot.datasets import LeRobotDatasetMetadata
+from tune_vs_loop import SMALL, SPACE, run
 
 from ray_jobs.search.space import flags
 
-SPACE = Path(__file__).parent.parent.parent / "search_spaces" / "act.yaml"
-SMALL = ["--policy.dim_model=128", "--policy.dim_feedforward=512", "--policy.n_encoder_layers=2"]
 SEEDS = (1, 2, 3)
-
-
-def run(module: str, *words: str) -> None:
-    result = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(f"{module} failed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
 
 
 def main() -> None:
