@@ -23,7 +23,7 @@ from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
-from ray_jobs.engine import assets, checkpoint, parallel, quantiles
+from ray_jobs.engine import assets, checkpoint, kernels, parallel, quantiles
 from ray_jobs.engine.data import make_datasets, open_all_frames, to_device, training_batches
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PRUNED
 from ray_jobs.engine.explain import first_line
@@ -109,14 +109,15 @@ def train(
     need, step = memory.building if memory else 0, 0
     with parallel.in_turns(need), assets.mounted(options.assets.dir, cfg.policy, weights=True):
         policy = build(cfg, dataset.meta, device="cpu" if sharded else cfg.policy.device, tell=tell)
+        if not sharded:
+            kernels.speed_up(policy)
         preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
         add_resize_step(preprocessor, options.data.resize)
         optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
         if resume_dir:
             step = checkpoint.load(resume_dir, policy, None if sharded else optimizer, scheduler)
         average = make_average(policy, resume_dir, step) if options.ray.ema else None
-        reduced = accelerator.mixed_precision != "no"
-        use_fast_kernels(policy, optimizer, channels_last=reduced and not sharded)  # FSDP shards rows
+        kernels.fuse(optimizer)
         model = policy  # the bare policy; `policy` will be the one accelerate has wrapped
         if sharded:
             policy, optimizer, scheduler = parallel.prepare(accelerator, policy, optimizer, scheduler)
@@ -333,28 +334,6 @@ def make_average(policy: torch.nn.Module, resume_dir: Path | None, step: int):
         average.shadow_params = [p.detach().clone() for p in saved.parameters()]
         average.optimization_step = step
     return average
-
-
-def use_fast_kernels(
-    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, *, channels_last: bool
-) -> None:
-    """Fused Adam always (its losses are equal to the last digit), channels_last with reduced precision.
-
-    The kernel is chosen per parameter group, after a checkpoint was loaded: LeRobot's optimizer configs have
-    no field for it, and its loader refuses groups that differ from those it saved.
-    """
-    if channels_last:
-        policy.to(memory_format=torch.channels_last)
-    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one, too
-        return
-    for group in optimizer.param_groups:
-        group["fused"] = True
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            value = value.to(parameter.device)
-            # The fused kernel walks memory: the moments must lie as their parameter does.
-            like = torch.empty_like(parameter) if value.shape == parameter.shape else value
-            state[name] = like.copy_(value) if like is not value else value
 
 
 def clip_gradients(policy: torch.nn.Module, max_norm: float, accelerator: Accelerator) -> torch.Tensor:
