@@ -49,20 +49,19 @@ def _build(words: list[str]) -> int:
     dataset_options.read(words)  # a mistake is told of once, and here
     cluster.start(flags.get("ray.address")).result()
     line = cluster.open_line()
-    tasks = {}
+    tasks = []
     for node in ray.nodes():
         if node["Alive"]:
-            name, here = node["NodeManagerAddress"], {"ray.io/node-id": node["NodeID"]}
+            here = {"ray.io/node-id": node["NodeID"]}
             task = ray.remote(num_cpus=0, label_selector=here)(_build_on_node)
-            tasks[name] = task.remote(words, name, line)
-    waiting = list(tasks.values())
+            tasks.append(task.remote(words, node["NodeManagerAddress"], line))
+    waiting = list(tasks)
     while waiting:
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
         for event in ray.get(line.hear.remote(0)):
             print(event["text"], flush=True)
-    failed = {name: error for name, task in tasks.items() if (error := ray.get(task))}
-    if failed:
-        raise RunError("\n".join(f"{name}: {error}" for name, error in failed.items()))
+    if failed := [error for error in ray.get(tasks) if error]:
+        raise RunError("\n".join(failed))
     return 0
 
 
@@ -72,7 +71,7 @@ def _build_on_node(words: list[str], name: str, line) -> str | None:
     try:
         _build_here(words, lambda text: line.tell.remote({"text": f"{name}: {text}"}))
     except (InputError, RunError) as error:
-        return str(error)
+        return f"{name}: {error}"
     return None
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import job, tiny_act, train_in_process
 from lerobot.datasets import LeRobotDataset
+from ray.cluster_utils import Cluster
 from test_data import assert_same, make, opened
 from torch.utils.data import default_collate
 
@@ -361,3 +362,24 @@ def test_job_builds_lists_verifies_removes(pictures, tmp_path, capsys):
         cache_job.main(["remove", "bottom", where])
     assert cache_job.main(["remove", "--stale", where]) == 0
     assert [path.name for path in folder.iterdir()] == ["files.json"]
+
+
+@pytest.mark.slow
+def test_job_builds_on_every_node(pictures, tmp_path):
+    """Two machines (raylets), which here have one disk: one of them decodes, the other waits for it."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        where = [f"--ray.address={cluster.address}", f"--data.cache={tmp_path / 'cache'}"]
+        result = job(
+            "ray_jobs.cache", "build", "--dataset.repo_id=local/made", f"--dataset.root={pictures}", *where
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.count("all frames are there") == 2
+        assert not FrameCache(FrameSource(opened(pictures, "none")), tmp_path / "cache").missing()
+        (tmp_path / "file").touch()
+        refused = job("ray_jobs.cache", "build", "--dataset.repo_id=local/made", f"--dataset.root={pictures}",
+                      where[0], f"--data.cache={tmp_path / 'file'}")  # fmt: skip
+        assert refused.returncode == 1 and refused.stderr.count("cannot be used") == 2
+    finally:
+        cluster.shutdown()

@@ -36,7 +36,9 @@ from ray_jobs.engine.frames import FrameSource, set_frame_size
 from ray_jobs.engine.opened import for_policy, once
 from ray_jobs.engine.recipe import Recipe
 
-PREFETCHED_BATCHES = 2
+PREFETCHED = 2  # times what is handed over at once
+HANDED_OVER_BYTES = 2**22  # from the prefetching thread, at a time
+MOST_TOGETHER = 16  # batches
 
 
 def make_datasets(
@@ -202,13 +204,19 @@ def _read(
     if cfg.num_workers == 0:
         yield from map(reader, rows)
         return
+    # Small batches are handed from thread to thread several at a time: that takes longer than to read one.
+    together = min(MOST_TOGETHER, max(1, HANDED_OVER_BYTES // reader.bytes_read(cfg.batch_size)))
+
+    def read() -> list[dict]:
+        return [reader(some) for some in itertools.islice(rows, together)]
+
     with ThreadPoolExecutor(1, "prefetch", torch.set_num_threads, (1,)) as prefetch:
-        ahead = deque(prefetch.submit(reader, next(rows)) for _ in range(PREFETCHED_BATCHES))
+        ahead = deque(prefetch.submit(read) for _ in range(PREFETCHED))
         try:
             while True:
-                batch = ahead.popleft().result()
-                ahead.append(prefetch.submit(reader, next(rows)))
-                yield batch
+                batches = ahead.popleft().result()
+                ahead.append(prefetch.submit(read))
+                yield from batches
         finally:
             for future in ahead:
                 future.cancel()

@@ -114,6 +114,13 @@ class FrameReader:
             batch[key] = torch.stack(frames)
         return batch
 
+    def bytes_read(self, batch_size: int) -> int:
+        """Of the camera images of a batch, if they are but read; decoding takes so long that it counts as very many."""
+        if not self.cached:
+            return sys.maxsize
+        sizes = (e.frame_bytes * len(self.deltas.get(key, (0,))) for key, e in self.frames.entries.items())
+        return max(1, batch_size * sum(sizes))
+
     def close(self) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
