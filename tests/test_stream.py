@@ -98,7 +98,7 @@ def root(request, tmp_path) -> Path:
 @pytest.mark.parametrize("policy", [tiny_act, tiny_diffusion])
 def test_an_epoch_holds_lerobots_samples(policy, root, tmp_path, cluster):
     """Every frame once (Diffusion leaves out the last ones of an episode), bit for bit as `LeRobotDataset` gives it."""
-    recipe = checked(policy(root, tmp_path / "run", STREAM, "--data.eval_episodes=[3]"))
+    recipe = resolve(policy(root, tmp_path / "run", STREAM, "--data.eval_episodes=[3]"))
     (epoch,) = epochs(recipe)
     dataset, _ = make_datasets(recipe.lerobot, recipe.options.data.eval_episodes)
     dropped = getattr(recipe.lerobot.policy, "drop_n_last_frames", 0)

@@ -6,11 +6,15 @@ The policies are tiny and the data has no cameras: a step takes milliseconds.
 import csv
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -382,6 +386,38 @@ def test_kl_weight_alone(common, tmp_path):
     assert max(errors.values()) < 2 * min(errors.values())
 
 
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The address of a PostgreSQL server of our own."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("PostgreSQL is not installed here")
+    folder, user = Path(tempfile.mkdtemp()), "postgres" if os.getuid() == 0 else None  # it refuses root
+    if user:
+        shutil.chown(folder, user)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    how = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL}
+    subprocess.run([programs[-1], "-D", folder / "data", "-U", "me", "-A", "trust"], check=True, **how)
+    server = [programs[-1].with_name("pg_ctl"), "-D", folder / "data", "-l", folder / "log", "-w"]
+    subprocess.run([*server, "-o", f"-p {port} -k {folder}", "start"], check=True, **how)
+    yield f"postgresql://me@127.0.0.1:{port}/postgres"
+    subprocess.run([*server, "-m", "immediate", "stop"], check=True, **how)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_postgres(common, postgres, tmp_path):
+    """A search, stopped and made longer, whose study lies in PostgreSQL."""
+    flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={tmp_path / 'run'}"]
+    assert search(*flags, f"--tune.storage={postgres}", "--tune.num_samples=4") == 0
+    assert search(f"--output_dir={tmp_path / 'run'}", "--resume=true", "--tune.num_samples=6") == 0
+    study = optuna.load_study(study_name="run", storage=postgres)
+    assert len(study.trials) == 6 and all(t.state.is_finished() for t in study.trials)
+    assert study.best_value == read_json(tmp_path / "run/summary.json")["best"]["value"]
+
+
 def test_shipped_space_of_a_pretrained_policy(parts, models, tmp_path):
     """`search_spaces/smolvla.yaml` as it is, from a tiny checkpoint with its tokenizer in the assets folder."""
     base, output = tmp_path / "base", tmp_path / "run"
@@ -430,6 +466,7 @@ WRONG = {
     "--tune.time_budget_s=0": "--tune.time_budget_s=0.0: must be above 0",
     "--tune.storage=sqlite:////nowhere/at/all.db": "--tune.storage=sqlite:////nowhere/at/all.db cannot be opened",
     "--tune.storage=nonsense": "--tune.storage=nonsense cannot be opened",
+    "--tune.storage=postgresql://me:secret@host/studies": "PGPASSWORD",
     "--tune.gpus_per_trial=9": "no node of this cluster has more than 0 GPUs",
     "--policy.type=diffusion": "the space is for act",
     "--ray.num_workers=2": "--tune.workers_per_trial says how many",

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import draccus
 
@@ -44,7 +45,8 @@ class TuneOptions:
     keep_trials: int = 3
     """Trials whose checkpoints stay on disk: the best so far."""
     storage: str | None = None
-    """Optuna storage: sqlite:///file, postgresql://..., or journal:///file. Default: study.db in output_dir."""
+    """Optuna storage: sqlite:///file, postgresql://user@host/database, or journal:///file. Default: study.db in
+    output_dir."""
     study_name: str | None = None
     """The study's name in its storage. Default: the name of output_dir."""
     time_budget_s: float | None = None
@@ -75,6 +77,11 @@ class TuneOptions:
                     f"--tune.metric={self.metric}: nothing reports {name}. Validations report "
                     f"{', '.join(METRICS)}."
                 )
+        if self.storage and urlsplit(self.storage).password:
+            raise InputError(
+                "--tune.storage has a password in it, which would be written down with the command. Leave it out; "
+                "PGPASSWORD or ~/.pgpass is where PostgreSQL looks."
+            )
         if len(set(self.metrics)) < len(self.metrics):
             raise InputError(f"--tune.metric={self.metric}: names a metric twice.")
         if len(self.metrics) > 1 and self.sampler == "cmaes":

@@ -46,6 +46,7 @@ NOT_COMPARED = (
     "save_freq",
     "prefetch_factor",
     "data.cache",
+    "assets.",  # where they lie, not what they are
 )
 # Flags that are decided for each trial, and why nobody else can.
 NOT_TYPED = {

@@ -1,9 +1,10 @@
 """The ACT recipe through `lerobot-train` and through `ray_jobs.train`: which starts and steps faster?
 
     uv run python tests/benchmarks/train_vs_lerobot.py --root=DATASET [--steps=30] [--rounds=3] [--amp] [--cold]
-        [--ours="--data.resize=[120,160]"]
+        [--turns=5] [--ours="--data.resize=[120,160]"]
 
-Both sides run whole, as a user would start them, interleaved. Printed are medians and ratios of the time to the
+Both sides run whole, as a user would start them, interleaved: one after the other, or, for long runs, --turns: both are
+alive, each has the machine for so many seconds in turn while the other stands still, and only its own time is counted. Printed are medians and ratios of the time to the
 end of the first step, seconds per step after it (whole loop, data included), samples/s, and peak memory of the
 process tree (sum of proportional set sizes: pages shared between processes count once). Machines are noisy: only
 ratios count. The frame cache is warm, as for all but the first run on a machine, or --cold: empty before each run, so
@@ -11,6 +12,7 @@ that frames are decoded before the first step.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import psutil
@@ -60,8 +63,36 @@ STEP = {"lerobot-train": re.compile(r"step:(\d+) "), "ray_jobs.train": re.compil
 MODULE = {"lerobot-train": "lerobot.scripts.lerobot_train", "ray_jobs.train": "ray_jobs.train"}
 
 
-def run(side: str, flags: list[str], steps: int, cache: Path) -> dict[str, float]:
-    """Start one side, time its log lines, sample its memory."""
+class Turn:
+    """One side's time on the machine."""
+
+    def __init__(self) -> None:
+        self.spent, self.since, self.began = 0.0, 0.0, threading.Event()
+        self.process: subprocess.Popen | None = None
+
+    def now(self) -> float:
+        """Seconds that this side has had."""
+        return self.spent + (time.perf_counter() - self.since if self.since else 0.0)
+
+    def begin(self) -> None:
+        self.since = time.perf_counter()
+        self.began.set()
+        self._signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        self._signal(signal.SIGSTOP)
+        self.spent, self.since = self.now(), 0.0
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(psutil.Error, AttributeError):  # it has ended, or not begun
+            root = psutil.Process(self.process.pid)
+            for process in (root, *root.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+
+
+def run(side: str, flags: list[str], steps: int, cache: Path, turn: Turn) -> dict[str, float]:
+    """Start one side when its turn has begun, time its log lines, sample its memory."""
     if side == "ray_jobs.train":
         flags = [*flags, f"--data.cache={cache}"]
     output_dir = Path(tempfile.mkdtemp()) / "run"
@@ -74,8 +105,9 @@ def run(side: str, flags: list[str], steps: int, cache: Path) -> dict[str, float
         f"--output_dir={output_dir}",
         f"--steps={steps}",
     ]
-    begin = time.perf_counter()
-    process = subprocess.Popen(
+    turn.began.wait()
+    begin = turn.now()
+    process = turn.process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,7 +122,7 @@ def run(side: str, flags: list[str], steps: int, cache: Path) -> dict[str, float
         for line in process.stdout:
             printed.append(line)
             for match in STEP[side].finditer(line):
-                at.setdefault(int(match[1]), time.perf_counter())
+                at.setdefault(int(match[1]), turn.now())
     except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
         raise
@@ -103,8 +135,30 @@ def run(side: str, flags: list[str], steps: int, cache: Path) -> dict[str, float
         "step [s]": step_s,
         "samples/s": 8 / step_s,
         "peak memory [GB]": peak[0] / 1e9,
-        "whole run [s]": time.perf_counter() - begin,
+        "whole run [s]": turn.now() - begin,
     }
+
+
+def run_alone(side: str, flags: list[str], steps: int, cache: Path) -> dict[str, float]:
+    turn = Turn()
+    turn.begin()
+    return run(side, flags, steps, cache, turn)
+
+
+def run_in_turns(
+    flags: dict[str, list[str]], steps: int, cache: Path, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Both sides at once, each with the machine for `seconds` in turn."""
+    turns = {side: Turn() for side in MODULE}
+    with ThreadPoolExecutor(len(turns)) as pool:
+        runs = {side: pool.submit(run, side, flags[side], steps, cache, turns[side]) for side in turns}
+        while not all(job.done() for job in runs.values()):
+            for side, turn in turns.items():
+                if not runs[side].done():
+                    turn.begin()
+                    wait([runs[side]], timeout=seconds)
+                    turn.end()
+    return {side: job.result() for side, job in runs.items()}
 
 
 def _watch(pid: int, peak: list[int]) -> None:
@@ -131,28 +185,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--amp", action="store_true", help="--policy.use_amp=true on both sides")
     parser.add_argument("--cold", action="store_true", help="an empty frame cache before each run")
+    parser.add_argument("--turns", type=float, help="seconds that each side has the machine, in turn")
     parser.add_argument("--ours", default="", help="flags for ray_jobs.train alone")
     parser.add_argument(
         "--num_workers", type=int, default=4, help="decoding workers, LeRobot's flag and its default"
     )
     args, more = parser.parse_known_args()
+    if args.cold and args.turns:
+        parser.error("--cold empties the cache before each run; with --turns both run at once")
     flags = [f"--dataset.root={args.root}", f"--num_workers={args.num_workers}", *more]
     flags += [f"--policy.use_amp={str(args.amp).lower()}"]
     ours = {"lerobot-train": [], "ray_jobs.train": shlex.split(args.ours)}
     cache = Path(tempfile.mkdtemp(prefix="ray_jobs_cache_"))
     if not args.cold:
-        run("ray_jobs.train", [*flags, *ours["ray_jobs.train"]], 3, cache)
+        run_alone("ray_jobs.train", [*flags, *ours["ray_jobs.train"]], 3, cache)
     results: dict[str, list[dict]] = {side: [] for side in MODULE}
     for number in range(args.rounds):
-        for side in sorted(MODULE, reverse=number % 2 == 1):
-            if args.cold:
-                shutil.rmtree(cache, ignore_errors=True)
-            results[side].append(run(side, [*flags, *ours[side]], args.steps, cache))
-            print(
-                f"round {number + 1} {side:15}",
-                {k: round(v, 2) for k, v in results[side][-1].items()},
-                flush=True,
+        if args.turns:
+            found = run_in_turns(
+                {side: [*flags, *ours[side]] for side in MODULE}, args.steps, cache, args.turns
             )
+        else:
+            found = {}
+            for side in sorted(MODULE, reverse=number % 2 == 1):
+                if args.cold:
+                    shutil.rmtree(cache, ignore_errors=True)
+                found[side] = run_alone(side, [*flags, *ours[side]], args.steps, cache)
+        for side, figures in found.items():
+            results[side].append(figures)
+            print(f"round {number + 1} {side:15}", {k: round(v, 2) for k, v in figures.items()}, flush=True)
     shutil.rmtree(cache, ignore_errors=True)
     print(f"\n{'median of ' + str(args.rounds):18} {'lerobot-train':>14} {'ray_jobs.train':>15} {'ratio':>7}")
     for key in results["lerobot-train"][0]:
