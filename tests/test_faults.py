@@ -153,7 +153,8 @@ def test_two_runs_never_share_a_folder(parts, tmp_path):
     run = Run(flags)
     run.wait_for("step 6/5000")
     options = (tmp_path / "run" / "options.json").read_text()
-    result = job("ray_jobs.train", *flags, "--resume=true", "--checkpoint.keep_last=1")
+    other = ("--resume=true", "--checkpoint.keep_last=1", "--ray.num_workers=0")
+    result = job("ray_jobs.train", *flags, *other)
     assert result.returncode == 1
     assert "another run is writing" in result.stderr
     assert (tmp_path / "run" / "options.json").read_text() == options
