@@ -3,7 +3,7 @@
     python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=270]
 
 The search goes through `ray_jobs.tune`: trial 0 is the published recipe, the last episodes are held out. Ends in
-numbers and a picture of predicted against recorded actions. A recorded data set is used again; every search gets a
+numbers, pictures and the success rate in the simulator. A recorded data set is used again; every search gets a
 folder of its own.
 """
 
@@ -15,6 +15,8 @@ from ray_jobs.engine import cluster
 from ray_jobs.engine.console import duration, quiet, run_job
 from ray_jobs.engine.errors import InputError
 
+IMAGE_SIZE = 64  # pixels
+EPISODES = 50  # in the simulator, of each policy
 SPACE = Path(__file__).parent.parent / "search_spaces" / "act.yaml"
 
 
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> int:
     folder = Path(options.output_dir)
     dataset = _dataset(folder / "dataset", options.episodes)
 
-    from ray_jobs import tune
+    from ray_jobs import evaluate, tune
 
     held_out = list(range(options.episodes - max(1, options.episodes // 10), options.episodes))
     run = next(path for n in range(1, 10**6) if not (path := folder / f"search-{n}").exists())
@@ -44,7 +46,17 @@ def main(argv: list[str]) -> int:
     status = tune.main(_recipe(dataset, run, options, held_out))
     if status != 0:
         return status
-    print(f"picture     {_picture(run, dataset, held_out[0])}")
+    print("\nthe published recipe and the best policy in the simulator, on seeds that neither has seen")
+    evaluate.main(
+        [
+            f"--checkpoint={run / 'trials' / '0000'},{run / 'best' / 'checkpoint'}",
+            f"--output_dir={run / 'evaluation'}",
+            "--env.type=part_sorting",
+            f"--env.image_size={IMAGE_SIZE}",
+            f"--eval.n_episodes={EPISODES}",
+            "--eval.batch_size=1",
+        ]
+    )
     print(f"demo done in {duration(time.monotonic() - started)}")
     return 0
 
@@ -80,7 +92,7 @@ def _dataset(root: Path, episodes: int) -> Path:
     from ray_jobs.part_sorting.record import record
 
     print(f"recording {episodes} episodes of part sorting into {root}")
-    return record(root, episodes, image_size=64)
+    return record(root, episodes, image_size=IMAGE_SIZE)
 
 
 def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int]) -> list[str]:
@@ -101,23 +113,10 @@ def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int])
         f"--steps={options.steps}",
         f"--tune.num_samples={options.trials}",
         "--tune.final_steps=3000",
+        f"--tune.keep_trials={options.trials}",
         f"--data.eval_episodes={held_out}",
         "--max_eval_samples=100",
     ]
-
-
-def _picture(run: Path, dataset: Path, episode: int) -> Path:
-    from lerobot.policies.act.modeling_act import ACTPolicy
-
-    from ray_jobs.engine.pictures import predicted_against_recorded
-
-    best = run / "best" / "checkpoint" / "pretrained_model"
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()):  # "Loading weights from local directory"
-        policy = ACTPolicy.from_pretrained(best)
-    return predicted_against_recorded(policy, best, dataset, episode, run / "predicted_against_recorded.png")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def check_policy(
     _lengths(recipe.lerobot.policy)
     _resize(recipe, meta)
     _validation(recipe)
-    features = _features(recipe, meta)
+    features = check_features(recipe, meta)
     network = _network(recipe, features)
     _optimizer(recipe)
     return features, network
@@ -127,7 +127,7 @@ def _lengths(policy: PreTrainedConfig) -> None:
         )
 
 
-def _features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyFeature]:
+def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyFeature]:
     """See that the data set holds what the policy takes; returns its features under the policy's names."""
     cfg, policy, (name, _) = recipe.lerobot, recipe.lerobot.policy, where_it_is(recipe.lerobot.dataset)
     features = dataset_to_policy_features(meta.features)

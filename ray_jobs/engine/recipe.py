@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import draccus
+import torch
 from huggingface_hub import get_token, try_to_load_from_cache
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import parser as lerobot_parser
@@ -72,6 +73,7 @@ class Recipe:
             "device": self.device,
             "eval_steps": self.eval_steps,
             "wandb_run_id": self.lerobot.wandb.run_id,
+            "threads": torch.get_num_threads(),  # the last digits of what a CPU computes depend on it
         }
         content = {**draccus.encode(self.options), ASKED: asked}
         scratch.write_text(json.dumps(content, indent=2) + "\n")

@@ -14,6 +14,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from ray_jobs.engine.console import duration
+from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.tracking import SUMMARY_FILE, write_json
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import flags
@@ -190,6 +191,7 @@ def _best(plan: Plan, trial: FrozenTrial) -> str:
     if source is not None:
         shutil.copytree(source.resolve(), scratch / "checkpoint", copy_function=_link_or_copy)
         shutil.copyfile(source / "pretrained_model" / "train_config.json", scratch / "train_config.json")
+        shutil.copyfile(checkpoints.parent / OPTIONS_FILE, scratch / OPTIONS_FILE)  # what was held out, say
     words = [word for word in plan.base if word[2:].partition("=")[0] not in OF_THE_SEARCH]
     typed = [f"--{flag}={plan.typed[flag]}" for flag in ("log_freq",) if flag in plan.typed]
     steps = plan.options.tune.final_steps
