@@ -1,6 +1,6 @@
 """The first five minutes: record a small simulated part-sorting task and search for a good ACT, on any machine.
 
-    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=270]
+    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=270] [--rollouts=50]
 
 The search goes through `ray_jobs.tune`: trial 0 is the published recipe, the last episodes are held out. Ends in
 numbers, pictures and the success rate in the simulator. A recorded data set is used again; every search gets a
@@ -16,7 +16,6 @@ from ray_jobs.engine.console import duration, quiet, run_job
 from ray_jobs.engine.errors import InputError
 
 IMAGE_SIZE = 64  # pixels
-EPISODES = 50  # in the simulator, of each policy
 SPACE = Path(__file__).parent.parent / "search_spaces" / "act.yaml"
 
 
@@ -26,6 +25,7 @@ class DemoOptions:
     episodes: int = 50
     trials: int = 8
     steps: int = 270
+    rollouts: int = 50  # episodes in the simulator, of the published recipe and of the best policy
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     folder = Path(options.output_dir)
     dataset = _dataset(folder / "dataset", options.episodes)
 
-    from ray_jobs import evaluate, tune
+    from ray_jobs import evaluate, report, tune
 
     held_out = list(range(options.episodes - max(1, options.episodes // 10), options.episodes))
     run = next(path for n in range(1, 10**6) if not (path := folder / f"search-{n}").exists())
@@ -53,10 +53,12 @@ def main(argv: list[str]) -> int:
             f"--output_dir={run / 'evaluation'}",
             "--env.type=part_sorting",
             f"--env.image_size={IMAGE_SIZE}",
-            f"--eval.n_episodes={EPISODES}",
+            f"--eval.n_episodes={options.rollouts}",
             "--eval.batch_size=1",
+            "--ray.num_workers=0",  # warm already: other processes would take longer to start
         ]
     )
+    report.main([f"--output_dir={run}"])
     print(f"demo done in {duration(time.monotonic() - started)}")
     return 0
 
@@ -75,8 +77,8 @@ def _parse(argv: list[str]) -> DemoOptions:
         raise InputError(printed.getvalue().strip().splitlines()[-1]) from None
     except draccus.utils.DraccusException as error:
         raise InputError(str(error).strip()) from None
-    if options.episodes < 2 or options.steps < 2 or options.trials < 1:
-        raise InputError("--episodes and --steps must be at least 2, --trials at least 1.")
+    if options.episodes < 2 or options.steps < 2 or min(options.trials, options.rollouts) < 1:
+        raise InputError("--episodes and --steps must be at least 2, --trials and --rollouts at least 1.")
     return options
 
 

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     _start_ray(argv)
     with no_garbage_collection():
         from ray_jobs.engine.workers import lock
-        from ray_jobs.search import answer, dry_run
+        from ray_jobs.search import answer, dry_run, report
         from ray_jobs.search.plan import make_plan, read_command
         from ray_jobs.search.slot import decide
         from ray_jobs.search.study import open_study
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> int:
         plan.save()
         started = time.monotonic()
         status, error = _search(plan, study, slot, seed)
-        answer.sweep(plan, study)
-        summary = answer.write(plan, study, status, time.monotonic() - started)
+        summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)
+        report.write_search(plan.output_dir)
     answer.last_screen(plan, summary, print)
     if status != DONE:
         print(f"continue    python -m ray_jobs.tune --output_dir={plan.output_dir} --resume=true")
@@ -112,7 +112,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     def tell(event: dict) -> None:
         # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
         if event["kind"] == "ended":
-            answer.sweep(plan, study)
+            answer.note(plan, study)
         told.put(event)
 
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)

@@ -8,7 +8,7 @@ from math import log10
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 38  # room around the plot, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 62, 20, 26, 38  # room around the plot, in pixels
 
 
 class Axis:
@@ -27,10 +27,11 @@ class Axis:
             self.ticks = list(self.words)
             return
         least, most = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
-        self.log = least > 0 and most > 30 * least if log is None else log and least > 0
+        self.log = least > 0 and most > 10 * least if log is None else log and least > 0
         if self.log:
             self.begin, self.end = log10(least), log10(most)
-            places = LogLocator(base=10, numticks=ticks + 2).tick_values(least, most)
+            subs = (1.0,) if most > 1000 * least else (1.0, 3.0)
+            places = LogLocator(base=10, subs=subs, numticks=99).tick_values(least, most)
         else:
             pad = 0.05 * (most - least) or abs(most) * 0.05 or 0.5
             self.begin, self.end = least - pad, most + pad
@@ -140,7 +141,7 @@ def parallel(columns: dict[str, list], lines: list[tuple[int, str, str]], title:
     width, height, top, bottom = 960, 330, 62, 24
     gap = (width - 120) / max(1, len(columns) - 1)
     parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
-    axes = []
+    axes, labels = [], []
     for number, (name, values) in enumerate(columns.items()):
         x = round(50 + number * gap, 1)
         axis = Axis([v for v in values if v is not None], height - bottom, top, log=None)
@@ -150,14 +151,14 @@ def parallel(columns: dict[str, list], lines: list[tuple[int, str, str]], title:
         parts.append(f'<text class="tick mid" x="{x}" y="{top - 26}">{escape(group)}</text>')
         parts.append(f'<text class="tick mid name" x="{x}" y="{top - 11}">{escape(leaf)}</text>')
         for tick in axis.ticks:
-            parts.append(
+            labels.append(
                 f'<text class="tick" x="{x + 5}" y="{axis(tick) + 4}">{escape(short(tick)[:10])}</text>'
             )
     for row, kind, tip in lines:
         # A parameter that a trial has not (a condition) is passed by.
         points = [f"{x},{axis(values[row])}" for x, axis, values in axes if values[row] is not None]
         parts.append(f'<polyline class="line {kind}" points="{" ".join(points)}">{_tip(tip)}</polyline>')
-    return _svg(width, height, parts)
+    return _svg(width, height, parts + labels)
 
 
 def _svg(width: float, height: float, parts: list[str]) -> str:

@@ -13,6 +13,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import duration
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.tracking import SUMMARY_FILE, write_json
@@ -25,6 +26,7 @@ from ray_jobs.search.study import (
     POLICY,
     REASON,
     STEPS,
+    TIMES,
     WALL,
     WALL_S,
     finished,
@@ -46,8 +48,10 @@ OF_THE_SEARCH = (
 )  # not of the long training
 
 
-def sweep(plan: Plan, study: Study) -> None:
-    """Remove the checkpoints of trials that cannot win any more: only the best few keep theirs."""
+def note(plan: Plan, study: Study) -> None:
+    """Bring the folder up to date: trials.csv, and no checkpoints of trials that cannot win any more: only the best
+    few keep theirs."""
+    _trials_csv(plan, study, trials_of(study))
     keep = _winners(plan, study)
     for trial in trials_of(study):
         if trial.state.is_finished() and trial.number not in keep:
@@ -64,12 +68,17 @@ def _winners(plan: Plan, study: Study) -> set[int]:
     return {t.number for t in finished(study)[:room]}
 
 
-def write(plan: Plan, study: Study, status: str, wall_s: float) -> dict:
-    """Write everything that the search has found; returns the summary. `wall_s` are the seconds of this session."""
+def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> dict:
+    """Write everything that the search has found; returns the summary.
+
+    Args:
+        wall_s: The seconds of this session.
+        each: What each worker of a trial has reserved.
+    """
     wall_s += study.user_attrs.get(WALL, 0.0)
     study.set_user_attr(WALL, wall_s)
     trials = trials_of(study)
-    _trials_csv(plan, study, trials)
+    note(plan, study)
     ranked = ranking(study)
     baselines = [t for t in ranked if BASELINE in t.user_attrs]
     # With several policies: that of the winner's, if it was trained to its end.
@@ -78,6 +87,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float) -> dict:
     full = plan.steps * len(trials)
     trained = sum(t.user_attrs.get(STEPS, t.last_step or 0) for t in trials)
     states = [t.state for t in trials]
+    workers = plan.options.tune.workers_per_trial
     summary = {
         "status": status,
         "study": study.study_name,
@@ -89,6 +99,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float) -> dict:
         "trained_steps": trained,
         "trained_share": round(trained / full, 3) if full else None,
         "wall_s": round(wall_s, 1),
+        "each_trial": {"cpus": each.cpus * workers, "gpus": each.gpus * workers},
         "importances": importances(study, plan.grace_steps),
         "baseline": _described(plan, study, published),
         "best": _described(plan, study, ranked[0] if ranked else None),
@@ -146,11 +157,17 @@ def _trials_csv(plan: Plan, study: Study, trials: list[FrozenTrial]) -> None:
             config = t.user_attrs.get(CONFIG, {})
             table.writerow(
                 [t.number, t.state.name, *values, t.user_attrs.get(BEST_STEP),
-                 t.user_attrs.get(STEPS, t.last_step), t.user_attrs.get(WALL_S),
+                 t.user_attrs.get(STEPS, t.last_step), t.user_attrs.get(WALL_S, _seconds(t)),
                  BASELINE in t.user_attrs, json.dumps(repeats.get(str(t.number), {})), t.user_attrs.get(REASON),
                  *(config.get(flag) for flag in searched)]
             )  # fmt: skip
     scratch.replace(plan.output_dir / TRIALS_FILE)
+
+
+def _seconds(trial: FrozenTrial) -> float | None:
+    """How long a trial lasted that was stopped early: nobody was there to tell."""
+    times = trial.user_attrs.get(TIMES, {})
+    return round(times["end"] - times["begun"], 1) if {"begun", "end"} <= times.keys() else None
 
 
 def importances(study: Study, step: int) -> dict[str, float]:
@@ -267,7 +284,7 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
         say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top))
     changed = {k: v for k, v in best["config"].items() if not published or published["config"].get(k) != v}
     say("            " + ", ".join(word[2:] for word in flags(changed)) if changed else "")
-    say(f"left        {plan.output_dir}/{{trials.csv,summary.json,study.db,best}}")
+    say(f"left        {plan.output_dir}/{{trials.csv,summary.json,study.db,best,report.html}}")
     say(f"train it    {summary['command']}")
 
 

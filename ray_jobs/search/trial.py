@@ -103,7 +103,7 @@ def run_trial(
             summary = _train_on_workers(recipe, each, report, lambda: PRUNED if pruned else asked_to_stop())
         else:
             summary = train_here(recipe, report, lambda: PRUNED if pruned else asked_to_stop())
-        result = {"status": summary["status"], "wall_s": summary["wall_s"], **best_values(folder, metrics)}
+        result = {**_outcome(summary), **best_values(folder, metrics)}
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
     except torch.OutOfMemoryError:
