@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import struct
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_act
-from test_evaluate import trained
+from huggingface_hub import ModelCard
+from tensorboardX.proto.event_pb2 import Event
+from test_evaluate import evaluated, trained
 from test_tune import ACT, search
 
 from ray_jobs import report
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.tracking import read_json, read_metrics
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "link", "img"}
@@ -106,6 +110,28 @@ def test_sections(searched):
     assert "python -m ray_jobs.tune" in page.text and "best/command.sh" in page.text
 
 
+def test_the_best_policy(searched, tmp_path):
+    """Scored again it has the value that the search ranked it by, to the last digit; its card says what it is."""
+    with (searched / "trials.csv").open(newline="") as file:
+        values = {row["trial"]: float(row["val/action_error"]) for row in csv.DictReader(file)}
+    best = read_json(searched / "summary.json")["best"]
+    (ours,) = evaluated(tmp_path / "best", f"--checkpoint={searched / 'best' / 'checkpoint'}").values()
+    assert ours["val/action_error"] == ours["reported"] == values[str(best["trial"])]
+    kept = evaluated(tmp_path / "all", f"--checkpoint={searched}")
+    assert {
+        str(int(name.removeprefix("trial "))): r["val/action_error"] for name, r in kept.items()
+    }.items() <= values.items()
+    assert len(kept) == 3
+
+    card = ModelCard.load(searched / "best" / "checkpoint" / "pretrained_model" / "README.md")
+    assert card.data.library_name == "lerobot" and card.data.datasets == ["local/parts"]
+    assert f"| val/action_error | {ours['val/action_error']:.4g} |" in card.text
+    assert (
+        "12 episodes" in card.text and "episodes [10, 11]" in card.text and "policy.optimizer_lr" in card.text
+    )
+    assert not list((searched / "trials").rglob("README.md")), "the trial's own checkpoint is left as it was"
+
+
 def test_a_search_without_a_finished_trial(searched, parts, tmp_path):
     space = searched / "search_spaces" / "act.yaml"
     flags = [w for w in tiny_act(parts, tmp_path / "run") if not w.startswith("--policy.") or "backbone" in w]
@@ -120,7 +146,25 @@ def test_a_single_training(parts, tmp_path):
     trained([*flags, "--max_eval_samples=4"])
     assert report.main([f"--output_dir={tmp_path / 'run'}"]) == 0
     page = Page(tmp_path / "run" / "report.html").check()
+    of_the_board = {}
+    for event in events(next((tmp_path / "run").glob("events.out.tfevents.*"))):
+        of_the_board |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+    for record in read_metrics(tmp_path / "run"):
+        for name, value in record.items():
+            if name != "step" and not isinstance(value, list):
+                assert of_the_board.pop((record["step"], name)) == pytest.approx(value, rel=1e-6)
+    assert not of_the_board
     assert "training loss" in page.text and "target_closed" in page.text and page.images == 6
+
+
+def events(file: Path) -> list[Event]:
+    """What TensorBoard reads: records of length (8 bytes), its checksum (4), an event, its checksum (4)."""
+    data, found = file.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return found
 
 
 def test_mistakes(tmp_path):

@@ -127,8 +127,6 @@ def resolve(argv: Sequence[str]) -> Recipe:
         notices.append(
             f"--policy.device={device}: Ray gives every worker a GPU of its own, whatever its number."
         )
-    if cfg.env is not None and cfg.env_eval_freq > 0:
-        notices.append("The simulator is not run while training; lerobot-eval scores a checkpoint in it.")
     if cfg.policy.push_to_hub and (reason := _no_upload(cfg.policy.repo_id, options)):
         cfg.policy.push_to_hub = False
         notices.append(f"The policy will not be uploaded to --policy.repo_id={cfg.policy.repo_id}: {reason}.")

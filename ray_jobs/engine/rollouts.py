@@ -5,6 +5,8 @@ import pickle
 from collections.abc import Callable, Iterator
 
 from ray_jobs.engine.console import no_garbage_collection, quiet
+from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.explain import first_line
 
 
 def run(
@@ -81,6 +83,11 @@ def _on_workers(
             yield ray.get(next(ready[0]))
         except StopIteration:
             running.remove(ready[0])
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise RunError(
+                f"a worker of the simulator failed: {type(cause).__name__}: {first_line(cause)}"
+            ) from error
 
 
 def _worker(work: bytes, plugins: list[str], batches: list, videos: int) -> Iterator[list[dict]]:

@@ -15,8 +15,10 @@ from math import sqrt
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from lerobot.configs.default import EvalConfig
 from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import FeatureType
 from lerobot.envs import EnvConfig, close_envs, make_env, make_env_pre_post_processors
 from lerobot.envs.utils import env_to_policy_features
@@ -26,8 +28,8 @@ from lerobot.utils.random_utils import seeded_context
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.meters import SUCCESS
 
-SUCCESS = "env/success_rate"
 CONFIDENCE = 0.95
 
 
@@ -103,7 +105,7 @@ class Simulator:
         seed, episodes = batch
         env_cfg, size = self.options.env, self.options.eval.batch_size
         if not self.envs:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with seeded_context(seed), contextlib.redirect_stdout(io.StringIO()):
                 asynchronous = self.options.eval.use_async_envs and size > 1
                 self.envs = make_env(env_cfg, n_envs=size, use_async_envs=asynchronous)
         of_env = make_env_pre_post_processors(env_cfg=env_cfg, policy_cfg=policy.config)
@@ -141,6 +143,36 @@ class Simulator:
         if self.envs:
             close_envs(self.envs)
             self.envs = {}
+
+
+class ClosedLoop:
+    """The simulator in the midst of a training: the same episodes at every step, in every trial of a search and in
+    `ray_jobs.evaluate`, shared by the ranks."""
+
+    def __init__(self, cfg: TrainPipelineConfig):
+        self.options = SimulatorOptions(cfg.env, cfg.eval)
+        self.simulator = Simulator(self.options)
+
+    def __call__(self, policy: PreTrainedPolicy, before, after, accelerator: Accelerator) -> dict:
+        """Run all episodes with the unwrapped `policy`; call on every rank.
+
+        Returns:
+            `env/success_rate`, and `env/sum_reward`, the mean over episodes.
+        """
+        mine = self.options.batches[accelerator.process_index :: accelerator.num_processes]
+        training = policy.training
+        policy.eval()
+        with accelerator.autocast():
+            episodes = [e for batch in mine for e in self.simulator.run(policy, before, after, batch)]
+        policy.train(training)
+        policy.reset()
+        sums = [len(episodes), sum(e["success"] for e in episodes), sum(e["sum_reward"] for e in episodes)]
+        sums = accelerator.reduce(torch.tensor(sums, dtype=torch.float32, device=accelerator.device))
+        count, wins, reward = sums.tolist()
+        return {SUCCESS: wins / count, "env/sum_reward": reward / count}
+
+    def close(self) -> None:
+        self.simulator.close()
 
 
 def success(episodes: list[dict]) -> dict:

@@ -17,6 +17,8 @@ from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import duration
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.tracking import SUMMARY_FILE, write_json
+from ray_jobs.search import card
+from ray_jobs.search.options import MORE_IS_BETTER
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import flags
 from ray_jobs.search.study import (
@@ -108,7 +110,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> 
         front = sorted(study.best_trials, key=lambda t: t.values)
         summary["front"] = [_described(plan, study, t) for t in front]
     if ranked:
-        summary["command"] = _best(plan, ranked[0])
+        summary["command"] = _best(plan, ranked[0], summary)
     write_json(plan.output_dir / SUMMARY_FILE, summary)
     return summary
 
@@ -194,8 +196,8 @@ def importances(study: Study, step: int) -> dict[str, float]:
         return {}
 
 
-def _best(plan: Plan, trial: FrozenTrial) -> str:
-    """Write best/: checkpoint, train_config.json, and the command that trains the configuration in full; returns
+def _best(plan: Plan, trial: FrozenTrial, summary: dict) -> str:
+    """Write best/: checkpoint with its model card, train_config.json, and the command that trains the configuration in full; returns
     how to start it."""
     target = plan.output_dir / BEST_DIR
     scratch = plan.output_dir / f".{BEST_DIR}.tmp"
@@ -207,6 +209,7 @@ def _best(plan: Plan, trial: FrozenTrial) -> str:
     source = next((p for name in names if (p := checkpoints / name).exists()), None)
     if source is not None:
         shutil.copytree(source.resolve(), scratch / "checkpoint", copy_function=_link_or_copy)
+        card.write(plan, summary, scratch / "checkpoint")
         shutil.copyfile(source / "pretrained_model" / "train_config.json", scratch / "train_config.json")
         shutil.copyfile(checkpoints.parent / OPTIONS_FILE, scratch / OPTIONS_FILE)  # what was held out, say
     words = [word for word in plan.base if word[2:].partition("=")[0] not in OF_THE_SEARCH]
@@ -276,16 +279,22 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
         if published:
             first = next(iter(published["values"]))
             ours, theirs = (row.get("mean", row["values"][first]) for row in (best, published))
-            gain = 1 - ours / theirs if theirs else 0.0
+            if first in MORE_IS_BETTER:
+                gain = f"best is {100 * (ours - theirs):.1f} points higher"
+            else:
+                gain = f"best is {1 - ours / theirs if theirs else 0.0:.1%} lower"
             say(f"published   {_values(published)} (trial {published['trial']}, as many steps){_spread(published)}; "
-                f"best is {gain:.1%} lower")  # fmt: skip
+                f"{gain}")  # fmt: skip
     if summary["importances"]:
         top = list(summary["importances"].items())[:3]
         say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top))
     changed = {k: v for k, v in best["config"].items() if not published or published["config"].get(k) != v}
     say("            " + ", ".join(word[2:] for word in flags(changed)) if changed else "")
-    say(f"left        {plan.output_dir}/{{trials.csv,summary.json,study.db,best,report.html}}")
+    say(f"left        {plan.output_dir}/{{trials.csv,summary.json,study.db,best}}")
     say(f"train it    {summary['command']}")
+    policy = plan.output_dir / BEST_DIR / "checkpoint" / "pretrained_model"
+    if policy.is_dir():
+        say(f"upload it   hf upload USER/{plan.output_dir.name} {shlex.quote(str(policy))}")
 
 
 def _values(row: dict) -> str:

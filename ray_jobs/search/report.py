@@ -13,6 +13,7 @@ from ray_jobs.engine.page import Section, actions, in_simulator, reproduce, writ
 from ray_jobs.engine.svg import Chart, bars, parallel, short
 from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
 from ray_jobs.search.answer import BEST_DIR, COMMAND_FILE, TRIALS_FILE
+from ray_jobs.search.options import MORE_IS_BETTER
 from ray_jobs.search.plan import SEARCH_FILE
 from ray_jobs.search.study import trial_name
 from ray_jobs.search.trial import trial_dir
@@ -43,7 +44,7 @@ class Found:
             self.summary.get("metric") or self.flags.get("tune.metric", "val/action_error")
         ).split(",")
         self.metric = self.metrics[0]
-        self.higher = self.metric.startswith("env/")
+        self.higher = self.metric in MORE_IS_BETTER
         table = folder / TRIALS_FILE
         self.rows = list(csv.DictReader(table.open(newline=""))) if table.is_file() else []
         self.steps = int(self.flags["steps"])
@@ -58,7 +59,7 @@ class Found:
         )
         bases = [r for r in finished if r["baseline"] == "True"]
         self.published = next(
-            (r for r in bases if self.best and r["policy.type"] == self.best["policy.type"]), None
+            (r for r in bases if self.best and r.get("policy.type") == self.best.get("policy.type")), None
         )
         self.published = self.published or (bases[0] if bases else None)
         parameters = [
@@ -136,8 +137,10 @@ def _tiles(found: Found) -> list[tuple[str, str, str]]:
         tiles.insert(0, (found.metric, short(mean), f"trial {found.best['trial']}, the best"))
         if found.published:
             theirs = _mean(found.seeds(found.published))
-            change = mean / theirs - 1 if theirs else 0.0
-            tiles.insert(1, ("against the published recipe", f"{change:+.1%}", f"it has {short(theirs)}"))
+            change = f"{mean / theirs - 1 if theirs else 0.0:+.1%}"
+            if found.higher:
+                change = f"{100 * (mean - theirs):+.1f} points"
+            tiles.insert(1, ("against the published recipe", change, f"it has {short(theirs)}"))
     if "wall_s" in found.summary:
         tiles.append(("time", duration(found.summary["wall_s"]), f"{found.steps} steps in full"))
     if saved := _saved_steps(found):

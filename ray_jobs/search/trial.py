@@ -59,7 +59,7 @@ def run_trial(
         config: From `StudySearch.suggest`.
         base: Command-line arguments that all trials share.
         group: The study's name, for W&B.
-        metrics: What the search minimizes.
+        metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
         line: Handle of the search's `cluster.Line`.
     """
@@ -84,9 +84,9 @@ def run_trial(
         if event["kind"] in ("start", "step"):
             times.setdefault(event["kind"], time.time())
         tell({**event, "trial": config["trial"]})
-        if event["kind"] == "eval":
+        if event["kind"] == "eval" and all(name in event for name in metrics):
             try:
-                values = {key: event[key] for key in ("step", *metrics) if key in event}
+                values = {key: event[key] for key in ("step", *metrics)}
                 tune.report({**values, "times": {**times, "end": time.time()}})
             except SystemExit:  # how Tune stops a trial: the loop ends in its own way
                 pruned = True

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
+from lerobot.optim import AdamConfig
 from lerobot.policies import PreTrainedPolicy
 from lerobot.processor import (
     AddBatchDimensionProcessorStep,
@@ -28,6 +29,7 @@ BINS = torch.tensor([[-0.78, 0.0], [0.78, 0.0]])
 class ColourFollowerConfig(PreTrainedConfig):
     n_action_steps: int = 1
     chunk_size: int = 1
+    release_at: float = 0.18  # distance to the bin's centre at which it lets go; above 0.22 beside the bin
     normalization_mapping: dict = field(
         default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
     )
@@ -35,7 +37,7 @@ class ColourFollowerConfig(PreTrainedConfig):
     action_delta_indices = (0,)
 
     def get_optimizer_preset(self):
-        return None
+        return AdamConfig(lr=1e-3)
 
     def get_scheduler_preset(self):
         return None
@@ -59,7 +61,7 @@ class ColourFollowerPolicy(PreTrainedPolicy):
         return self.parameters()
 
     def forward(self, batch):
-        raise NotImplementedError
+        return (self.unused - 1).square().sum(), {}  # something to train
 
     def predict_action_chunk(self, batch, **kwargs):
         return self.select_action(batch)[:, None]
@@ -77,7 +79,7 @@ class ColourFollowerPolicy(PreTrainedPolicy):
         if state[2] > 0:
             near = [int((mask & (away < 0.15)).sum()) for mask in seen]
             goal = BINS[int(near[1] > near[0])]
-            arrived = (state[:2] - goal)[0].abs() < 0.18
+            arrived = (state[:2] - goal)[0].abs() < self.config.release_at
             return torch.tensor([goal[0], state[1].clamp(-0.5, 0.5), -1.0 if arrived else 1.0])
         todo = (seen[0] | seen[1]) & (place[..., 0].abs() < 0.56)
         if not todo.any():
@@ -86,6 +88,28 @@ class ColourFollowerPolicy(PreTrainedPolicy):
         of_it = todo & ((place - first).norm(dim=-1) < 0.25)
         goal = place[of_it].mean(0)
         return torch.tensor([*goal, 1.0 if (goal - state[:2]).norm() < 0.1 else -1.0])
+
+
+def make_colour_follower_pre_post_processors(config, dataset_stats=None, **kwargs):
+    features, norm = {**config.input_features, **config.output_features}, config.normalization_mapping
+    before = [
+        RenameObservationsProcessorStep(rename_map={}),
+        AddBatchDimensionProcessorStep(),
+        DeviceProcessorStep(device="cpu"),
+        NormalizerProcessorStep(features=features, norm_map=norm),
+    ]
+    after = [
+        UnnormalizerProcessorStep(features=config.output_features, norm_map=norm),
+        DeviceProcessorStep(device="cpu"),
+    ]
+    return PolicyProcessorPipeline(
+        steps=before, name=POLICY_PREPROCESSOR_DEFAULT_NAME
+    ), PolicyProcessorPipeline(
+        steps=after,
+        name=POLICY_POSTPROCESSOR_DEFAULT_NAME,
+        to_transition=policy_action_to_transition,
+        to_output=transition_to_policy_action,
+    )
 
 
 def save(folder: Path, image_size: int = 64) -> Path:
@@ -99,23 +123,6 @@ def save(folder: Path, image_size: int = 64) -> Path:
         output_features={"action": PolicyFeature(FeatureType.ACTION, (3,))},
     )
     ColourFollowerPolicy(config).save_pretrained(folder)
-    features, norm = {**config.input_features, **config.output_features}, config.normalization_mapping
-    PolicyProcessorPipeline(
-        steps=[
-            RenameObservationsProcessorStep(rename_map={}),
-            AddBatchDimensionProcessorStep(),
-            DeviceProcessorStep(device="cpu"),
-            NormalizerProcessorStep(features=features, norm_map=norm),
-        ],
-        name=POLICY_PREPROCESSOR_DEFAULT_NAME,
-    ).save_pretrained(folder)
-    PolicyProcessorPipeline(
-        steps=[
-            UnnormalizerProcessorStep(features=config.output_features, norm_map=norm),
-            DeviceProcessorStep(device="cpu"),
-        ],
-        name=POLICY_POSTPROCESSOR_DEFAULT_NAME,
-        to_transition=policy_action_to_transition,
-        to_output=transition_to_policy_action,
-    ).save_pretrained(folder)
+    for pipeline in make_colour_follower_pre_post_processors(config):
+        pipeline.save_pretrained(folder)
     return folder
