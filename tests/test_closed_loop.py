@@ -66,7 +66,7 @@ def test_a_search_maximizes_it(parts, tmp_path, capsys):
     flags = [w for w in follower(parts, tmp_path / "run") if not w.startswith("--policy.type")]
     more = (
         *EPISODES,
-        "--steps=9",
+        "--steps=3",
         "--tune.num_samples=5",
         "--tune.metric=env/success_rate",
         "--tune.max_concurrent=1",

@@ -70,7 +70,7 @@ def searched(parts, tmp_path_factory) -> Path:
         f"--space={space}",
         "--data.eval_episodes=[10,11]",
         "--max_eval_samples=8",
-        "--steps=9",
+        "--steps=3",
         "--seed=5",
     )
     assert search(*common, *flags, "--tune.num_samples=6", "--policy.optimizer_lr_backbone=1e-5") == 0
@@ -87,10 +87,10 @@ def test_every_number_is_that_of_the_table(searched):
     best = min((r for r in rows if r["state"] == "COMPLETE"), key=lambda r: float(r["val/action_error"]))
     assert f"<b>{float(best['val/action_error']):.4g}</b>" in page.text
     pruned = [r for r in rows if r["state"] == "PRUNED"]
-    saved = sum(9 - int(r["steps"]) for r in pruned)
-    assert pruned and f"{saved} of 54 steps" in page.text
+    saved = sum(3 - int(r["steps"]) for r in pruned)
+    assert pruned and f"{saved} of 18 steps" in page.text
     assert all(float(r["wall_s"]) > 0 for r in rows), "pruned ones took time as well"
-    assert all(int(r["steps"]) == 9 for r in rows if r["state"] == "COMPLETE")
+    assert all(int(r["steps"]) == 3 for r in rows if r["state"] == "COMPLETE")
 
 
 def test_sections(searched):

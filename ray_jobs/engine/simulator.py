@@ -42,6 +42,11 @@ class SimulatorOptions:
     seed: int = 1000
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether each environment has a process of its own."""
+        return self.eval.use_async_envs and self.eval.batch_size > 1
+
+    @property
     def batches(self) -> list[tuple[int, int]]:
         """(first seed, episodes) of each batch of `eval.batch_size` episodes that run at the same time."""
         size, n = self.eval.batch_size, self.eval.n_episodes
@@ -65,6 +70,15 @@ def check(options: SimulatorOptions, policy: PreTrainedConfig, rename_map: dict[
         raise InputError(f"--env.type={kind}: this environment is not installed here; {what}.") from None
     except Exception as error:
         raise InputError(f"--env.type={kind}: the environment cannot be made: {first_line(error)}") from None
+    if options.asynchronous:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                close_envs(make_env(options.env, n_envs=2, use_async_envs=True))
+        except Exception as error:  # what this process has imported, others have not: gym_pusht is such a one
+            raise InputError(
+                f"--env.type={kind}: the environment cannot be made in processes of its own ({first_line(error)}). "
+                "--eval.use_async_envs=false makes it in this one."
+            ) from None
     gives = {rename_map.get(key, key): f for key, f in env_to_policy_features(options.env).items()}
     takes = {**(policy.input_features or {}), **(policy.output_features or {})}
     for key, feature in takes.items():
@@ -106,8 +120,7 @@ class Simulator:
         env_cfg, size = self.options.env, self.options.eval.batch_size
         if not self.envs:
             with seeded_context(seed), contextlib.redirect_stdout(io.StringIO()):
-                asynchronous = self.options.eval.use_async_envs and size > 1
-                self.envs = make_env(env_cfg, n_envs=size, use_async_envs=asynchronous)
+                self.envs = make_env(env_cfg, n_envs=size, use_async_envs=self.options.asynchronous)
         of_env = make_env_pre_post_processors(env_cfg=env_cfg, policy_cfg=policy.config)
         for group, tasks in self.envs.items():
             for number, env in tasks.items():
