@@ -153,6 +153,7 @@ class Validation:
             values["val/inference_ms"] = milliseconds
         if self.detailed:
             by_step = accelerator.reduce(by_step.to(device)).cpu()
+            by_step = by_step[:, by_step[..., dims].sum(0) > 0]  # not beyond the longest episode
             # Averaged over the episodes that are long enough.
             of_step = (by_step[..., :dims] / by_step[..., dims:]).nanmean(0)[:, self.moving]  # (H, moving)
             values["val/action_error_over_horizon"] = (of_step / self.std[self.moving]).mean(1).tolist()

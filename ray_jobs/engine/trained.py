@@ -17,7 +17,7 @@ from lerobot.envs import EnvConfig
 from lerobot.policies import make_policy
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 
-from ray_jobs.engine import assets, parallel, preflight, quantiles
+from ray_jobs.engine import assets, bucket, parallel, preflight, quantiles
 from ray_jobs.engine.data import make_datasets
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import parse
@@ -159,6 +159,10 @@ def score(
     """
     recipe = trained.recipe
     cfg, options, dataset_cfg = recipe.lerobot, recipe.options, recipe.lerobot.dataset
+    if bucket.is_uri(dataset_cfg.root):
+        raise InputError(
+            f"--dataset.root={dataset_cfg.root}: policies are scored on a local copy; --dataset.root=FOLDER names it."
+        )
     meta = own_metadata(once(dataset_cfg, "metadata", lambda: open_dataset(dataset_cfg)))
     if options.data.eval_episodes is None and not dataset_cfg.eval_split:
         if not _of_other_data(trained):

@@ -77,7 +77,7 @@ class TuneOptions:
         for name in self.metrics:
             if name not in METRICS:
                 raise InputError(
-                    f"--tune.metric={self.metric}: nothing reports {name}. Trials report "
+                    f"--tune.metric={self.metric}: nothing reports {name}. Validations report "
                     f"{', '.join(METRICS)}."
                 )
         if len(set(self.metrics)) < len(self.metrics):
