@@ -35,7 +35,8 @@ class Axis:
         else:
             pad = 0.05 * (most - least) or abs(most) * 0.05 or 0.5
             self.begin, self.end = least - pad, most + pad
-            places = MaxNLocator(ticks).tick_values(self.begin, self.end)
+            whole = bool(numbers) and all(isinstance(v, int) for v in numbers)
+            places = MaxNLocator(ticks, integer=whole).tick_values(self.begin, self.end)
         if self.log:
             pad = 0.05 * (self.end - self.begin) or 0.1
             self.begin, self.end = self.begin - pad, self.end + pad

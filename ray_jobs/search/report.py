@@ -127,7 +127,13 @@ def write_search(folder: Path) -> Path:
 def _tiles(found: Found) -> list[tuple[str, str, str]]:
     states = [r["state"] for r in found.rows]
     counts = (
-        (n, states.count(s)) for n, s in (("in full", "COMPLETE"), ("pruned", "PRUNED"), ("failed", "FAIL"))
+        (n, states.count(s))
+        for n, s in (
+            ("in full", "COMPLETE"),
+            ("pruned", "PRUNED"),
+            ("failed", "FAIL"),
+            ("running", "RUNNING"),
+        )
     )
     tiles = [
         ("trials", str(len(found.rows)), ", ".join(f"{count} {name}" for name, count in counts if count))
