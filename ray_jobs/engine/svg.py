@@ -30,7 +30,7 @@ class Axis:
         self.log = least > 0 and most > 10 * least if log is None else log and least > 0
         if self.log:
             self.begin, self.end = log10(least), log10(most)
-            subs = (1.0,) if most > 1000 * least else (1.0, 3.0)
+            subs = (1.0,) if most > 30 * least else (1.0, 3.0)
             places = LogLocator(base=10, subs=subs, numticks=99).tick_values(least, most)
         else:
             pad = 0.05 * (most - least) or abs(most) * 0.05 or 0.5
