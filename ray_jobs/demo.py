@@ -1,9 +1,9 @@
 """The first five minutes: record a small simulated part-sorting task and search for a good ACT, on any machine.
 
-    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=270]
+    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=270] [--rollouts=50]
 
 The search goes through `ray_jobs.tune`: trial 0 is the published recipe, the last episodes are held out. Ends in
-numbers and a picture of predicted against recorded actions. A recorded data set is used again; every search gets a
+numbers, pictures and the success rate in the simulator. A recorded data set is used again; every search gets a
 folder of its own.
 """
 
@@ -15,6 +15,7 @@ from ray_jobs.engine import cluster
 from ray_jobs.engine.console import duration, quiet, run_job
 from ray_jobs.engine.errors import InputError
 
+IMAGE_SIZE = 64  # pixels
 SPACE = Path(__file__).parent.parent / "search_spaces" / "act.yaml"
 
 
@@ -24,6 +25,7 @@ class DemoOptions:
     episodes: int = 50
     trials: int = 8
     steps: int = 270
+    rollouts: int = 50  # episodes in the simulator, of the published recipe and of the best policy
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> int:
     folder = Path(options.output_dir)
     dataset = _dataset(folder / "dataset", options.episodes)
 
-    from ray_jobs import tune
+    from ray_jobs import evaluate, report, tune
 
     held_out = list(range(options.episodes - max(1, options.episodes // 10), options.episodes))
     run = next(path for n in range(1, 10**6) if not (path := folder / f"search-{n}").exists())
@@ -44,7 +46,19 @@ def main(argv: list[str]) -> int:
     status = tune.main(_recipe(dataset, run, options, held_out))
     if status != 0:
         return status
-    print(f"picture     {_picture(run, dataset, held_out[0])}")
+    print("\nthe published recipe and the best policy in the simulator, on seeds that neither has seen")
+    evaluate.main(
+        [
+            f"--checkpoint={run / 'trials' / '0000'},{run / 'best' / 'checkpoint'}",
+            f"--output_dir={run / 'evaluation'}",
+            "--env.type=part_sorting",
+            f"--env.image_size={IMAGE_SIZE}",
+            f"--eval.n_episodes={options.rollouts}",
+            "--eval.batch_size=1",
+            "--ray.num_workers=0",  # warm already: other processes would take longer to start
+        ]
+    )
+    report.main([f"--output_dir={run}"])
     print(f"demo done in {duration(time.monotonic() - started)}")
     return 0
 
@@ -63,8 +77,8 @@ def _parse(argv: list[str]) -> DemoOptions:
         raise InputError(printed.getvalue().strip().splitlines()[-1]) from None
     except draccus.utils.DraccusException as error:
         raise InputError(str(error).strip()) from None
-    if options.episodes < 2 or options.steps < 2 or options.trials < 1:
-        raise InputError("--episodes and --steps must be at least 2, --trials at least 1.")
+    if options.episodes < 2 or options.steps < 2 or min(options.trials, options.rollouts) < 1:
+        raise InputError("--episodes and --steps must be at least 2, --trials and --rollouts at least 1.")
     return options
 
 
@@ -80,7 +94,7 @@ def _dataset(root: Path, episodes: int) -> Path:
     from ray_jobs.part_sorting.record import record
 
     print(f"recording {episodes} episodes of part sorting into {root}")
-    return record(root, episodes, image_size=64)
+    return record(root, episodes, image_size=IMAGE_SIZE)
 
 
 def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int]) -> list[str]:
@@ -101,23 +115,10 @@ def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int])
         f"--steps={options.steps}",
         f"--tune.num_samples={options.trials}",
         "--tune.final_steps=3000",
+        f"--tune.keep_trials={options.trials}",
         f"--data.eval_episodes={held_out}",
         "--max_eval_samples=100",
     ]
-
-
-def _picture(run: Path, dataset: Path, episode: int) -> Path:
-    from lerobot.policies.act.modeling_act import ACTPolicy
-
-    from ray_jobs.engine.pictures import predicted_against_recorded
-
-    best = run / "best" / "checkpoint" / "pretrained_model"
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()):  # "Loading weights from local directory"
-        policy = ACTPolicy.from_pretrained(best)
-    return predicted_against_recorded(policy, best, dataset, episode, run / "predicted_against_recorded.png")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ray_jobs.engine.checkpoint import pretrained_dir
 from ray_jobs.engine.console import quiet, run_job
 from ray_jobs.engine.errors import InputError
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--{name} is missing, as in --{name}={example}.")
     if flags["lerobot"] not in ("0.4", "0.4.4"):
         raise InputError(f"--lerobot={flags['lerobot']}: only 0.4 is known here (tried with 0.4.4).")
-    source, target = find(Path(flags["checkpoint"])), Path(flags["output_dir"])
+    source, target = pretrained_dir(Path(flags["checkpoint"])), Path(flags["output_dir"])
     if target.exists():
         raise InputError(f"--output_dir={target} already exists, and nothing in it is overwritten.")
     kind = export(source, target, assets_dir=Path(flags.get("assets.dir") or "pretrained"))
@@ -61,20 +62,6 @@ def main(argv: list[str]) -> int:
             "mind        0.4's pi0 needs the transformers of `pip install 'lerobot[pi]==0.4.4'` from its repository."
         )
     return 0
-
-
-def find(path: Path) -> Path:
-    """The `pretrained_model` folder that a run, a checkpoint or such a folder itself stands for."""
-    places = [
-        "checkpoints/best/pretrained_model",
-        "checkpoints/last/pretrained_model",
-        "pretrained_model",
-        ".",
-    ]
-    for place in places:
-        if (path / place / "config.json").is_file():
-            return (path / place).resolve()
-    raise InputError(f"--checkpoint={path}: there is no checkpoint, a config.json is missing.")
 
 
 def export(source: Path, target: Path, *, assets_dir: Path) -> str:

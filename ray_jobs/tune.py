@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     _start_ray(argv)
     with no_garbage_collection():
         from ray_jobs.engine.workers import lock
-        from ray_jobs.search import answer, dry_run
+        from ray_jobs.search import answer, dry_run, report
         from ray_jobs.search.plan import make_plan, read_command
         from ray_jobs.search.slot import decide
         from ray_jobs.search.study import open_study
@@ -71,9 +71,9 @@ def main(argv: list[str]) -> int:
         plan.save()
         started = time.monotonic()
         status, error = _search(plan, study, slot, seed)
-        answer.sweep(plan, study)
-        summary = answer.write(plan, study, status, time.monotonic() - started)
+        summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)
     answer.last_screen(plan, summary, print)
+    print(f"report      {report.write_search(plan.output_dir)}")
     if status != DONE:
         print(f"continue    python -m ray_jobs.tune --output_dir={plan.output_dir} --resume=true")
     if error:
@@ -100,6 +100,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
 
     from ray_jobs.engine.workers import start_fit
     from ray_jobs.search import answer, dry_run
+    from ray_jobs.search.options import MORE_IS_BETTER
     from ray_jobs.search.progress import Progress
     from ray_jobs.search.study import DEATHS, StudyScheduler, StudySearch, finished, trial_name, trials_of
     from ray_jobs.search.trial import run_trial
@@ -112,7 +113,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     def tell(event: dict) -> None:
         # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
         if event["kind"] == "ended":
-            answer.sweep(plan, study)
+            answer.note(plan, study)
         told.put(event)
 
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
@@ -156,6 +157,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
         num_samples=options.num_samples,
         steps=plan.steps,
         metric=options.metrics[0],
+        higher=options.metrics[0] in MORE_IS_BETTER,
         done=len(done),
         best=(best[0].values[0], trial_name(best[0].number)) if best else None,
     )

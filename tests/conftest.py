@@ -25,6 +25,9 @@ if "RAY_JOBS_CACHE" not in os.environ:  # the processes that tests start share i
     os.environ["RAY_JOBS_CACHE"] = CACHE.name
 
 ROOT = Path(__file__).parent.parent
+os.environ["PYTHONPATH"] = str(
+    ROOT / "tests"
+)  # where Ray's workers and other processes find the tests' plugins
 REAL = ROOT.parent / "shared" / "datasets" / "g1_yellow_bottle"
 
 
@@ -139,7 +142,7 @@ def job(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedPro
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), **env},
+        env={**os.environ, **env},
     )
 
 

@@ -15,6 +15,7 @@ from lerobot.policies import pi_gemma
 from vla import ALL, acting, record_frames, tiny
 
 from ray_jobs import export
+from ray_jobs.engine.checkpoint import pretrained_dir
 from ray_jobs.engine.errors import InputError
 
 
@@ -61,7 +62,7 @@ def test_actions_in_lerobot_04_are_those_of_today(trained, python, real, models,
         result = job("ray_jobs.export", "--lerobot=0.4", *flags)
         assert result.returncode == 0 and result.stderr == "", result.stderr
     frames = record_frames(real, tmp_path / "frames.npz", 20)
-    originals = {policy: export.find(trained(policy)) for policy in ALL}
+    originals = {policy: pretrained_dir(trained(policy)) for policy in ALL}
     today = acting(sys.executable, frames, originals, models, tmp_path / "today")
     monkeypatch.setenv("PI_GEMMA", pi_gemma.__file__)
     then = acting(python, frames, copies, models, tmp_path / "then")
@@ -72,7 +73,7 @@ def test_actions_in_lerobot_04_are_those_of_today(trained, python, real, models,
 
 def test_what_04_refuses_is_left_out(trained, tmp_path):
     """`config.json` keeps all else; the original is not touched; nothing is overwritten."""
-    source = export.find(trained("pi0"))
+    source = pretrained_dir(trained("pi0"))
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     export.export(source, tmp_path / "pi0", assets_dir=tmp_path)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
@@ -103,7 +104,7 @@ def test_what_04_refuses_is_left_out(trained, tmp_path):
     ],
 )
 def test_what_cannot_be_expressed(trained, tmp_path, policy, field, value, said):
-    shutil.copytree(export.find(trained(policy)), tmp_path / "changed")
+    shutil.copytree(pretrained_dir(trained(policy)), tmp_path / "changed")
     file = tmp_path / "changed" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(InputError, match=said) as refused:

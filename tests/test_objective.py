@@ -71,7 +71,7 @@ class Constant(ACTPolicy):
 def test_equals_the_formula(numbers, horizon):
     """A policy that predicts the same chunk everywhere, against the definition written out in numpy."""
     policy, processors, cfg, held_out = built(numbers, policy_class=Constant)
-    ours = score(policy, processors, cfg, held_out, horizon=horizon)
+    ours = score(policy, processors, cfg, held_out, horizon=horizon, detailed=True)
 
     table = pd.concat(map(pd.read_parquet, sorted(numbers.glob("data/*/*.parquet"))))
     everything = np.stack(table["action"]).astype(np.float64)
@@ -91,6 +91,10 @@ def test_equals_the_formula(numbers, horizon):
     assert std[2] == 0, "the last dimension was not meant to move"
     assert ours["val/action_error_raw"] == pytest.approx(raw, rel=1e-5, abs=1e-6)
     assert ours["val/action_error"] == pytest.approx(np.mean(raw[:2] / std[:2]), rel=1e-5)
+    for h, error in enumerate(ours["val/action_error_over_horizon"]):
+        actions = [everything[table["episode_index"] == episode][h:] for episode in HELD_OUT]
+        alone = np.mean([abs(predicted[h] - a).mean(0) for a in actions], axis=0)
+        assert error == pytest.approx(np.mean(alone[:2] / std[:2]), rel=1e-5)
 
 
 def test_perfect_and_shifted_predictions(numbers):

@@ -212,12 +212,13 @@ def test_device_is_the_workers(real, tmp_path):
 
 
 def test_demo_from_nothing(tmp_path):
-    """Records, searches, draws; a second run uses the recording again and overwrites nothing."""
-    flags = (f"--output_dir={tmp_path}", "--episodes=4", "--steps=2", "--trials=2")
+    """Records, searches, draws, drives; a second run uses the recording again and overwrites nothing."""
+    flags = (f"--output_dir={tmp_path}", "--episodes=4", "--steps=2", "--trials=2", "--rollouts=1")
     first = job("ray_jobs.demo", *flags)
     assert first.returncode == 0 and first.stderr == "", first.stderr
     assert "published   val/action_error" in first.stdout and "trial 0001" in first.stdout
-    assert (tmp_path / "search-1" / "predicted_against_recorded.png").stat().st_size > 10_000
+    assert len(list(tmp_path.glob("search-1/evaluation/*/predicted_against_recorded.png"))) == 2
+    assert "In the simulator" in (tmp_path / "search-1" / "report.html").read_text()
     before = (tmp_path / "search-1" / "trials.csv").read_bytes()
     second = job("ray_jobs.demo", *flags)
     assert second.returncode == 0 and "using the 4 recorded episodes" in second.stdout

@@ -520,7 +520,7 @@ def test_study_of_something_else(common, asha, tmp_path):
     }
     for flags, told in (
         ([f"--space={space_file(tmp_path, other)}"], "searches another space"),
-        ([f"--space={space_file(tmp_path, ACT, 'same')}", "--tune.metric=val/loss"], "minimizes val/action_error, the command val/loss"),
+        ([f"--space={space_file(tmp_path, ACT, 'same')}", "--tune.metric=val/loss"], "optimizes val/action_error, the command val/loss"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=told):
             search(*common, *flags, *storage, where)

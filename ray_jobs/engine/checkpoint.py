@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.common.train_utils import get_step_checkpoint_dir, load_training_state, save_checkpoint
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 from lerobot.utils.constants import (
@@ -30,6 +31,7 @@ from lerobot.utils.constants import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
+from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import offline
 
 BEST_CHECKPOINT_LINK = "best"
@@ -41,6 +43,19 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     come between the checkpoint's rename and the link's."""
     steps = checkpoint_steps(output_dir)
     return steps[max(steps)] if steps else None
+
+
+def pretrained_dir(path: Path) -> Path:
+    """The `pretrained_model` folder that a run, a search, a checkpoint or such a folder itself stands for.
+
+    Raises:
+        InputError: There is none.
+    """
+    for place in ("checkpoints/best", "checkpoints/last", "best/checkpoint", "."):
+        for folder in (path / place / PRETRAINED_MODEL_DIR, path / place):
+            if (folder / CONFIG_NAME).is_file():
+                return folder.resolve()
+    raise InputError(f"--checkpoint={path}: there is no checkpoint, a {CONFIG_NAME} is missing.")
 
 
 def checkpoint_steps(output_dir: Path) -> dict[int, Path]:

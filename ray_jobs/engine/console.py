@@ -145,10 +145,9 @@ class Display:
         self._line()
 
     def _eval(self, event: dict) -> None:
-        self.say(
-            f"step {event['step']}: val/loss {event['val/loss']:.4g}  "
-            f"val/action_error {event['val/action_error']:.4g} std"
-        )
+        units = {"val/loss": "", "val/action_error": " std", "env/success_rate": ""}
+        values = (f"{name} {event[name]:.4g}{unit}" for name, unit in units.items() if name in event)
+        self.say(f"step {event['step']}: " + "  ".join(values))
         self.last_line = time.monotonic()
 
     def _line(self) -> None:

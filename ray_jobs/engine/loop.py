@@ -32,6 +32,7 @@ from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.policy import build, make_processors
 from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.simulator import ClosedLoop
 from ray_jobs.engine.stop_flag import StopFlag
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.engine.tracking import Tracker, read_metrics
@@ -146,6 +147,7 @@ def train(
             timed=options.data.eval_timing,
             frames=eval_frames,
         )
+    closed_loop = ClosedLoop(cfg) if cfg.env is not None and cfg.env_eval_freq > 0 else None
 
     # ------------------------------------------------------------------ tell
     if main:
@@ -268,11 +270,17 @@ def train(
                 report({"kind": "log", "step": step, **metrics})
 
             improved = False
-            evaluated = validation is not None and (step % recipe.eval_steps == 0 or step == cfg.steps)
-            if evaluated:
+            end = step == cfg.steps
+            evaluated = validation is not None and (end or step % recipe.eval_steps == 0)
+            acted = closed_loop is not None and (end or step % cfg.env_eval_freq == 0)
+            if evaluated or acted:
                 window.check_finite(accelerator)
+                values = {}
                 with (averaged_weights or contextlib.nullcontext)():
-                    values = validation(model, preprocessor, postprocessor, accelerator)
+                    if evaluated:
+                        values |= validation(model, preprocessor, postprocessor, accelerator)
+                    if acted:
+                        values |= closed_loop(model, preprocessor, postprocessor, accelerator)
                 improved = scores.add(step, values)
                 if main:
                     tracker.log(step, values)
@@ -293,6 +301,8 @@ def train(
         raise
     finally:
         batches.close()
+        if closed_loop is not None:
+            closed_loop.close()
 
     # ------------------------------------------------------------------ end
     result = summary(status or "finished")

@@ -11,6 +11,7 @@ from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.options import CheckpointOptions
 
 METRIC = "val/action_error"  # what "best" means
+SUCCESS = "env/success_rate"  # of the episodes in a simulator
 
 
 class Window:

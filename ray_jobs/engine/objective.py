@@ -48,6 +48,7 @@ class Validation:
         max_frames: Frames to score in total, spread evenly over episodes and time; 0 scores all.
         threads, frames: See `FrameReader`.
         timed: Whether to measure `val/inference_ms` as well.
+        detailed: Whether to tell how the error grows over the horizon as well.
 
     Raises:
         InputError: H is longer than the policy's chunk.
@@ -63,8 +64,9 @@ class Validation:
         threads: int = 0,
         frames: FrameCache | FrameSource | None = None,
         timed: bool = False,
+        detailed: bool = False,
     ):
-        self.dataset, self.timed = dataset, timed
+        self.dataset, self.timed, self.detailed = dataset, timed, detailed
         longest = chunk_length(policy_cfg)
         self.horizon = longest if horizon is None else horizon
         if self.horizon > longest:
@@ -97,12 +99,14 @@ class Validation:
         Returns:
             `val/loss`, `val/action_error`, and `val/action_error_raw`: the error per dimension, averaged the
             same way, in the units of the data set (list of floats, action_dim long); `val/inference_ms` if
-            asked for: the median time of a prediction at the batch size of 1 that a robot has.
+            asked for: the median time of a prediction at the batch size of 1 that a robot has; and
+            `val/action_error_over_horizon`: the same error of the 1st, 2nd ... H-th predicted action alone (list).
         """
         device = accelerator.device
         dims = self.actions.shape[1]
         # Per episode: summed absolute error of each dimension, number of compared actions; then the loss.
         errors = torch.zeros(len(self.episodes), dims + 1, dtype=torch.float64)
+        by_step = torch.zeros(len(self.episodes), self.horizon, dims + 1, dtype=torch.float64)  # the same
         loss = torch.zeros(2, dtype=torch.float64)  # summed over frames, frames
         cuda = [device] if device.type == "cuda" else []
         training = policy.training
@@ -129,9 +133,12 @@ class Validation:
                 error = ((chunk - recorded).abs() * inside[..., None]).double()
                 errors[position, :dims] += error.sum((0, 1))
                 errors[position, dims] += inside.sum()
-            milliseconds = (
-                self._inference_ms(policy, preprocessor, postprocessor, device) if self.timed else None
-            )
+                by_step[position, :, :dims] += error.sum(0)
+                by_step[position, :, dims] += inside.sum(0)
+            milliseconds = None
+            if self.timed:
+                times = self.inference_ms(policy, preprocessor, postprocessor, device, TIMED)
+                milliseconds = statistics.median(times)
         policy.train(training)
         policy.reset()
         errors, loss = accelerator.reduce(errors.to(device)).cpu(), accelerator.reduce(loss.to(device)).cpu()
@@ -142,18 +149,29 @@ class Validation:
             "val/action_error": in_std.mean().item() if len(in_std) else 0.0,
             "val/action_error_raw": raw.tolist(),
         }
-        return values if milliseconds is None else {**values, "val/inference_ms": milliseconds}
+        if milliseconds is not None:
+            values["val/inference_ms"] = milliseconds
+        if self.detailed:
+            by_step = accelerator.reduce(by_step.to(device)).cpu()
+            by_step = by_step[:, by_step[..., dims].sum(0) > 0]  # not beyond the longest episode
+            # Averaged over the episodes that are long enough.
+            of_step = (by_step[..., :dims] / by_step[..., dims:]).nanmean(0)[:, self.moving]  # (H, moving)
+            values["val/action_error_over_horizon"] = (of_step / self.std[self.moving]).mean(1).tolist()
+        return values
 
-    def _inference_ms(self, policy, preprocessor, postprocessor, device: torch.device) -> float:
+    def inference_ms(
+        self, policy, preprocessor, postprocessor, device: torch.device, predictions: int
+    ) -> list[float]:
+        """How long each of some predictions takes at batch size 1, after one to warm up."""
         frame = self.groups[0][1][:1]
         batch = preprocessor(to_device(self.reader(frame), self.dataset.meta.camera_keys, device))
         times = []
-        for _ in range(TIMED + 1):
+        for _ in range(predictions + 1):
             policy.reset()
             begin = time.perf_counter()
             postprocessor(policy.predict_action_chunk(batch)).cpu()
-            times.append(time.perf_counter() - begin)
-        return 1000 * statistics.median(times[1:])
+            times.append(1000 * (time.perf_counter() - begin))
+        return times[1:]
 
     def _items(self, rows: list[int]) -> dict:
         from lerobot.utils.collate import lerobot_collate_fn

@@ -1,81 +1,135 @@
-"""Pictures of what a policy does."""
+"""What a policy predicts for a recorded episode, and pictures of it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
-from lerobot.datasets.factory import resolve_delta_timestamps
-from lerobot.policies import PreTrainedPolicy, make_pre_post_processors
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 
-from ray_jobs.engine.data import FrameReader, to_device
+from ray_jobs.engine.data import to_device
+from ray_jobs.engine.objective import Validation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+STRIP = 6  # camera frames that are kept of an episode
 
-def predicted_against_recorded(
-    policy: PreTrainedPolicy, pretrained_dir: Path, dataset_root: Path, episode: int, file: Path
-) -> Path:
-    """Draw one episode's recorded actions and, chunk after chunk, what the policy predicts in their place.
 
-    Each chunk starts from a recorded observation, so the picture shows prediction, not closed-loop control.
+@dataclass
+class Replay:
+    """One episode's recorded actions and, chunk after chunk, what the policy predicts in their place.
+
+    Each chunk starts from a recorded observation: prediction, not closed-loop control.
+    """
+
+    policy: str
+    episode: int
+    fps: int
+    names: list[str]
+    recorded: np.ndarray
+    """(frames, dims)"""
+    chunks: list[tuple[int, np.ndarray]]
+    """(first frame, (actions, dims)) of each prediction."""
+    strips: dict[str, list[np.ndarray]]
+    """By camera, a few frames of the episode from first to last: (H, W, 3) uint8."""
+
+
+def joint_names(meta: LeRobotDatasetMetadata) -> list[str]:
+    """Names of the action's dimensions, as the data set has them."""
+    names = meta.features[ACTION].get("names")
+    if isinstance(names, dict):  # grouped, as {"motors": [...]}
+        names = [name for group in names.values() for name in group]
+    dims = meta.features[ACTION]["shape"][0]
+    return list(names) if names and len(names) == dims else [f"action {d}" for d in range(dims)]
+
+
+def replay(
+    validation: Validation, policy: PreTrainedPolicy, before, after, device: torch.device, position: int = 0
+) -> Replay:
+    """Let the policy predict all of a held-out episode; call without gradients.
 
     Args:
-        policy: A trained policy, on any device.
-        pretrained_dir: The folder it was loaded from; holds its processors.
-        file: The picture to write (PNG).
+        before, after: Its processors.
+        position: Which of the validation's episodes.
     """
-    meta = LeRobotDatasetMetadata("local/data", root=dataset_root)
-    deltas = resolve_delta_timestamps(policy.config, meta)
-    dataset = LeRobotDataset(
-        "local/data",
-        root=dataset_root,
-        episodes=[episode],
-        delta_timestamps=deltas,
-        video_backend="pyav",
-        return_uint8=True,
-    )
-    before, after = make_pre_post_processors(policy.config, pretrained_path=str(pretrained_dir))
-    recorded = np.stack(dataset.hf_dataset.with_format("numpy")[ACTION][:])  # (frames, dims)
-    policy.eval()
+    dataset, episode = validation.dataset, validation.episodes[position]
+    meta = dataset.meta
+    index = np.asarray(dataset.hf_dataset.with_format("numpy")["episode_index"][:])
+    rows = np.flatnonzero(index == episode).tolist()
+    recorded = validation.actions[rows].numpy()
     policy.reset()
-    starts, chunks, frame = [], [], 0
-    with torch.no_grad():
-        while frame < len(recorded):
-            batch = to_device(FrameReader(dataset, threads=0)([frame]), meta.camera_keys, torch.device("cpu"))
-            chunk = after(policy.predict_action_chunk(before(batch)))[0].float().cpu().numpy()
-            starts.append(frame)
-            chunks.append(chunk[: len(recorded) - frame])
-            frame += len(chunk)
+    chunks, frame = [], 0
+    while frame < len(rows):
+        batch = before(to_device(validation.reader([rows[frame]]), meta.camera_keys, device))
+        chunk = after(policy.predict_action_chunk(batch))[0].float().cpu().numpy()
+        chunks.append((frame, chunk[: len(rows) - frame]))
+        frame += len(chunk)
+    strips = {key: [] for key in meta.camera_keys if key not in meta.depth_keys}
+    for row in np.linspace(0, len(rows) - 1, STRIP).round().astype(int) if strips else ():
+        batch = to_device(validation.reader([rows[row]]), meta.camera_keys, torch.device("cpu"))
+        for key, frames in strips.items():
+            image = batch[key].reshape(-1, *batch[key].shape[-3:])[-1]  # of a history, the newest
+            frames.append((255 * image.permute(1, 2, 0)).round().to(torch.uint8).numpy())
+    return Replay(policy.config.type, episode, meta.fps, joint_names(meta), recorded, chunks, strips)
 
-    names = meta.features[ACTION].get("names") or [f"action {d}" for d in range(recorded.shape[1])]
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
+
+def predicted_against_recorded(drawn: Replay, file: Path) -> Path:
+    """Draw a replay, a panel for each dimension (PNG)."""
+    columns = min(4, len(drawn.names))
+    rows = -(-len(drawn.names) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.4 * rows), squeeze=False, sharex=True)
-    seconds = np.arange(len(recorded)) / meta.fps
+    seconds = np.arange(len(drawn.recorded)) / drawn.fps
     for dim, axis in enumerate(axes.flat):
-        if dim >= len(names):
+        if dim >= len(drawn.names):
             axis.axis("off")
             continue
-        axis.plot(seconds, recorded[:, dim], color="0.4", linewidth=2, label="recorded")
-        for number, (start, chunk) in enumerate(zip(starts, chunks, strict=True)):
-            label = "predicted" if number == 0 else None
+        axis.plot(seconds, drawn.recorded[:, dim], color="0.4", linewidth=2, label="recorded")
+        for number, (start, chunk) in enumerate(drawn.chunks):
             axis.plot(
                 seconds[start : start + len(chunk)],
                 chunk[:, dim],
                 color="C1",
                 marker=".",
                 markersize=3,
-                label=label,
+                label="predicted" if number == 0 else None,
             )
-        axis.set_title(names[dim], fontsize=9)
+        axis.set_title(drawn.names[dim], fontsize=9)
     axes[0, 0].legend(fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("seconds")
-    figure.suptitle(f"{policy.config.type}: predicted against recorded actions, episode {episode}")
+    figure.suptitle(f"{drawn.policy}: predicted against recorded actions, episode {drawn.episode}")
+    return _saved(figure, file)
+
+
+def errors(results: dict[str, dict], file: Path) -> Path:
+    """Draw how the error grows over the horizon, and how it is spread over the joints, of some checkpoints (PNG).
+
+    Args:
+        results: What `trained.score` gives, by the checkpoint's name.
+    """
+    figure, (grown, joints) = plt.subplots(1, 2, figsize=(12, 4))
+    for number, (name, result) in enumerate(results.items()):
+        steps = np.arange(1, len(result["over_horizon"]) + 1)
+        grown.plot(steps, result["over_horizon"], marker=".", label=name)
+        names = [joint["joint"] for joint in result["joints"]]
+        values = [joint["error_in_std"] or 0.0 for joint in result["joints"]]
+        width = 0.8 / len(results)
+        joints.barh(np.arange(len(names)) + number * width, values, height=width, label=name)
+    joints.set_yticks(np.arange(len(names)) + 0.4 - width / 2, names, fontsize=7)
+    joints.invert_yaxis()
+    grown.set_xlabel("action of the prediction")
+    for axis in (grown, joints):
+        (axis.set_ylabel if axis is grown else axis.set_xlabel)("mean absolute error (std)")
+    grown.set_ylim(bottom=0)
+    grown.legend(fontsize=8)
+    return _saved(figure, file)
+
+
+def _saved(figure, file: Path) -> Path:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)

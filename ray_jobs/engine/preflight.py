@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import draccus
 import torch
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs.policies import PreTrainedConfig
@@ -42,6 +43,8 @@ from ray_jobs.engine.preflight_data import (
     where_it_is,
 )
 from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.simulator import SimulatorOptions
+from ray_jobs.engine.simulator import check as check_simulator
 
 COUNTED = ("act", "diffusion", "pi0", "pi05", "smolvla")  # policies that can be built without memory
 NAMED_TENSORS = 20  # of those that do not fit
@@ -61,6 +64,7 @@ def check(recipe: Recipe) -> None:
     once(dataset, chosen, lambda: check_files(dataset, meta, held_out))
     preflight_stream.check_data(recipe, meta)
     features, network = check_policy(recipe, meta)
+    _simulator(recipe, features)
     _backbone(recipe.lerobot.policy, features, recipe.options.assets.dir)
     _weights(recipe, network)
     network = _adapters(recipe, network)
@@ -83,7 +87,7 @@ def check_policy(
     _lengths(recipe.lerobot.policy)
     _resize(recipe, meta)
     _validation(recipe)
-    features = _features(recipe, meta)
+    features = check_features(recipe, meta)
     network = _network(recipe, features)
     _optimizer(recipe)
     return features, network
@@ -96,6 +100,24 @@ def _resize(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
     for key, feature in (policy.input_features or {}).items() if size else ():
         if feature.type is FeatureType.VISUAL:
             policy.input_features[key] = PolicyFeature(feature.type, (feature.shape[0], *size))
+
+
+def _simulator(recipe: Recipe, features: dict[str, PolicyFeature]) -> None:
+    """See that the environment that the policy is to act in while it is trained can be made, and fits it."""
+    cfg = recipe.lerobot
+    if cfg.env is None or cfg.env_eval_freq <= 0:
+        return
+    if recipe.options.ray.parallelism == "fsdp":
+        raise InputError(
+            f"--env.type={cfg.env.type}: with --ray.parallelism=fsdp no worker holds a whole policy to act with; "
+            "--env_eval_freq=0, and `ray_jobs.evaluate` afterwards."
+        )
+    if cfg.eval.n_episodes < 1 or cfg.eval.recording:
+        raise InputError("--eval.n_episodes must be at least 1, and --eval.recording is lerobot-eval's.")
+    options = SimulatorOptions(cfg.env, cfg.eval)
+    policy = with_features(cfg.policy, features)
+    what = f"environment {draccus.encode(options)} for {policy.input_features}"
+    once(cfg.dataset, what, lambda: check_simulator(options, policy, cfg.rename_map))
 
 
 def _validation(recipe: Recipe) -> None:
@@ -127,7 +149,7 @@ def _lengths(policy: PreTrainedConfig) -> None:
         )
 
 
-def _features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyFeature]:
+def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyFeature]:
     """See that the data set holds what the policy takes; returns its features under the policy's names."""
     cfg, policy, (name, _) = recipe.lerobot, recipe.lerobot.policy, where_it_is(recipe.lerobot.dataset)
     features = dataset_to_policy_features(meta.features)

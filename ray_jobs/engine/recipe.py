@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import draccus
+import torch
 from huggingface_hub import get_token, try_to_load_from_cache
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import parser as lerobot_parser
@@ -72,6 +73,7 @@ class Recipe:
             "device": self.device,
             "eval_steps": self.eval_steps,
             "wandb_run_id": self.lerobot.wandb.run_id,
+            "threads": torch.get_num_threads(),  # the last digits of what a CPU computes depend on it
         }
         content = {**draccus.encode(self.options), ASKED: asked}
         scratch.write_text(json.dumps(content, indent=2) + "\n")
@@ -125,8 +127,6 @@ def resolve(argv: Sequence[str]) -> Recipe:
         notices.append(
             f"--policy.device={device}: Ray gives every worker a GPU of its own, whatever its number."
         )
-    if cfg.env is not None and cfg.env_eval_freq > 0:
-        notices.append("The simulator is not run while training; lerobot-eval scores a checkpoint in it.")
     if cfg.policy.push_to_hub and (reason := _no_upload(cfg.policy.repo_id, options)):
         cfg.policy.push_to_hub = False
         notices.append(f"The policy will not be uploaded to --policy.repo_id={cfg.policy.repo_id}: {reason}.")

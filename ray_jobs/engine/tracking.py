@@ -1,8 +1,8 @@
-"""What a run leaves for people to read: metrics.jsonl, summary.json and, if asked for, a W&B run.
+"""What a run leaves for people to read: metrics.jsonl, summary.json, TensorBoard's events and, if asked for, a W&B run.
 
 Only the main process tracks. `metrics.jsonl` holds one JSON object per log or validation step; after a
-resume the lines behind the checkpoint are dropped, so that every step stands in it once. W&B sees the same
-values under the same names, in one run with one id however often the training was restarted.
+resume the lines behind the checkpoint are dropped, so that every step stands in it once. TensorBoard and W&B see the same
+values under the same names; W&B in one run with one id however often the training was restarted.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch
 from lerobot.common.wandb_utils import cfg_to_group, get_safe_wandb_artifact_name
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
+from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -61,14 +62,19 @@ class Tracker:
         scratch.replace(self.output_dir / METRICS_FILE)
         self.history = kept
         self.file = (self.output_dir / METRICS_FILE).open("a", buffering=1)
+        # Of an earlier session, TensorBoard leaves out what lies behind the checkpoint.
+        self.board = SummaryWriter(str(self.output_dir), purge_step=start_step + 1, flush_secs=10)
         self.wandb = _init_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         record = {"step": step, **metrics}
         self.history.append(record)
         self.file.write(json.dumps(record) + "\n")
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
         if self.wandb:
-            self.wandb.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step=step)
+            self.wandb.log(numbers, step=step)
 
     def log_cameras(self, images: dict[str, torch.Tensor], step: int) -> None:
         """Show W&B what the cameras of the first batch see, as a sanity check: float (B, C, H, W) in [0, 1]."""
@@ -84,6 +90,7 @@ class Tracker:
         """Write summary.json, hand the final checkpoint to W&B and close its run."""
         write_json(self.output_dir / SUMMARY_FILE, summary)
         self.file.close()
+        self.board.close()
         if self.wandb:
             self.wandb.summary.update(
                 {k: v for k, v in summary.items() if isinstance(v, int | float | str | dict)}

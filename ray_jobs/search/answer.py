@@ -13,8 +13,12 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import duration
+from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.tracking import SUMMARY_FILE, write_json
+from ray_jobs.search import card
+from ray_jobs.search.options import MORE_IS_BETTER
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import flags
 from ray_jobs.search.study import (
@@ -24,6 +28,7 @@ from ray_jobs.search.study import (
     POLICY,
     REASON,
     STEPS,
+    TIMES,
     WALL,
     WALL_S,
     finished,
@@ -45,8 +50,10 @@ OF_THE_SEARCH = (
 )  # not of the long training
 
 
-def sweep(plan: Plan, study: Study) -> None:
-    """Remove the checkpoints of trials that cannot win any more: only the best few keep theirs."""
+def note(plan: Plan, study: Study) -> None:
+    """Bring the folder up to date: trials.csv, and no checkpoints of trials that cannot win any more: only the best
+    few keep theirs."""
+    _trials_csv(plan, study, trials_of(study))
     keep = _winners(plan, study)
     for trial in trials_of(study):
         if trial.state.is_finished() and trial.number not in keep:
@@ -63,12 +70,17 @@ def _winners(plan: Plan, study: Study) -> set[int]:
     return {t.number for t in finished(study)[:room]}
 
 
-def write(plan: Plan, study: Study, status: str, wall_s: float) -> dict:
-    """Write everything that the search has found; returns the summary. `wall_s` are the seconds of this session."""
+def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> dict:
+    """Write everything that the search has found; returns the summary.
+
+    Args:
+        wall_s: The seconds of this session.
+        each: What each worker of a trial has reserved.
+    """
     wall_s += study.user_attrs.get(WALL, 0.0)
     study.set_user_attr(WALL, wall_s)
     trials = trials_of(study)
-    _trials_csv(plan, study, trials)
+    note(plan, study)
     ranked = ranking(study)
     baselines = [t for t in ranked if BASELINE in t.user_attrs]
     # With several policies: that of the winner's, if it was trained to its end.
@@ -77,6 +89,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float) -> dict:
     full = plan.steps * len(trials)
     trained = sum(t.user_attrs.get(STEPS, t.last_step or 0) for t in trials)
     states = [t.state for t in trials]
+    workers = plan.options.tune.workers_per_trial
     summary = {
         "status": status,
         "study": study.study_name,
@@ -88,6 +101,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float) -> dict:
         "trained_steps": trained,
         "trained_share": round(trained / full, 3) if full else None,
         "wall_s": round(wall_s, 1),
+        "each_trial": {"cpus": each.cpus * workers, "gpus": each.gpus * workers},
         "importances": importances(study, plan.grace_steps),
         "baseline": _described(plan, study, published),
         "best": _described(plan, study, ranked[0] if ranked else None),
@@ -96,7 +110,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float) -> dict:
         front = sorted(study.best_trials, key=lambda t: t.values)
         summary["front"] = [_described(plan, study, t) for t in front]
     if ranked:
-        summary["command"] = _best(plan, ranked[0])
+        summary["command"] = _best(plan, ranked[0], summary)
     write_json(plan.output_dir / SUMMARY_FILE, summary)
     return summary
 
@@ -145,11 +159,17 @@ def _trials_csv(plan: Plan, study: Study, trials: list[FrozenTrial]) -> None:
             config = t.user_attrs.get(CONFIG, {})
             table.writerow(
                 [t.number, t.state.name, *values, t.user_attrs.get(BEST_STEP),
-                 t.user_attrs.get(STEPS, t.last_step), t.user_attrs.get(WALL_S),
+                 t.user_attrs.get(STEPS, t.last_step), t.user_attrs.get(WALL_S, _seconds(t)),
                  BASELINE in t.user_attrs, json.dumps(repeats.get(str(t.number), {})), t.user_attrs.get(REASON),
                  *(config.get(flag) for flag in searched)]
             )  # fmt: skip
     scratch.replace(plan.output_dir / TRIALS_FILE)
+
+
+def _seconds(trial: FrozenTrial) -> float | None:
+    """How long a trial lasted that was stopped early: nobody was there to tell."""
+    times = trial.user_attrs.get(TIMES, {})
+    return round(times["end"] - times["begun"], 1) if {"begun", "end"} <= times.keys() else None
 
 
 def importances(study: Study, step: int) -> dict[str, float]:
@@ -176,8 +196,8 @@ def importances(study: Study, step: int) -> dict[str, float]:
         return {}
 
 
-def _best(plan: Plan, trial: FrozenTrial) -> str:
-    """Write best/: checkpoint, train_config.json, and the command that trains the configuration in full; returns
+def _best(plan: Plan, trial: FrozenTrial, summary: dict) -> str:
+    """Write best/: checkpoint with its model card, train_config.json, and the command that trains the configuration in full; returns
     how to start it."""
     target = plan.output_dir / BEST_DIR
     scratch = plan.output_dir / f".{BEST_DIR}.tmp"
@@ -189,7 +209,9 @@ def _best(plan: Plan, trial: FrozenTrial) -> str:
     source = next((p for name in names if (p := checkpoints / name).exists()), None)
     if source is not None:
         shutil.copytree(source.resolve(), scratch / "checkpoint", copy_function=_link_or_copy)
+        card.write(plan, summary, scratch / "checkpoint")
         shutil.copyfile(source / "pretrained_model" / "train_config.json", scratch / "train_config.json")
+        shutil.copyfile(checkpoints.parent / OPTIONS_FILE, scratch / OPTIONS_FILE)  # what was held out, say
     words = [word for word in plan.base if word[2:].partition("=")[0] not in OF_THE_SEARCH]
     typed = [f"--{flag}={plan.typed[flag]}" for flag in ("log_freq",) if flag in plan.typed]
     steps = plan.options.tune.final_steps
@@ -257,9 +279,12 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
         if published:
             first = next(iter(published["values"]))
             ours, theirs = (row.get("mean", row["values"][first]) for row in (best, published))
-            gain = 1 - ours / theirs if theirs else 0.0
+            if first in MORE_IS_BETTER:
+                gain = f"best is {100 * (ours - theirs):.1f} points higher"
+            else:
+                gain = f"best is {1 - ours / theirs if theirs else 0.0:.1%} lower"
             say(f"published   {_values(published)} (trial {published['trial']}, as many steps){_spread(published)}; "
-                f"best is {gain:.1%} lower")  # fmt: skip
+                f"{gain}")  # fmt: skip
     if summary["importances"]:
         top = list(summary["importances"].items())[:3]
         say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top))
@@ -267,6 +292,9 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
     say("            " + ", ".join(word[2:] for word in flags(changed)) if changed else "")
     say(f"left        {plan.output_dir}/{{trials.csv,summary.json,study.db,best}}")
     say(f"train it    {summary['command']}")
+    policy = plan.output_dir / BEST_DIR / "checkpoint" / "pretrained_model"
+    if policy.is_dir():
+        say(f"upload it   hf upload USER/{plan.output_dir.name} {shlex.quote(str(policy))}")
 
 
 def _values(row: dict) -> str:

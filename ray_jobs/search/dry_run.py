@@ -44,7 +44,7 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
     for name, text in plan.space.describe().items():
         say(f"  {name:38} {text}")
     study = optuna.create_study(
-        sampler=make_sampler(tune, plan.recipe.lerobot.seed or 0), directions=["minimize"] * len(tune.metrics)
+        sampler=make_sampler(tune, plan.recipe.lerobot.seed or 0), directions=tune.directions
     )
     for params in plan.space.baselines():
         study.enqueue_trial(params)

@@ -11,7 +11,8 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import parse
 from ray_jobs.engine.options import at_least
 
-METRICS = ("val/action_error", "val/loss", "val/inference_ms")  # what validations report; less is better
+METRICS = ("val/action_error", "val/loss", "val/inference_ms", "env/success_rate")  # what trials report
+MORE_IS_BETTER = ("env/success_rate",)
 SAMPLERS = ("tpe", "random", "cmaes", "gp", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 
@@ -23,7 +24,7 @@ class TuneOptions:
     num_samples: int = 16
     """Trials of the search, the published recipe (trial 0) included."""
     metric: str = "val/action_error"
-    """What is minimized. Several, with commas, give a Pareto front: val/action_error,val/inference_ms."""
+    """What is minimized; env/success_rate is maximized (with --env.type). Several, with commas, give a Pareto front."""
     sampler: str = "tpe"
     """Optuna's sampler: tpe, random, cmaes, gp or nsga2."""
     scheduler: str = "asha"
@@ -59,6 +60,10 @@ class TuneOptions:
     @property
     def metrics(self) -> list[str]:
         return [name.strip() for name in self.metric.split(",")]
+
+    @property
+    def directions(self) -> list[str]:
+        return ["maximize" if name in MORE_IS_BETTER else "minimize" for name in self.metrics]
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "workers_per_trial", "seeds", "finalists", "keep_trials", "final_steps"):

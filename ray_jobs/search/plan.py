@@ -16,6 +16,7 @@ import yaml
 
 from ray_jobs.engine import preflight
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.preflight_data import open_dataset
@@ -36,6 +37,7 @@ SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
 RUNGS = 9  # validations of a trial, unless told otherwise: with asha, one in three goes on at 1/9 and at 1/3
 EVAL_FRAMES = 256
+EPISODES = 20  # in a simulator, at every validation
 FOLDERS = {"dataset.root", "policy.path", "policy.pretrained_path", "data.cache"}
 NOT_COMPARED = (
     "wandb.",
@@ -83,7 +85,8 @@ class Plan:
     @property
     def grace_steps(self) -> int:
         """Steps that every trial is given."""
-        return self.options.tune.grace_steps or self.recipe.eval_steps
+        first = self.recipe.lerobot.env_eval_freq if SUCCESS in self.options.tune.metrics else 0
+        return self.options.tune.grace_steps or max(first, self.recipe.eval_steps)
 
     @property
     def study_name(self) -> str:
@@ -249,6 +252,12 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     }
     if not theirs.keys() & {"data.eval_episodes", "dataset.eval_split"}:
         defaults["dataset.eval_split"] = "0.1"
+    if SUCCESS in options.tune.metrics:
+        if "env.type" not in theirs:
+            raise InputError(
+                f"--tune.metric={options.tune.metric} needs a simulator: --env.type=pusht, say. --help of lerobot-eval tells more."
+            )
+        defaults |= {"env_eval_freq": defaults["eval_steps"], "eval.n_episodes": str(EPISODES)}
     if "val/inference_ms" in options.tune.metrics:
         defaults["data.eval_timing"] = "true"
     if options.tune.workers_per_trial > 1:

@@ -15,16 +15,24 @@ class Progress:
     """Takes the events of the study (`ended`, `notice`) and of the trials, which carry a `trial`.
 
     Args:
+        higher: Whether more of the metric is better.
         done: Trials that had ended before, in a resumed search.
         best: Their best value and trial, or None.
     """
 
     def __init__(
-        self, *, num_samples: int, steps: int, metric: str, done: int, best: tuple[float, str] | None
+        self,
+        *,
+        num_samples: int,
+        steps: int,
+        metric: str,
+        higher: bool,
+        done: int,
+        best: tuple[float, str] | None,
     ):
         self.console = Console(highlight=False, soft_wrap=True)
         self.num_samples, self.steps, self.metric = num_samples, steps, metric
-        self.done, self.best = done, best
+        self.sign, self.done, self.best = (-1 if higher else 1), done, best
         self.counts: dict[str, int] = {}
         self.said: set[str] = set()
         self.running: dict[str, dict] = {}
@@ -81,7 +89,7 @@ class Progress:
         if not event["repeat"] and status != "interrupted":
             self.done, self.ended_here = self.done + 1, self.ended_here + 1
             if status not in ("failed", "pruned") and value is not None:
-                if self.best is None or value < self.best[0]:
+                if self.best is None or self.sign * value < self.sign * self.best[0]:
                     self.best, text = (value, name), text + ", the best so far"
         self.say(text)
 

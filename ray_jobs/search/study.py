@@ -15,7 +15,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -56,7 +56,7 @@ def open_study(plan: Plan, seed: int) -> Study:
         study = optuna.create_study(
             storage=_storage(url),
             study_name=name,
-            directions=["minimize"] * len(options.metrics),
+            directions=options.directions,
             load_if_exists=True,
         )
     except Exception as error:
@@ -71,7 +71,7 @@ def open_study(plan: Plan, seed: int) -> Study:
                 study.enqueue_trial(params, user_attrs={BASELINE: True})
         study.set_user_attr(SPACE, plan.space.fingerprint())
     elif saved[METRIC] != options.metric:
-        fault = f"minimizes {saved[METRIC]}, the command {options.metric}"
+        fault = f"optimizes {saved[METRIC]}, the command {options.metric}"
     elif saved[SPACE] != plan.space.fingerprint():
         fault = "searches another space"
     elif changed := sorted(
@@ -151,7 +151,7 @@ def trials_of(study: Study) -> list[FrozenTrial]:
 def finished(study: Study) -> list[FrozenTrial]:
     """Trials trained to the end, the best first (by the first metric)."""
     done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
-    return sorted(done, key=lambda t: t.values[0])
+    return sorted(done, key=lambda t: t.values[0], reverse=_maximizes(study))
 
 
 def repeats_of(study: Study) -> dict[str, dict[str, float]]:
@@ -165,10 +165,17 @@ def mean_value(study: Study, trial: FrozenTrial) -> float:
     return sum(values) / len(values)
 
 
+def _maximizes(study: Study) -> bool:
+    return study.directions[0] == StudyDirection.MAXIMIZE
+
+
 def ranking(study: Study) -> list[FrozenTrial]:
     """Trials trained to the end, the best first; after --tune.seeds those trained with most seeds go first."""
     repeats = repeats_of(study)
-    return sorted(finished(study), key=lambda t: (-len(repeats.get(str(t.number), {})), mean_value(study, t)))
+    sign = -1 if _maximizes(study) else 1
+    return sorted(
+        finished(study), key=lambda t: (-len(repeats.get(str(t.number), {})), sign * mean_value(study, t))
+    )
 
 
 # ---------------------------------------------------------------------- Ray Tune's side

@@ -60,7 +60,7 @@ def run_trial(
         config: From `StudySearch.suggest`.
         base: Command-line arguments that all trials share.
         group: The study's name, for W&B.
-        metrics: What the search minimizes.
+        metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
         line: Handle of the search's `cluster.Line`.
     """
@@ -85,9 +85,9 @@ def run_trial(
         if event["kind"] in ("start", "step"):
             times.setdefault(event["kind"], time.time())
         tell({**event, "trial": config["trial"]})
-        if event["kind"] == "eval":
+        if event["kind"] == "eval" and all(name in event for name in metrics):
             try:
-                values = {key: event[key] for key in ("step", *metrics) if key in event}
+                values = {key: event[key] for key in ("step", *metrics)}
                 tune.report({**values, "times": {**times, "end": time.time()}})
             except SystemExit:  # how Tune stops a trial: the loop ends in its own way
                 pruned = True
@@ -104,7 +104,7 @@ def run_trial(
             summary = _train_on_workers(recipe, each, report, lambda: PRUNED if pruned else asked_to_stop())
         else:
             summary = train_here(recipe, report, lambda: PRUNED if pruned else asked_to_stop())
-        result = {"status": summary["status"], "wall_s": summary["wall_s"], **best_values(folder, metrics)}
+        result = {**_outcome(summary), **best_values(folder, metrics)}
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
     except torch.OutOfMemoryError:

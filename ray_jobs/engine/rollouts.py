@@ -1,0 +1,103 @@
+"""Episodes in a simulator, shared by workers of a Ray cluster. Each worker loads the checkpoint itself."""
+
+import contextlib
+import pickle
+from collections.abc import Callable, Iterator
+
+from ray_jobs.engine.console import no_garbage_collection, quiet
+from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.explain import first_line
+
+
+def run(
+    trained,
+    options,
+    *,
+    num_workers: int | None,
+    plugins: list[str],
+    videos: int,
+    show: Callable[[list[dict]], None],
+) -> list[dict]:
+    """Run all episodes of `options` (`SimulatorOptions`); returns them in the order of their seeds.
+
+    Args:
+        trained: The `Trained` policy.
+        num_workers: How many workers; 0 runs all in this process, None uses what the cluster holds.
+        plugins: Packages to import first, of `--*.discover_packages_path`.
+        videos: Of how many episodes to keep a video: the first ones.
+        show: Called with the episodes that are done, now and then.
+    """
+    batches = list(enumerate(options.batches))
+    done: list[dict] = []
+    arriving = (
+        _in_this_process(trained, options, batches, videos)
+        if num_workers == 0
+        else _on_workers(trained, options, batches, num_workers, plugins, videos)
+    )
+    for episodes in arriving:
+        done += episodes
+        show(done)
+    return sorted(done, key=lambda episode: (episode["task"], episode["seed"]))
+
+
+def _in_this_process(trained, options, batches: list, videos: int) -> Iterator[list[dict]]:
+    import torch
+
+    from ray_jobs.engine import parallel
+    from ray_jobs.engine.simulator import Simulator
+    from ray_jobs.engine.trained import load
+
+    policy, before, after = load(trained, env=options.env)
+    accelerator = parallel.make_accelerator(trained.recipe.lerobot, trained.recipe.options.ray)
+    simulator = Simulator(options)
+    size = options.eval.batch_size
+    with contextlib.closing(simulator), torch.no_grad(), accelerator.autocast():
+        for number, batch in batches:
+            yield list(simulator.run(policy, before, after, batch, videos=max(0, videos - number * size)))
+
+
+def _on_workers(
+    trained, options, batches: list, num_workers: int | None, plugins: list[str], videos: int
+) -> Iterator[list[dict]]:
+    import ray
+
+    from ray_jobs.engine import cluster
+
+    asked = trained.recipe.options.ray
+    total = int(ray.cluster_resources().get("CPU", 1))
+    workers = min(num_workers or total, len(batches))
+    cpus = asked.cpus_per_worker or (1 if total >= workers else None)
+    gpus = asked.gpus_per_worker
+    if gpus is None and (trained.recipe.device or "cuda").startswith("cuda"):
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)  # several share one
+    each = cluster.share(workers, cpus, gpus or 0.0, trained.recipe.device)
+    task = ray.remote(
+        num_cpus=each.cpus, num_gpus=each.gpus, num_returns="streaming", runtime_env={"env_vars": each.env}
+    )(_worker)
+    # As bytes: what is in them needs the plugins.
+    work = pickle.dumps((trained, options))
+    running = [task.remote(work, plugins, batches[n::workers], videos) for n in range(workers)]
+    while running:
+        ready, _ = ray.wait(running, num_returns=1)
+        try:
+            yield ray.get(next(ready[0]))
+        except StopIteration:
+            running.remove(ready[0])
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise RunError(
+                f"a worker of the simulator failed: {type(cause).__name__}: {first_line(cause)}"
+            ) from error
+
+
+def _worker(work: bytes, plugins: list[str], batches: list, videos: int) -> Iterator[list[dict]]:
+    quiet()
+    with no_garbage_collection():
+        from lerobot.configs.parser import load_plugin
+
+        import ray_jobs.engine.trained  # noqa: F401
+
+    for package in plugins:
+        load_plugin(package)
+    trained, options = pickle.loads(work)
+    yield from _in_this_process(trained, options, batches, videos)

@@ -1,0 +1,276 @@
+"""Score trained policies: on held-out episodes, and in a simulator.
+
+    python -m ray_jobs.evaluate --checkpoint=outputs/act
+    python -m ray_jobs.evaluate --checkpoint=outputs/act --env.type=part_sorting --eval.n_episodes=50
+
+`--checkpoint` is a run's folder (its best checkpoint, else its last), a checkpoint, a `pretrained_model` folder, a
+search (all trials that keep checkpoints), or several of these with commas. What was held out, and how it is compared, is
+what the training said: the value is the one that it reported, to the last digit.
+
+    --output_dir=FOLDER            for results and pictures; a new one under outputs/ if left out
+    --dataset.* --data.*           other data, or other episodes: --data.eval_episodes='[18,19]'
+    --max_eval_samples=N           score N frames, spread over the episodes; 0 scores all
+    --env.* --eval.* --seed=1000   as in lerobot-eval, with --eval.n_episodes spread over Ray's workers
+    --rename_map, --policy.device, --assets.dir, --tolerance_s, --num_workers as in ray_jobs.train
+    --ray.num_workers=N            workers for the simulator; 0 runs it in this process; by default what the cluster holds
+"""
+
+import csv
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_jobs.engine import cluster
+from ray_jobs.engine.console import OUTPUT_EVERY_S, duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.options import parse_options, read_flags
+
+if TYPE_CHECKING:
+    from ray_jobs.engine.simulator import SimulatorOptions
+    from ray_jobs.engine.trained import Trained
+
+GROUPS = ("dataset.", "data.", "env.", "eval.", "ray.", "assets.")
+FLAGS = ("rename_map", "max_eval_samples", "seed", "policy.device", "tolerance_s", "num_workers")
+VIDEOS = 4  # of the first episodes in a simulator
+RESULTS = "evaluation.json"
+
+
+def main(argv: list[str]) -> int:
+    """Score each checkpoint, write the results, and say them. Returns the exit status."""
+    quiet()
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    flags, notices = read_flags(argv)
+    checkpoint, output_dir = flags.pop("checkpoint", None), flags.pop("output_dir", None)
+    if not checkpoint:
+        raise InputError("--checkpoint is missing: what to evaluate, as in --checkpoint=outputs/act.")
+    in_simulator = any(name.startswith("env.") for name in flags)
+    if (
+        in_simulator
+        and parse_options({k: v for k, v in flags.items() if k.startswith("ray.")}).ray.num_workers
+    ):
+        cluster.start(flags.get("ray.address"))
+    with no_garbage_collection():
+        from ray_jobs.engine import trained as trained_module
+        from ray_jobs.engine.flags import check_flags
+    check_flags(flags)
+    for name in flags:
+        if not name.startswith(GROUPS) and name not in FLAGS and "discover_packages_path" not in name:
+            raise InputError(f"--{name} has no effect on a trained policy; --help lists what has.")
+    simulator = _simulator(flags) if in_simulator else None
+    target = Path(output_dir) if output_dir else _next_folder(Path("outputs"))
+    if target.exists():
+        raise InputError(f"--output_dir={target} already exists, and nothing in it is overwritten.")
+    found = _find(checkpoint)
+    policies = [trained_module.open_trained(name, folder, flags) for name, folder in found.items()]
+    if simulator:
+        from ray_jobs.engine.simulator import check
+
+        for one in policies:
+            check(simulator, one.recipe.lerobot.policy, one.recipe.lerobot.rename_map)
+    for notice in notices:
+        print(notice)
+    results = {one.name: _evaluate(one, flags, simulator, target) for one in policies}
+    _write(target, results, argv)
+    _last_screen(target, results)
+    return 0
+
+
+def _simulator(flags: dict[str, str]) -> "SimulatorOptions":
+    import draccus
+
+    from ray_jobs.engine.explain import parse
+    from ray_jobs.engine.simulator import SimulatorOptions
+
+    if "env.type" not in flags:
+        name = next(name for name in flags if name.startswith("env."))
+        raise InputError(f"--env.type is missing: --{name} alone does not say of which env.")
+    ours = {k: v for k, v in flags.items() if k.startswith(("env.", "eval.")) or k == "seed"}
+    words = [f"--{k}={v}" for k, v in ours.items() if "discover_packages_path" not in k]
+    options = parse(lambda: draccus.parse(SimulatorOptions, args=words), flags)
+    if options.eval.n_episodes < 1 or options.eval.recording:
+        raise InputError("--eval.n_episodes must be at least 1, and --eval.recording is lerobot-eval's.")
+    return options
+
+
+def _next_folder(parent: Path) -> Path:
+    return next(path for n in range(1, 10**6) if not (path := parent / f"evaluation-{n}").exists())
+
+
+def _find(checkpoint: str) -> dict[str, Path]:
+    """`pretrained_model` folders by a short name."""
+    from ray_jobs.engine.checkpoint import pretrained_dir
+    from ray_jobs.search.plan import SEARCH_FILE
+    from ray_jobs.search.trial import TRIALS_DIR
+
+    found = {}
+    for word in checkpoint.split(","):
+        path = Path(word.strip())
+        if (path / SEARCH_FILE).is_file():
+            kept = sorted(p.parent for p in (path / TRIALS_DIR).glob("*/checkpoints") if any(p.iterdir()))
+            if not kept:
+                raise InputError(f"--checkpoint={path}: no trial of this search has a checkpoint (yet).")
+            found |= {f"trial {trial.name}": pretrained_dir(trial) for trial in kept}
+        else:
+            found[str(path)] = pretrained_dir(path)
+    return found
+
+
+def _evaluate(one: "Trained", flags: dict, simulator: "SimulatorOptions | None", target: Path) -> dict:
+    """All about one checkpoint; writes its pictures and videos."""
+    from ray_jobs.engine.pictures import predicted_against_recorded
+    from ray_jobs.engine.trained import score
+
+    print(f"{one.name}: {one.recipe.lerobot.policy.type}" + (f", step {one.step}" if one.step else ""))
+    folder = target / one.name.replace("trial ", "trial-").strip("/").replace("/", "_")
+    result: dict = {"checkpoint": str(one.folder), "policy": one.recipe.lerobot.policy.type, "step": one.step}
+    if one.recipe.lerobot.dataset.repo_id:
+        result, drawn = score(one, say=print)
+        folder.mkdir(parents=True, exist_ok=True)
+        predicted_against_recorded(drawn, folder / "predicted_against_recorded.png")
+    elif simulator is None:
+        raise InputError(
+            f"--checkpoint={one.name}: it does not say what it was trained on. --dataset.repo_id (and --dataset.root) name "
+            "the data to score it on, --env.type a simulator."
+        )
+    if simulator:
+        result["simulator"] = _run_simulator(one, flags, simulator, folder)
+    return result
+
+
+def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", folder: Path) -> dict:
+    from ray_jobs.engine import rollouts
+    from ray_jobs.engine.simulator import success
+
+    workers = int(flags["ray.num_workers"]) if "ray.num_workers" in flags else None
+    if workers != 0:
+        cluster.start(flags.get("ray.address")).result()
+    started = told = time.monotonic()
+
+    def show(done: list[dict]) -> None:
+        nonlocal told
+        if time.monotonic() - told > OUTPUT_EVERY_S:
+            told = time.monotonic()
+            print(
+                f"  {len(done)}/{options.eval.n_episodes} episodes, {success(done)['success_rate']:.0%} so far"
+            )
+
+    plugins = [value for name, value in flags.items() if "discover_packages_path" in name]
+    episodes = rollouts.run(one, options, num_workers=workers, plugins=plugins, videos=VIDEOS, show=show)
+    for episode in episodes:
+        film = episode.pop("video")
+        if film:
+            (folder / "videos").mkdir(parents=True, exist_ok=True)
+            file = folder / "videos" / f"{episode['task']}_seed_{episode['seed']}.mp4"
+            file.write_bytes(film)
+            episode["video"] = str(file.relative_to(folder.parent))
+    tasks = {episode["task"] for episode in episodes}
+    return {
+        "env": options.env.type,
+        **success(episodes),
+        "tasks": {t: success([e for e in episodes if e["task"] == t]) for t in sorted(tasks)},
+        "wall_s": round(time.monotonic() - started, 1),
+        "per_episode": episodes,
+    }
+
+
+# ---------------------------------------------------------------------- what is left behind, and said
+
+
+def _write(target: Path, results: dict[str, dict], argv: list[str]) -> None:
+    from ray_jobs.engine.pictures import errors
+
+    target.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "ray_jobs.evaluate", *argv])
+    content = {"command": command, "results": results}
+    (target / RESULTS).write_text(json.dumps(content, indent=2) + "\n")
+    scored = {name: result for name, result in results.items() if "joints" in result}
+    tables = {
+        "checkpoints.csv": [_row(name, result) for name, result in results.items()],
+        "joints.csv": [{"name": name, **joint} for name, r in scored.items() for joint in r["joints"]],
+        "horizon.csv": [
+            {"name": name, "action": number, "error_in_std": error}
+            for name, r in scored.items()
+            for number, error in enumerate(r["over_horizon"], 1)
+        ],
+        "episodes.csv": [
+            {"name": name, **episode}
+            for name, r in results.items()
+            if "simulator" in r
+            for episode in r["simulator"]["per_episode"]
+        ],
+    }
+    for name, rows in tables.items():
+        if rows:
+            with (target / name).open("w", newline="") as file:
+                table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+                table.writeheader()
+                table.writerows(rows)
+    if scored:
+        errors(scored, target / "errors.png")
+
+
+def _row(name: str, result: dict) -> dict:
+    """One line about a checkpoint."""
+    keys = (
+        "checkpoint",
+        "policy",
+        "step",
+        "horizon",
+        "frames",
+        "val/action_error",
+        "val/loss",
+        "real_time_factor",
+    )
+    row = {"name": name, **{key: result.get(key) for key in keys}}
+    row |= {f"inference_{key}_ms": result.get("inference_ms", {}).get(key) for key in ("p50", "p95")}
+    return row | {
+        key: result.get("simulator", {}).get(key) for key in ("success_rate", "low", "high", "episodes")
+    }
+
+
+def _last_screen(target: Path, results: dict[str, dict]) -> None:
+    for name, result in results.items():
+        print(f"\n{name}")
+        if "joints" in result:
+            reported = result["reported"]
+            same = "" if reported is None else (
+                ", as the training reported" if reported == result["val/action_error"]
+                else f"; the training reported {reported:.6g}"
+            )  # fmt: skip
+            print(
+                f"  error     val/action_error {result['val/action_error']:.6g} std over {result['horizon']} actions, "
+                f"{len(result['episodes'])} episodes, {result['frames']} frames{same}"
+            )
+            worst = sorted(result["joints"], key=lambda joint: -(joint["error_in_std"] or 0))[:3]
+            print(
+                "  largest   "
+                + ", ".join(f"{j['joint']} {j['error']:.3g}" for j in worst)
+                + " (data's units)"
+            )
+            times = result["inference_ms"]
+            print(
+                f"  inference {times['p50']:.3g} ms, 95 % within {times['p95']:.3g} ms; "
+                f"{result['actions_per_prediction']} actions at {result['fps']} fps: "
+                f"{result['real_time_factor']:.3g} times real time"
+            )
+        if "simulator" in result:
+            in_it = result["simulator"]
+            print(
+                f"  {in_it['env']}: success {in_it['success_rate']:.1%} of {in_it['episodes']} episodes "
+                f"(95 %: {in_it['low']:.1%} to {in_it['high']:.1%}) in {duration(in_it['wall_s'])}"
+            )
+    horizons = {result["horizon"] for result in results.values() if "horizon" in result}
+    if len(horizons) > 1:
+        print(
+            f"\nmind        the errors are over {sorted(horizons)} actions, which is not the same; "
+            f"--data.eval_horizon={min(horizons)} compares them"
+        )
+    print(f"\nleft        {target}")
+
+
+if __name__ == "__main__":
+    run_job(main, at_end=cluster.leave)

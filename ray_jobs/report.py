@@ -1,0 +1,37 @@
+"""Write the report of a search or of a training, finished or still going on: one HTML file that opens anywhere.
+
+    python -m ray_jobs.report --output_dir=outputs/act_search
+
+A search writes its own when it ends; this writes it again, say while it runs, or after an evaluation whose success
+rates (`ray_jobs.evaluate ... --output_dir=outputs/act_search/evaluation`) are then part of it.
+"""
+
+from pathlib import Path
+
+from ray_jobs.engine.console import quiet, run_job
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.options import read_flags
+
+
+def main(argv: list[str]) -> int:
+    quiet()
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    flags, _ = read_flags(argv)
+    if set(flags) != {"output_dir"}:
+        raise InputError("one flag is wanted, --output_dir: the folder of a search or of a training.")
+    folder = Path(flags["output_dir"])
+    if not folder.is_dir():
+        raise InputError(f"--output_dir={folder}: there is no such folder.")
+    from ray_jobs.engine import page
+    from ray_jobs.search import report
+    from ray_jobs.search.plan import SEARCH_FILE
+
+    write = report.write_search if (folder / SEARCH_FILE).is_file() else page.write_run
+    print(f"report      {write(folder.absolute())}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main, at_end=lambda: None)

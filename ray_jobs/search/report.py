@@ -1,0 +1,348 @@
+"""report.html of a search, from what lies in its folder: trials.csv, summary.json, the trials' metrics, the best
+checkpoint. Every number in it stands in one of these, so it can be written again at any time."""
+
+import csv
+import json
+import shlex
+from pathlib import Path
+
+from ray_jobs.engine.checkpoint import pretrained_dir
+from ray_jobs.engine.console import duration
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.page import Section, actions, in_simulator, reproduce, write
+from ray_jobs.engine.svg import Chart, bars, parallel, short
+from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
+from ray_jobs.search.answer import BEST_DIR, COMMAND_FILE, TRIALS_FILE
+from ray_jobs.search.options import MORE_IS_BETTER
+from ray_jobs.search.plan import SEARCH_FILE
+from ray_jobs.search.study import trial_name
+from ray_jobs.search.trial import trial_dir
+
+FIXED_COLUMNS = ("trial", "state", "best_step", "steps", "wall_s", "baseline", "other_seeds", "reason")
+SLICES = 6  # parameters that are shown one by one
+LARGEST_GB = 2  # policies that a search's driver opens to show what they predict
+KEYS = [
+    ("best", "best"),
+    ("published", "published recipe"),
+    ("other", "trained in full"),
+    ("pruned", "pruned"),
+]
+
+
+class Found:
+    """What a search's folder tells.
+
+    `rows` are those of trials.csv; `best` and `published` are rows, or None; `searched` are the parameters that differ
+    between trials, the most important first; `higher` is whether more of the metric is better.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.flags: dict[str, str] = read_json(folder / SEARCH_FILE)["flags"]
+        self.summary = read_json(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).is_file() else {}
+        self.metrics = (
+            self.summary.get("metric") or self.flags.get("tune.metric", "val/action_error")
+        ).split(",")
+        self.metric = self.metrics[0]
+        self.higher = self.metric in MORE_IS_BETTER
+        table = folder / TRIALS_FILE
+        self.rows = list(csv.DictReader(table.open(newline=""))) if table.is_file() else []
+        self.steps = int(self.flags["steps"])
+        finished = sorted(
+            (r for r in self.rows if r["state"] == "COMPLETE"),
+            key=lambda r: self.value(r),
+            reverse=self.higher,
+        )
+        chosen = (self.summary.get("best") or {}).get("trial")
+        self.best = next(
+            (r for r in finished if r["trial"] == str(chosen)), finished[0] if finished else None
+        )
+        bases = [r for r in finished if r["baseline"] == "True"]
+        self.published = next(
+            (r for r in bases if self.best and r.get("policy.type") == self.best.get("policy.type")), None
+        )
+        self.published = self.published or (bases[0] if bases else None)
+        parameters = [
+            c for c in (self.rows[0] if self.rows else {}) if c not in (*FIXED_COLUMNS, *self.metrics)
+        ]
+        differing = [c for c in parameters if len({r[c] for r in self.rows}) > 1]
+        shares = self.summary.get("importances") or {}
+        tied = {c for c in differing if c not in shares and any(
+            all(r[c] == r[other] for r in self.rows) for other in shares)}  # fmt: skip
+        self.searched = sorted((c for c in differing if c not in tied), key=lambda c: -shares.get(c, 0))
+
+    def value(self, row: dict) -> float | None:
+        """A trial's value; of one with several seeds, that of the first."""
+        return float(row[self.metric]) if row[self.metric] else None
+
+    def seeds(self, row: dict) -> list[float]:
+        return [self.value(row), *json.loads(row["other_seeds"] or "{}").values()]
+
+    def kind(self, row: dict) -> str:
+        """The CSS class of a trial."""
+        if row is self.best:
+            return "best"
+        if row is self.published:
+            return "published"
+        return {"COMPLETE": "other", "PRUNED": "pruned"}.get(row["state"], "pruned")
+
+    def tip(self, row: dict) -> str:
+        return f"trial {row['trial']}, {row['state'].lower()}: {self.metric} {short(self.value(row))}"
+
+    def back_to_front(self) -> list[dict]:
+        """Trials in the order in which they are drawn: those that matter come last."""
+        order = ("pruned", "other", "published", "best")
+        return sorted((r for r in self.rows if r[self.metric]), key=lambda r: order.index(self.kind(r)))
+
+
+def write_search(folder: Path) -> Path:
+    """Write a search's report; returns the file.
+
+    Raises:
+        InputError: The folder holds no search that can be read.
+    """
+    try:
+        found = Found(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--output_dir={folder}: the search in it cannot be read: {error}") from None
+    warnings = []
+    if not found.best:
+        reasons = sorted({r["reason"] for r in found.rows if r["reason"]})
+        warnings.append("No trial was trained to its end, so there is no best one yet.")
+        warnings += [f"Failed: {reason}" for reason in reasons[:5]]
+    sections = [_against_published(found)] if found.best else []
+    sections += in_simulator(folder)
+    sections += [_curves(found), _importances(found), _slices(found), _parallel(found), _front(found)]
+    if found.best:
+        sections += _actions(found)
+    sections += [_cost(found), _table(found), _reproduce(found)]
+    policy = ", ".join(sorted({r["policy.type"] for r in found.rows if r.get("policy.type")}))
+    status = found.summary.get("status", "still going on")
+    subtitle = f"{policy or 'a policy'} on {found.flags.get('dataset.repo_id', '')}, {status}"
+    return write(
+        folder, f"Search {folder.name}", subtitle, warnings, _tiles(found), [s for s in sections if s]
+    )
+
+
+def _tiles(found: Found) -> list[tuple[str, str, str]]:
+    states = [r["state"] for r in found.rows]
+    counts = (
+        (n, states.count(s))
+        for n, s in (
+            ("in full", "COMPLETE"),
+            ("pruned", "PRUNED"),
+            ("failed", "FAIL"),
+            ("running", "RUNNING"),
+        )
+    )
+    tiles = [
+        ("trials", str(len(found.rows)), ", ".join(f"{count} {name}" for name, count in counts if count))
+    ]
+    if found.best:
+        mean = _mean(found.seeds(found.best))
+        tiles.insert(0, (found.metric, short(mean), f"trial {found.best['trial']}, the best"))
+        if found.published:
+            theirs = _mean(found.seeds(found.published))
+            change = f"{mean / theirs - 1 if theirs else 0.0:+.1%}"
+            if found.higher:
+                change = f"{100 * (mean - theirs):+.1f} points"
+            tiles.insert(1, ("against the published recipe", change, f"it has {short(theirs)}"))
+    if "wall_s" in found.summary:
+        tiles.append(("time", duration(found.summary["wall_s"]), f"{found.steps} steps in full"))
+    if saved := _saved_steps(found):
+        share = saved / (found.steps * len(found.rows))
+        tiles.append(
+            ("saved by pruning", f"{share:.0%}", f"{saved} of {found.steps * len(found.rows)} steps")
+        )
+    return tiles
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _saved_steps(found: Found) -> int:
+    return sum(found.steps - int(r["steps"] or 0) for r in found.rows if r["state"] == "PRUNED")
+
+
+# ---------------------------------------------------------------------- sections
+
+
+def _against_published(found: Found) -> Section:
+    best, published = found.best, found.published
+    both = [("best", best)] + ([("published", published)] if published and published is not best else [])
+    values = [v for _, row in both for v in found.seeds(row)]
+    names = [kind for kind, _ in both]
+    chart = Chart(
+        values, names, title=found.metric, x_label=found.metric, width=480, height=70 + 44 * len(both)
+    )
+    for name, (kind, row) in zip(names, both, strict=True):
+        for value in found.seeds(row):
+            chart.dot(value, name, kind, f"trial {row['trial']}: {short(value)}", 5)
+    seeds = max(len(found.seeds(row)) for _, row in both)
+    texts = ["Both were trained for the same number of steps and scored on the same held-out episodes."]
+    texts.append(
+        f"Each dot is one of {seeds} seeds." if seeds > 1
+        else "One seed each, so this says nothing about chance: --tune.seeds=3 does."
+    )  # fmt: skip
+    if published is best:
+        texts = ["The published recipe is the best that was found."]
+    rows = [
+        [c, short(_number(best[c])), *([short(_number(published[c]))] if published else [])]
+        for c in found.searched
+        if not published or best[c] != published[c]
+    ]
+    head = ["parameter", "best", *(["published"] if published else [])]
+    return Section("Best against published", texts, figures=[chart.svg()], head=head, rows=rows)
+
+
+def _curves(found: Found) -> Section | None:
+    curves = {}
+    for row in found.back_to_front():
+        records = read_metrics(trial_dir(found.folder, trial_name(int(row["trial"]))))
+        curves[row["trial"]] = [(r["step"], r[found.metric]) for r in records if found.metric in r]
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return None
+    chart = Chart([x for x, _ in points], [y for _, y in points], title=f"{found.metric} of all trials",
+                  x_label="step", y_label=found.metric, width=960, height=400)  # fmt: skip
+    for row in found.back_to_front():
+        curve, kind = curves[row["trial"]], found.kind(row)
+        if curve:
+            chart.line(*zip(*curve, strict=True), kind, found.tip(row))
+            mark = chart.cross if row["state"] == "PRUNED" else chart.dot
+            mark(*curve[-1], kind, found.tip(row))
+    texts = [
+        "A cross marks where a trial was given up. A finger or the mouse on a line tells which trial it is."
+    ]
+    return Section("Learning curves", texts, KEYS, wide=chart.svg())
+
+
+def _importances(found: Found) -> Section | None:
+    shares = found.summary.get("importances")
+    if not shares:
+        return None
+    text = (
+        "Optuna's PED-ANOVA over all trials, pruned ones too, compared at their first validation. It tells what mattered "
+        "among good trials within these ranges, and with few trials it is a rough guess."
+    )
+    return Section("What mattered", [text], figures=[bars(shares, "share of the importance")])
+
+
+def _slices(found: Found) -> Section | None:
+    figures = []
+    for column in found.searched[:SLICES]:
+        rows = [r for r in found.back_to_front() if r[column]]
+        if len(rows) < 2:
+            continue
+        xs, ys = [_number(r[column]) for r in rows], [found.value(r) for r in rows]
+        chart = Chart(xs, ys, title=column, y_label=found.metric, width=320, height=220, log_x=None)
+        for row, x, y in zip(rows, xs, ys, strict=True):
+            chart.dot(x, y, found.kind(row), f"{column}={short(x)}, {found.tip(row)}")
+        figures.append(chart.svg())
+    text = "Pruned trials (hollow) stand at the value they were stopped with."
+    return Section("Parameter by parameter", [text], KEYS, figures, "small") if figures else None
+
+
+def _parallel(found: Found) -> Section | None:
+    rows, chosen = found.back_to_front(), found.searched[:SLICES]
+    if len(rows) < 2 or not chosen:
+        return None
+    columns = {c: [_number(r[c]) if r[c] else None for r in rows] for c in chosen}
+    columns[found.metric] = [found.value(r) for r in rows]
+    lines = [(n, found.kind(r), found.tip(r)) for n, r in enumerate(rows)]
+    return Section("All at once", keys=KEYS, wide=parallel(columns, lines, "Parallel coordinates"))
+
+
+def _front(found: Found) -> Section | None:
+    if len(found.metrics) < 2:
+        return None
+    x, y = found.metrics[:2]
+    rows = [r for r in found.rows if r["state"] == "COMPLETE" and r[x] and r[y]]
+    if not rows:
+        return None
+    front = {row["trial"] for row in found.summary.get("front", ())}
+    chart = Chart(
+        [float(r[x]) for r in rows], [float(r[y]) for r in rows], title="Pareto front", x_label=x, y_label=y
+    )
+    on_it = sorted((float(r[x]), float(r[y])) for r in rows if int(r["trial"]) in front)
+    if on_it:
+        chart.line(*zip(*on_it, strict=True), "best")
+    for row in rows:
+        kind = "best" if int(row["trial"]) in front else found.kind(row)
+        chart.dot(
+            float(row[x]),
+            float(row[y]),
+            kind,
+            f"trial {row['trial']}: {short(float(row[x]))}, {short(float(row[y]))}",
+        )
+    text = "No trial is better than one of these in one metric without being worse in another."
+    return Section("Trade-off", [text], [("best", "on the front")], [chart.svg()])
+
+
+def _actions(found: Found) -> list[Section]:
+    try:
+        checkpoint = pretrained_dir(found.folder / BEST_DIR / "checkpoint")
+    except InputError:
+        return []
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    if size > LARGEST_GB * 1e9:
+        text = (
+            f"Not shown: the policy has {size / 1e9:.1f} GB. `python -m ray_jobs.evaluate --checkpoint={checkpoint}` on a machine "
+            "with a GPU draws it."
+        )
+        return [Section("Predicted against recorded actions", [text])]
+    return actions(checkpoint)
+
+
+def _cost(found: Found) -> Section:
+    trained = sum(int(r["steps"] or 0) for r in found.rows)
+    busy = sum(float(r["wall_s"] or 0) for r in found.rows)
+    each = found.summary.get("each_trial", {})
+    rows = [
+        ["steps trained", str(trained)],
+        ["steps of all trials in full", str(found.steps * len(found.rows))],
+        ["steps saved by pruning", str(_saved_steps(found))],
+        ["hours of trials, added up", f"{busy / 3600:.2f}"],
+    ]
+    if each.get("gpus"):
+        rows.append(["GPU hours", f"{busy * each['gpus'] / 3600:.2f}"])
+    if each:
+        rows.append(["CPU hours", f"{busy * each['cpus'] / 3600:.2f}"])
+    if "wall_s" in found.summary:
+        rows.append(["from begin to end", duration(found.summary["wall_s"])])
+    return Section("Time and cost", head=["", ""], rows=rows)
+
+
+def _table(found: Found) -> Section:
+    head = ["trial", "state", *found.metrics, "best_step", "steps", "wall_s", *found.searched, "reason"]
+    kinds = {"FAIL": "fail"}
+    trials = [
+        (
+            kinds.get(row["state"], found.kind(row)),
+            [(short(_number(row[c])), row[c], isinstance(_number(row[c]), int | float)) for c in head],
+        )
+        for row in found.rows
+    ]
+    text = f"As in {TRIALS_FILE}, which has all digits and all parameters. A click on a heading sorts."
+    return Section("Trials", [text], head=head, trials=trials)
+
+
+def _reproduce(found: Found) -> Section:
+    flags = {**found.flags, "output_dir": f"{found.flags['output_dir']}-again"}
+    words = [f"--{name}={shlex.quote(value)}" for name, value in flags.items()]
+    commands = ["# the search\npython -m ray_jobs.tune \\\n    " + " \\\n    ".join(words)]
+    script = found.folder / BEST_DIR / COMMAND_FILE
+    if script.is_file():
+        commands.append("# the best configuration, trained in full (best/command.sh)\n" + script.read_text())
+    return reproduce(commands)
+
+
+def _number(text: str):
+    """A cell of trials.csv: a number if it is one."""
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text

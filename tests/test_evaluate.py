@@ -1,0 +1,198 @@
+"""`python -m ray_jobs.evaluate`: the training's own number, LeRobot's own success rate, and mistakes told in time."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import colour_follower
+import numpy as np
+import pytest
+from conftest import stock, tiny_act, tiny_diffusion
+
+from ray_jobs import evaluate
+from ray_jobs.engine import loop, preflight
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.simulator import wilson
+
+PLUGIN = "--discover_packages_path=colour_follower"
+FLAGS = {"act": tiny_act, "diffusion": tiny_diffusion}
+RUNS = {
+    "act": ("--data.eval_episodes=[10,11]", "--max_eval_samples=20", "--ray.ema=true"),
+    "act resized": (
+        "--dataset.eval_split=0.2",
+        "--eval_steps=2",
+        "--data.resize=[32,32]",
+        "--data.eval_horizon=5",
+    ),
+    "act bf16": ("--data.eval_episodes=[3,11]", "--max_eval_samples=20", "--policy.use_amp=true"),
+    "diffusion": ("--data.eval_episodes=[10]", "--max_eval_samples=20"),
+}
+
+
+def evaluated(target: Path, *flags: str) -> dict:
+    """Run the job in this process; returns its results by name."""
+    assert evaluate.main([*flags, f"--output_dir={target}"]) == 0
+    return json.loads((target / evaluate.RESULTS).read_text())["results"]
+
+
+def trained(flags: list[str]) -> None:
+    recipe = resolve(flags)
+    preflight.check(recipe)
+    recipe.save_options()  # as Ray's workers do
+    loop.train(recipe, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(parts, tmp_path_factory) -> dict[str, Path]:
+    """A run of three steps for each of RUNS, validated and saved at its end."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in RUNS.items():
+        recipe = FLAGS[name.split()[0]](parts, folder / name.replace(" ", "_"), "--steps=3", *flags)
+        trained([*recipe, "--policy.optimizer_lr=0.01"])
+    return {name: folder / name.replace(" ", "_") for name in RUNS}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_value_is_the_one_that_the_training_reported(runs, tmp_path, run):
+    """To the last digit, from the checkpoint alone: no flag says again what was held out."""
+    (ours,) = evaluated(tmp_path / "out", f"--checkpoint={runs[run]}").values()
+    lines = [json.loads(line) for line in (runs[run] / "metrics.jsonl").read_text().splitlines()]
+    (reported,) = (line for line in lines if line["step"] == ours["step"] and "val/loss" in line)
+    for key in ("val/action_error", "val/loss"):
+        assert ours[key] == reported[key]
+    assert [joint["error"] for joint in ours["joints"]] == reported["val/action_error_raw"]
+    assert ours["reported"] == reported["val/action_error"]
+
+
+def test_what_it_leaves_behind(runs, tmp_path, capsys):
+    """Joints by name, the error of every predicted action, times, tables and pictures; nothing is overwritten."""
+    both = f"{runs['act']},{runs['diffusion']}/checkpoints/000003"
+    results = evaluated(tmp_path / "out", f"--checkpoint={both}")
+    ours = results[str(runs["act"])]
+    assert [joint["joint"] for joint in ours["joints"]] == ["target_x", "target_y", "target_closed"]
+    assert len(ours["over_horizon"]) == ours["horizon"] == 8
+    in_std = [joint["error"] / joint["std"] for joint in ours["joints"]]
+    assert np.mean(in_std) == pytest.approx(ours["val/action_error"], rel=1e-6)
+    times = ours["inference_ms"]
+    assert 0 < times["p50"] <= times["p95"] and times["batch_size"] == 1
+    assert ours["real_time_factor"] == pytest.approx(8 / 10 / (times["p50"] / 1000))
+    with (tmp_path / "out" / "checkpoints.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert {name: float(row["val/action_error"]) for name, row in rows.items()} == {
+        name: result["val/action_error"] for name, result in results.items()
+    }
+    pictures = sorted((tmp_path / "out").rglob("*.png"))
+    assert len(pictures) == 3 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert "--data.eval_horizon=7 compares them" in capsys.readouterr().out
+    with pytest.raises(InputError, match="already exists, and nothing in it is overwritten"):
+        evaluate.main([f"--checkpoint={runs['act']}", f"--output_dir={tmp_path / 'out'}"])
+
+
+# ---------------------------------------------------------------------- in a simulator
+
+
+@pytest.fixture(scope="module")
+def follower(tmp_path_factory) -> Path:
+    return colour_follower.save(tmp_path_factory.mktemp("follower") / "pretrained_model")
+
+
+IN_PARTS = ("--env.type=part_sorting", "--env.image_size=64", "--env.episode_length=45")
+
+
+def test_success_rate_is_that_of_lerobot_eval(follower, tmp_path):
+    """The same episodes succeed as in stock `lerobot-eval`, one at a time in this process or on two Ray workers."""
+    episodes = (*IN_PARTS, "--eval.n_episodes=20", "--eval.batch_size=1", "--seed=7", PLUGIN)
+    here = "--env.discover_packages_path=ray_jobs.part_sorting"
+    theirs = tmp_path / "stock"
+    stock("lerobot_eval", f"--policy.path={follower}", f"--output_dir={theirs}", *episodes, here)
+    info = json.loads((theirs / "eval_info.json").read_text())["per_task"][0]["metrics"]
+    assert 0.2 < np.mean(info["successes"]) < 0.95, "too easy or too hard to tell anything"
+
+    for workers in (0, 2):
+        target = tmp_path / f"workers-{workers}"
+        flags = (f"--checkpoint={follower}", *episodes, f"--ray.num_workers={workers}")
+        results = evaluated(target, *flags)
+        ours = results[str(follower)]["simulator"]
+        assert [e["seed"] for e in ours["per_episode"]] == list(range(7, 27))
+        assert [e["success"] for e in ours["per_episode"]] == info["successes"]
+        assert [e["sum_reward"] for e in ours["per_episode"]] == info["sum_rewards"]
+        assert ours["success_rate"] == pytest.approx(np.mean(info["successes"]))
+        assert ours["low"] < ours["success_rate"] < ours["high"]
+        videos = sorted(target.rglob("*.mp4"))
+        assert [path.name for path in videos] == [f"part_sorting_0_seed_{seed}.mp4" for seed in (10, 7, 8, 9)]
+        assert all(b"ftyp" in path.read_bytes()[:16] for path in videos)
+
+
+def test_batches_of_episodes_are_the_same_episodes(follower, tmp_path):
+    """Several environments at a time, with a last batch that is not full."""
+
+    def successes(size: int) -> list[bool]:
+        flags = (*IN_PARTS, "--eval.n_episodes=7", f"--eval.batch_size={size}", PLUGIN, "--ray.num_workers=0")
+        results = evaluated(
+            tmp_path / str(size), f"--checkpoint={follower}", *flags, "--eval.use_async_envs=false"
+        )
+        return [(e["seed"], e["success"]) for e in results[str(follower)]["simulator"]["per_episode"]]
+
+    assert successes(3) == successes(1)
+
+
+def test_wilson():
+    """Against the values of Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for wins, trials, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert wilson(wins, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+def of_another_robot(run: Path, target: Path, dims: int) -> Path:
+    """A copy of a run's checkpoint whose config says that its robot has another number of joints."""
+    folder = Path(shutil.copytree((run / "checkpoints/last").resolve(), target))
+    file = folder / "pretrained_model" / "config.json"
+    config = json.loads(file.read_text())
+    config["input_features"]["observation.state"]["shape"] = [dims]
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def test_mistakes(runs, follower, numbers_only, tmp_path, no_network):
+    act, out = f"--checkpoint={runs['act']}", f"--output_dir={tmp_path / 'out'}"
+    other = f"--checkpoint={of_another_robot(runs['act'], tmp_path / 'other', 14)}"
+    data = "--data.eval_episodes=[10]"
+    for flags, message in (
+        ([], "--checkpoint is missing"),
+        (["--checkpoint=nowhere"], "--checkpoint=nowhere: there is no checkpoint"),
+        ([act, "--steps=7"], "--steps has no effect on a trained policy"),
+        ([act, "--data.eval_episode=[1]"], "did you mean --data.eval_episodes"),
+        ([act, "--data.eval_episodes=[99]"], "there is no episode 99"),
+        ([act, "--data.eval_horizon=9"], "eval_horizon=9: the policy predicts 8 actions"),
+        ([act, "--env.image_size=64"], "--env.type is missing"),
+        ([act, "--env.type=pusht"], r"not installed here; `pip install 'lerobot\[pusht\]==0.6.1'` brings it"),
+        ([other, data], r"observation.state: the policy has shape \(14,\), the data set \(3,\)"),
+        (
+            [other, *IN_PARTS],
+            r"observation.state: the policy has shape \(14,\), --env.type=part_sorting \(3,\)",
+        ),
+        (
+            [act, "--dataset.repo_id=local/numbers", f"--dataset.root={numbers_only}"],
+            "It lacks observation.images.top",
+        ),
+        ([f"--checkpoint={follower}", PLUGIN], "does not say what it was trained on"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate.main([*flags, out])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def numbers_only(tmp_path_factory) -> Path:
+    from test_data import make
+
+    return make(tmp_path_factory.mktemp("evaluate") / "numbers", [5, 6])
