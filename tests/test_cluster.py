@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, tiny_act
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.providers import _get_node_provider
@@ -24,6 +24,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config, with_e
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+from ray_jobs.engine import checkpoint
 
 FILE = ROOT / "cluster.yaml"
 
@@ -227,6 +229,82 @@ def test_nodes_start_with_the_files_commands(nodes, tmp_path):
     for wrong in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 32}):
         refused = nodes.ray("job", "list", cwd=folder, **wrong)
         assert refused.returncode != 0 and "uthentication" in refused.stdout + refused.stderr
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What `--working-dir .` names: another folder with the program in it."""
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "ray_jobs", folder / "ray_jobs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "search_spaces", folder / "search_spaces")
+    return folder
+
+
+def submitted(nodes, folder: Path, *words: str) -> tuple[str, str]:
+    """Submit, wait for the end; the job's state, and its log."""
+    name = f"job-{uuid.uuid4().hex[:8]}"
+    result = nodes.ray(
+        "job", "submit", f"--submission-id={name}", "--working-dir", ".", "--", *words, cwd=folder
+    )
+    assert "submitted successfully" in result.stdout, result.stdout + result.stderr
+    return state_of(nodes, folder, name), nodes.ray("job", "logs", name, cwd=folder).stdout
+
+
+def state_of(nodes, folder: Path, name: str) -> str:
+    told = nodes.ray("job", "status", name, cwd=folder).stdout
+    return next(state for state in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING") if state in told.upper())
+
+
+@pytest.mark.slow
+def test_submitted_jobs(nodes, folder, parts, tmp_path):
+    """A training and a search run to the end, words with quotes arrive, the state tells the truth, and a log has lines."""
+    root = shutil.copytree(parts, tmp_path / 'it\'s "here"')
+    train = tiny_act(root, tmp_path / "run", "--steps=12", "--ray.cpus_per_worker=2")
+    state, log = submitted(nodes, folder, "python", "-m", "ray_jobs.train", *train)
+    assert state == "SUCCEEDED", log
+    assert "step 12/12" in log and "\r" not in log and "Traceback" not in log
+    assert checkpoint.fault(checkpoint.last_checkpoint(tmp_path / "run")) is None
+
+    state, log = submitted(nodes, folder, "python", "-m", "ray_jobs.train", *train, "--batchsize=4")
+    assert state == "FAILED" and "did you mean --batch_size?" in log
+
+    tiny = [f for f in tiny_act(root, tmp_path / "search", "--steps=9") if not f.startswith("--policy.type")]
+    space = folder / "space.yaml"
+    space.write_text("policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\nsearch:\n"
+                     "  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n")  # fmt: skip
+    search = (*tiny, "--space=space.yaml", "--tune.num_samples=2", "--tune.scheduler=none")
+    state, log = submitted(nodes, folder, "python", "-m", "ray_jobs.tune", *search)
+    assert state == "SUCCEEDED" and "\r" not in log, log
+    assert (tmp_path / "search/best/command.sh").is_file()
+
+
+@pytest.mark.slow
+def test_stopped_job_leaves_a_checkpoint(nodes, folder, parts, tmp_path):
+    flags = tiny_act(parts, tmp_path / "run", "--steps=5000", "--save_freq=5000", "--ray.cpus_per_worker=2")
+    name, words = "stopped", ("python", "-m", "ray_jobs.train", *flags)
+    nodes.ray(
+        "job",
+        "submit",
+        "--no-wait",
+        f"--submission-id={name}",
+        "--working-dir",
+        ".",
+        "--",
+        *words,
+        cwd=folder,
+    )
+    give_up = time.monotonic() + 180
+    while "step 12/5000" not in nodes.ray("job", "logs", name, cwd=folder).stdout:
+        assert time.monotonic() < give_up, nodes.ray("job", "logs", name, cwd=folder).stdout
+        time.sleep(2)
+    nodes.ray("job", "stop", name, cwd=folder)
+    while state_of(nodes, folder, name) == "RUNNING":
+        assert time.monotonic() < give_up
+        time.sleep(1)
+    log = nodes.ray("job", "logs", name, cwd=folder).stdout
+    assert state_of(nodes, folder, name) == "STOPPED" and "--resume=true" in log, log
+    saved = checkpoint.last_checkpoint(tmp_path / "run")
+    assert int(saved.name) >= 12 and checkpoint.fault(saved) is None
 
 
 def test_upload_is_small(tmp_path):

@@ -9,13 +9,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import tiny_act
+from conftest import ROOT, tiny_act
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
@@ -188,3 +189,15 @@ def test_full_disk(parts, tmp_path):
         assert run.end() == 0, run.printed
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("what", [("train", 1), ("train", 2), ("tune", 1)])
+def test_short_soak(what):
+    """A few random kills; the long version is `python tests/soak.py`."""
+    kind, workers = what
+    words = [f"--what={kind}", f"--workers={workers}", "--kills=5", "--steps=150"]
+    result = subprocess.run(
+        [sys.executable, "tests/soak.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=1200
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    print(result.stdout)
