@@ -4,11 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fsspec
 import pytest
-from conftest import tiny_act
+from conftest import job, tiny_act
+from ray.cluster_utils import Cluster
+from test_faults import Run
 
 from ray_jobs.engine import bucket, checkpoint, mirror, preflight, workers
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, InputError, RunError
@@ -23,6 +26,7 @@ class Bucket:
 
     SERVER = """
 import sys
+import tempfile
 from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
 server.start()
@@ -231,3 +235,63 @@ def test_data_set_is_fetched_once(parts, s3, tmp_path):
     bucket.fetch_whole(root)
     again = [path for path, changed in files.items() if path.stat().st_mtime_ns != changed]
     assert again == [torn] and torn.stat().st_size > 100
+
+
+@pytest.mark.slow
+def test_run_goes_on_on_another_cluster(parts, s3, tmp_path, monkeypatch):
+    """Driver, head and workers killed at once, everything on their disks gone: a new cluster goes on from the bucket, and
+    ends with the bytes of an undisturbed run."""
+    given = [
+        f for f in flags(parts, s3.address, "--steps=40", "--save_freq=10") if "ray.num_workers" not in f
+    ]
+    given.append("--ray.address=local")
+    first, second = tmp_path / "first", tmp_path / "second"
+    monkeypatch.setenv("RAY_JOBS_CACHE", str(first))
+    run = Run(given)
+    run.wait_for("step 25/40")
+    for process in (*run.family(), run.process):
+        process.kill()
+    run.end()
+    shutil.rmtree(first)
+    result = job("ray_jobs.train", *given, "--resume=true", RAY_JOBS_CACHE=str(second))
+    assert result.returncode == 0, result.stderr
+    assert f"checkpoint  {s3.address}/checkpoints/000040" in result.stdout
+    calm = [f for f in given if not f.startswith("--output_dir")]
+    assert job("ray_jobs.train", *calm, f"--output_dir={tmp_path / 'calm'}").returncode == 0
+    there = s3.system.cat_file(f"{s3.address}/checkpoints/000040/{WEIGHTS}")
+    assert there == (tmp_path / "calm/checkpoints/000040" / WEIGHTS).read_bytes()
+    summary = json.loads(s3.system.cat_file(f"{s3.address}/summary.json"))
+    assert summary["status"] == "finished"
+    print(f"lost {summary['lost_steps']} steps, as far as the bucket knows")
+
+
+@pytest.mark.slow
+def test_two_nodes_fetch_once_each(parts, s3, tmp_path, monkeypatch):
+    """A worker on each of two raylets with a disk of its own; the run's folder is in a bucket, too."""
+    scratch = tempfile.mkdtemp(prefix="rj_")
+    monkeypatch.setenv("RAY_TMPDIR", scratch)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    root = s3.address.replace("runs/act", "sets/parts")
+    s3.system.put(str(parts), root, recursive=True)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    disks = [tmp_path / "disk0", tmp_path / "disk1"]
+    try:
+        for disk in disks:
+            cluster.add_node(num_cpus=1, env_vars={"RAY_JOBS_CACHE": str(disk)})
+        given = [
+            f for f in flags(root, s3.address, "--steps=6", "--save_freq=3") if "ray.num_workers" not in f
+        ]
+        more = ("--ray.num_workers=2", "--ray.cpus_per_worker=1", f"--ray.address={cluster.address}")
+        result = job("ray_jobs.train", *given, *more, RAY_JOBS_CACHE=str(tmp_path / "head"))
+        assert result.returncode == 0, result.stderr
+        result = job(
+            "ray_jobs.train", *given, *more, "--resume=true", "--steps=9", RAY_JOBS_CACHE=str(tmp_path / "x")
+        )
+        assert result.returncode == 0, result.stderr
+        for disk in disks:
+            copies = list(disk.glob("fetched/*/meta/info.json"))
+            assert len(copies) == 1 and list(copies[0].parent.parent.glob("videos/*/*/*.mp4"))
+        assert "checkpoints/000009.json" in s3.find()
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,6 +1,8 @@
 """What has happened to a worker, in the words of the person who started the run. Imported by Ray's controller: light."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayActorError
@@ -70,16 +72,26 @@ def _reason(error: Exception) -> tuple[int, str]:
     return (5 if collateral else 4), f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 
-def for_good(error: Exception, recipe: "Recipe") -> Exception:
-    """The error of a training; a RunError where another try would end alike: memory, or a disk that is full."""
-    if isinstance(error, InputError | RunError):
-        return error
+@contextmanager
+def in_plain_words(recipe: "Recipe") -> Iterator[None]:
+    """Within, a training whose errors another try would not mend, full disks and memory, ends with a RunError."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        if reason := _for_good(error, recipe):
+            raise RunError(reason) from error
+        raise
+
+
+def _for_good(error: Exception, recipe: "Recipe") -> str | None:
     import torch
 
     text = str(error)
     if getattr(error, "errno", None) in FULL or "No space left on device" in text:
         place = getattr(error, "filename", None) or recipe.output_dir
-        return RunError(
+        return (
             f"no space is left for {place}. The last checkpoint is intact: make room, or lower --checkpoint.keep_last; "
             "--resume=true goes on from it."
         )
@@ -88,8 +100,8 @@ def for_good(error: Exception, recipe: "Recipe") -> Exception:
         memory = recipe.memory
         need = f" The estimate was {memory}." if memory else ""
         less = memory.savings(recipe) if memory else "a smaller --batch_size"
-        return RunError(
+        return (
             f"out of {'GPU ' if gpu else ''}memory: {text.strip().splitlines()[0][:200] if text else 'MemoryError'}\n"
             f"{need.strip()} What makes it less: {less}."
         )
-    return error
+    return None

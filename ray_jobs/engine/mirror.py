@@ -131,6 +131,30 @@ def _told(address: str) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def mirrored(address: str, report: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
+    """Within, this process keeps the copy of its run in the bucket up to date, beginning with what is here now.
+
+    Args:
+        report: Hears when the bucket fails, and when it is back.
+
+    Yields:
+        What to report to instead.
+    """
+    mirror = Mirror(address, lambda text: report({"kind": "notice", "text": text}))
+    try:
+        mirror.flush()
+
+        def report_and_send(event: dict) -> None:
+            report(event)
+            if event["kind"] == "checkpoint":
+                mirror.changed()
+
+        yield report_and_send
+    finally:
+        mirror.close()
+
+
 class Mirror:
     """Keeps the copy of a run in its bucket up to date, from a thread of the process that writes the run.
 

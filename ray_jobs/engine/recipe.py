@@ -8,7 +8,6 @@ re-reads `sys.argv`, which a worker does not share.
 import contextlib
 import json
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +63,8 @@ class Recipe:
     plugins: list[str] = field(default_factory=list)
     """Packages of `--*.discover_packages_path`, for workers to import."""
 
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Of the resolved recipe: no other run's folder has it."""
+    mark: str = ""
+    """What the driver has found in the run's folder, by which workers know that they see the same one."""
 
     @property
     def output_dir(self) -> Path:

@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +59,10 @@ def make_trainer(recipe: "Recipe", each: Share, line):
     options = recipe.options.ray
     if not recipe.remote:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        (recipe.output_dir / MARK_FILE).write_text(recipe.mark)
+        mark = recipe.output_dir / MARK_FILE
+        if not mark.is_file():
+            mark.write_text(uuid.uuid4().hex)
+        recipe.mark = mark.read_text()
     datasets = {}
     if recipe.options.data.source == "stream":
         from ray_jobs.engine import stream_reader
@@ -249,41 +253,24 @@ def _loop(recipe: "Recipe", *, main: bool, **how) -> dict:
     from lerobot.configs.parser import load_plugin
 
     from ray_jobs.engine import loop
-    from ray_jobs.engine.faults import for_good
-    from ray_jobs.engine.mirror import Mirror, pull
+    from ray_jobs.engine.faults import in_plain_words
+    from ray_jobs.engine.mirror import mirrored, pull
 
     for package in recipe.plugins:
         load_plugin(package)
-    if not main:
+    with contextlib.ExitStack() as run:
+        run.enter_context(in_plain_words(recipe))
         if recipe.remote:
-            _all_ranks()  # until rank 0 has sent what its node alone had
+            if not main:
+                _all_ranks()  # until rank 0 has sent what its node alone had
             pull(recipe.remote)
-        try:
-            return loop.train(recipe, **how)
-        except Exception as error:
-            raise for_good(error, recipe) from error
-    with contextlib.ExitStack() as at_end:
-        if recipe.remote:
-            pull(recipe.remote)
-        at_end.enter_context(lock(recipe.output_dir))
-        recipe.save_options()
-        report = how["report"]
-        if recipe.remote:
-            mirror = Mirror(recipe.remote, lambda text: report({"kind": "notice", "text": text}))
-            at_end.callback(mirror.close)
-            mirror.flush()
-            _all_ranks()
-
-            def report_and_send(event: dict) -> None:
-                report(event)
-                if event["kind"] == "checkpoint":
-                    mirror.changed()
-
-            how["report"] = report_and_send
-        try:
-            return loop.train(recipe, **how)
-        except Exception as error:
-            raise for_good(error, recipe) from error
+        if main:
+            run.enter_context(lock(recipe.output_dir))
+            recipe.save_options()
+            if recipe.remote:
+                how["report"] = run.enter_context(mirrored(recipe.remote, how["report"]))
+                _all_ranks()
+        return loop.train(recipe, **how)
 
 
 def _all_ranks() -> None:
