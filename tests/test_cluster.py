@@ -128,7 +128,8 @@ class Nodes:
             ]:  # the first one stops all Ray on a machine
                 command = command.replace("6379", str(self.port)).replace("000000000", "00000000")
                 command = command.replace(" --autoscaling-config=~/ray_bootstrap_config.yaml", "")
-                more = f" --dashboard-port={self.dashboard}" if name == "head" else ""
+                more = f" --dashboard-agent-listen-port={free_port()}"  # one machine has two nodes here
+                more += f" --dashboard-port={self.dashboard}" if name == "head" else ""
                 self.launch(
                     f"{command} --num-cpus=2{more}",
                     {"RAY_HEAD_IP": "127.0.0.1", "RAY_NODE_TYPE_NAME": kind, "RAY_enable_autoscaler_v2": 1},

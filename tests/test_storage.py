@@ -196,7 +196,8 @@ def test_bucket_fails_for_ever(parts, s3, monkeypatch):
         s3.server.do("start")
     assert len(str(failed.value).splitlines()) == 2
     s3.new_node()
-    folder = mirror.pull(s3.address)
+    folder = mirror.folder_of(s3.address)
+    mirror.pull(s3.address, folder)
     newest = checkpoint.last_checkpoint(folder)
     assert int(newest.name) >= 2 and checkpoint.fault(newest) is None
 

@@ -33,7 +33,7 @@ FILES = ("summary.json", "metrics.jsonl", "options.json", ".progress", "error.lo
 
 
 def folder_of(address: str) -> Path:
-    """Where a run lives on a node whose `--output_dir` is `address`."""
+    """Where a run lives whose `--output_dir` is `address`: on all nodes under the path that the driver's has."""
     return default_folder() / "outputs" / fingerprint_of(address.rstrip("/"))
 
 
@@ -69,18 +69,14 @@ def check_writable(address: str) -> None:
         system.rm_file(f"{place}/.writable")
 
 
-def pull(address: str) -> Path:
-    """Bring the newest whole checkpoint of a run, and its small files, to this node, unless they are here.
-
-    Returns:
-        The run's folder on this node.
+def pull(address: str, here: Path) -> None:
+    """Bring the newest whole checkpoint of a run, and its small files, to its folder on this node, unless they are here.
 
     Raises:
         InputError: The bucket cannot be read.
     """
     check_address(address, "output_dir")
     system, place = open_root(address, flag="output_dir")
-    here = folder_of(address)
     (here / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     with (here / ".pulled").open("w") as lock, _told(address):  # one process of a node
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -102,7 +98,6 @@ def pull(address: str) -> Path:
                 if file.stat().st_size != size:
                     raise OSError(f"{target.name}/{name} has {file.stat().st_size} bytes instead of {size}")
             scratch.rename(target)
-    return here
 
 
 def whole_checkpoints(system, place: str) -> dict[int, str]:
@@ -132,16 +127,17 @@ def _told(address: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mirrored(address: str, report: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
+def mirrored(address: str, here: Path, report: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
     """Within, this process keeps the copy of its run in the bucket up to date, beginning with what is here now.
 
     Args:
+        here: The run's folder on this node.
         report: Hears when the bucket fails, and when it is back.
 
     Yields:
         What to report to instead.
     """
-    mirror = Mirror(address, lambda text: report({"kind": "notice", "text": text}))
+    mirror = Mirror(address, here, lambda text: report({"kind": "notice", "text": text}))
     try:
         mirror.flush()
 
@@ -160,12 +156,12 @@ class Mirror:
 
     Args:
         address: Where to, an address such as `s3://bucket/run`.
+        here: The run's folder on this node.
         tell: Called with a line of text when the bucket fails, and when it is back.
     """
 
-    def __init__(self, address: str, tell: Callable[[str], None]):
-        self.address, self.tell = address, tell
-        self.here = folder_of(address)
+    def __init__(self, address: str, here: Path, tell: Callable[[str], None]):
+        self.address, self.here, self.tell = address, here, tell
         self.system, self.place = open_root(address, patient=True, flag="output_dir")
         self.sent: dict[str, tuple] = {}  # small files: size and time of change when they were sent
         self.known: set[str] = set()  # checkpoints that this process has seen here

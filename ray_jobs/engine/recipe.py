@@ -166,10 +166,11 @@ def resolve(argv: Sequence[str]) -> Recipe:
 
 def _place_for(remote: str, resume: bool) -> Path:
     """The folder of this node where a run lives that is copied to a bucket; on resume with what is there."""
+    folder = mirror.folder_of(remote)
     if not resume:
         mirror.check_new(remote)
-        return mirror.folder_of(remote)
-    folder = mirror.pull(remote)
+        return folder
+    mirror.pull(remote, folder)
     if last_checkpoint(folder) is None and not (folder / OPTIONS_FILE).is_file():
         raise InputError(f"--resume=true: nothing to resume, there is no run in {remote}.")
     return folder

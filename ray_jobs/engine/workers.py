@@ -263,12 +263,12 @@ def _loop(recipe: "Recipe", *, main: bool, **how) -> dict:
         if recipe.remote:
             if not main:
                 _all_ranks()  # until rank 0 has sent what its node alone had
-            pull(recipe.remote)
+            pull(recipe.remote, recipe.output_dir)
         if main:
             run.enter_context(lock(recipe.output_dir))
             recipe.save_options()
             if recipe.remote:
-                how["report"] = run.enter_context(mirrored(recipe.remote, how["report"]))
+                how["report"] = run.enter_context(mirrored(recipe.remote, recipe.output_dir, how["report"]))
                 _all_ranks()
         return loop.train(recipe, **how)
 
