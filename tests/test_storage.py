@@ -154,6 +154,7 @@ def test_torn_upload_is_never_seen(parts, s3):
     assert summary["start_step"] == 2 and "checkpoints/000004.json" in s3.find()
 
 
+@pytest.mark.slow
 def test_bucket_fails_for_a_while(parts, s3, monkeypatch):
     """The server is away while checkpoints are saved: the training goes on, all is there in the end."""
     recipe = resolve(flags(parts, s3.address, "--steps=8", "--save_freq=2"))
@@ -174,6 +175,7 @@ def test_bucket_fails_for_a_while(parts, s3, monkeypatch):
     assert [f"checkpoints/{step:06d}.json" in s3.find() for step in (2, 4, 6, 8)] == [True] * 4
 
 
+@pytest.mark.slow
 def test_bucket_fails_for_ever(parts, s3, monkeypatch):
     """One error that says what is where; what is whole there stays so."""
     monkeypatch.setattr(mirror, "PATIENCE_S", 1)
