@@ -90,6 +90,7 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     import ray
 
     from ray_jobs.engine import workers
+    from ray_jobs.engine.faults import without_line
     from ray_jobs.engine.watchdog import Watchdog
 
     options = recipe.options.ray
@@ -101,25 +102,26 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     fitting, outcome = workers.start_fit(workers.make_trainer(recipe, each, line))
     watchdog = Watchdog(line, options.hang_timeout)
     interrupts, waiting_since = 0, time.monotonic()
-    while fitting.is_alive():
-        try:
-            for event in ray.get(line.hear.remote(0.5)):
-                display.show(event)
-            if hung := watchdog.look():
-                display.say(hung)
-            if not display.facts and time.monotonic() - waiting_since > 60:
-                free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-                display.say(f"waiting for {options.num_workers} worker(s) with {each}; free now: {free}")
-                waiting_since = time.monotonic()
-        except KeyboardInterrupt:
-            interrupts += 1
-            if interrupts > 1 or not display.facts:
-                raise
-            display.say("stopping: the workers save a checkpoint first; Ctrl-C again stops at once.")
-            line.ask_to_stop.remote(INTERRUPTED)
-    for event in ray.get(line.hear.remote(0)):
-        display.show(event)
-    return workers.summary_of(recipe, line, outcome)
+    with without_line():
+        while fitting.is_alive():
+            try:
+                for event in ray.get(line.hear.remote(0.5)):
+                    display.show(event)
+                if hung := watchdog.look():
+                    display.say(hung)
+                if not display.facts and time.monotonic() - waiting_since > 60:
+                    free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+                    display.say(f"waiting for {options.num_workers} worker(s) with {each}; free now: {free}")
+                    waiting_since = time.monotonic()
+            except KeyboardInterrupt:
+                interrupts += 1
+                if interrupts > 1 or not display.facts:
+                    raise
+                display.say("stopping: the workers save a checkpoint first; Ctrl-C again stops at once.")
+                line.ask_to_stop.remote(INTERRUPTED)
+        for event in ray.get(line.hear.remote(0)):
+            display.show(event)
+        return workers.summary_of(recipe, line, outcome)
 
 
 # ---------------------------------------------------------------------- what the user sees

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import UserCallback
 
 from ray_jobs.engine.errors import InputError, RunError
@@ -13,6 +13,7 @@ from ray_jobs.engine.errors import InputError, RunError
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
+OUT_OF_MEMORY = ("memory pressure", "low on memory", "(OOM)", "memory usage threshold")  # as Ray has it
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -50,13 +51,30 @@ def describe(errors: dict[int, Exception]) -> str:
     return f"a worker was lost (rank {rank}: {text})"
 
 
+@contextmanager
+def without_line() -> Iterator[None]:
+    """Within, a driver that loses its line to the run, an actor on its own node, says why.
+
+    Raises:
+        RunError: It has lost it.
+    """
+    try:
+        yield
+    except RayError as error:
+        raise RunError(
+            f"the run's helper process on this node is gone: {_reason(error)[1]}\n"
+            "The last checkpoint is intact; --resume=true goes on from it."
+        ) from error
+
+
 def _reason(error: Exception) -> tuple[int, str]:
     """How telling an error is, the lowest first, and what it says."""
     error = getattr(error, "health_check_failure", error)
     text = str(error)
     if getattr(error, "preempted", False):
         return 0, "its node is being taken away, as was announced"
-    if "memory pressure" in text or "running out of memory" in text or "memory usage threshold" in text:
+    starved = isinstance(error, OutOfMemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
+    if starved:
         return (
             1,
             "its node ran out of memory; fewer workers on a node, --num_workers=0 or a smaller --batch_size",
