@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         summary = train(recipe, display)
     finally:
         display.close()
-    _last_screen(summary, display, time.monotonic() - started)
+    _last_screen(summary, display, time.monotonic() - started, recipe.remote)
     return 130 if summary["status"] == INTERRUPTED else 0
 
 
@@ -90,38 +90,44 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     import ray
 
     from ray_jobs.engine import workers
+    from ray_jobs.engine.faults import without_line
+    from ray_jobs.engine.watchdog import Watchdog
 
     options = recipe.options.ray
     cluster.start(options.address).result()
     streamed = recipe.options.data.source == "stream"
     asked = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
-    each = cluster.share(*asked, decoders=streamed)
+    each = cluster.share(*asked, decoders=streamed, at_least=options.min_workers)
     line = cluster.open_line()
     fitting, outcome = workers.start_fit(workers.make_trainer(recipe, each, line))
+    watchdog = Watchdog(line, options.hang_timeout)
     interrupts, waiting_since = 0, time.monotonic()
-    while fitting.is_alive():
-        try:
-            for event in ray.get(line.hear.remote(0.5)):
-                display.show(event)
-            if not display.facts and time.monotonic() - waiting_since > 60:
-                free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-                display.say(f"waiting for {options.num_workers} worker(s) with {each}; free now: {free}")
-                waiting_since = time.monotonic()
-        except KeyboardInterrupt:
-            interrupts += 1
-            if interrupts > 1 or not display.facts:
-                raise
-            display.say("stopping: the workers save a checkpoint first; Ctrl-C again stops at once.")
-            line.ask_to_stop.remote(INTERRUPTED)
-    for event in ray.get(line.hear.remote(0)):
-        display.show(event)
-    return workers.summary_of(recipe, line, outcome)
+    with without_line():
+        while fitting.is_alive():
+            try:
+                for event in ray.get(line.hear.remote(0.5)):
+                    display.show(event)
+                if hung := watchdog.look():
+                    display.say(hung)
+                if not display.facts and time.monotonic() - waiting_since > 60:
+                    free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+                    display.say(f"waiting for {options.num_workers} worker(s) with {each}; free now: {free}")
+                    waiting_since = time.monotonic()
+            except KeyboardInterrupt:
+                interrupts += 1
+                if interrupts > 1 or not display.facts:
+                    raise
+                display.say("stopping: the workers save a checkpoint first; Ctrl-C again stops at once.")
+                line.ask_to_stop.remote(INTERRUPTED)
+        for event in ray.get(line.hear.remote(0)):
+            display.show(event)
+        return workers.summary_of(recipe, line, outcome)
 
 
 # ---------------------------------------------------------------------- what the user sees
 
 
-def _last_screen(summary: dict, display: Display, seconds: float) -> None:
+def _last_screen(summary: dict, display: Display, seconds: float, remote: str | None) -> None:
     """Where the checkpoint is, the last and best values, and the command that continues the run."""
     done = {"finished": "done", "stopped early": "stopped early, validation no longer improves"}
     display.say(
@@ -133,7 +139,14 @@ def _last_screen(summary: dict, display: Display, seconds: float) -> None:
         display.say(f"loss        {last['train/loss']:.4g}, {last['train/samples_per_s']:.3g} samples/s")
     if best:
         display.say(f"best        val/action_error {best['val/action_error']:.4g} std at step {best['step']}")
-    if summary["checkpoint"]:
+    if summary["checkpoint"] and remote:
+        place = summary["checkpoint"].replace(summary["output_dir"], remote.rstrip("/"))
+        more = "" if summary["step"] < summary["steps"] else f" --steps={2 * summary['steps']}"
+        display.say(f"checkpoint  {place}")
+        display.say(
+            f"continue    python -m ray_jobs.train --output_dir={shlex.quote(remote)} --resume=true{more}"
+        )
+    elif summary["checkpoint"]:
         config = Path(summary["checkpoint"]) / "pretrained_model" / "train_config.json"
         more = "" if summary["step"] < summary["steps"] else f" --steps={2 * summary['steps']}"
         display.say(f"checkpoint  {summary['checkpoint']}")

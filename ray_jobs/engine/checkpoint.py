@@ -6,15 +6,13 @@
 A checkpoint is written under a hidden name, flushed to the disk, and renamed.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.common.train_utils import get_step_checkpoint_dir, load_training_state, save_checkpoint
 from lerobot.configs.train import TRAIN_CONFIG_NAME
@@ -31,8 +29,9 @@ from lerobot.utils.constants import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
-from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.explain import offline
+from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.explain import first_line, offline
+from ray_jobs.engine.trust import check_processor, read_json
 
 BEST_CHECKPOINT_LINK = "best"
 RAW_WEIGHTS = "raw_model.safetensors"  # in training_state: the trained weights behind a saved average
@@ -84,18 +83,25 @@ def fault(checkpoint_dir: Path, policy_type: str | None = None) -> str | None:
             return f"{path} is missing: not a whole LeRobot training checkpoint"
         if path.suffix == ".json":
             try:
-                content = json.loads(path.read_text())
-            except ValueError:
-                return f"{path} is not JSON: the checkpoint is damaged"
+                content = read_json(path, list if path.name == OPTIMIZER_PARAM_GROUPS else dict)
+            except ValueError as error:
+                return f"{path} is not JSON as LeRobot writes it ({error}): the checkpoint is damaged"
             if path.name == "config.json" and policy_type not in (None, content.get("type")):
                 return f"{checkpoint_dir} holds a policy of type {content.get('type')}, the command asks for {policy_type}"
+    for path in pretrained.glob("policy_*processor.json"):
+        try:
+            check_processor(path)
+        except ValueError as error:
+            return f"{path} is damaged ({error})"
     weights = list(pretrained.glob("*model.safetensors"))
     if not weights:
         return f"{pretrained} holds no weights (model.safetensors)"
     for path in (*weights, *checkpoint_dir.glob("*/*.safetensors")):
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as file:
+                strangers = [key for key in file.keys() if not key.startswith(("state/", "param_groups/"))]
+                if path.name == OPTIMIZER_STATE and strangers:  # LeRobot would begin without moments
+                    return f"{path} is damaged ({strangers[0]} is no state of an optimizer)"
         except (SafetensorError, OSError) as error:
             return f"{path} is damaged ({error})"
     return None
@@ -113,7 +119,7 @@ def save(
     scheduler,
     preprocessor,
     postprocessor,
-    accelerator: Accelerator,
+    shards: int,
 ) -> Path:
     """Write the checkpoint of `step`; call on the main process only.
 
@@ -124,6 +130,7 @@ def save(
             `parallel.whole_state` gives them.
         averaged: Makes the context in which `policy` holds averaged weights, if an average is kept. The
             average is then saved as the policy, the trained weights beside the optimizer.
+        shards: Workers of the full group, in which the run's position in the data is counted.
 
     Returns:
         The checkpoint's folder.
@@ -131,25 +138,29 @@ def save(
     target = get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, step)
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    with averaged() if averaged else nullcontext(), offline():  # peft would look the base up on the Hub
-        save_checkpoint(
-            checkpoint_dir=scratch,
-            step=step,
-            cfg=cfg,
-            policy=policy,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            preprocessor=preprocessor,
-            postprocessor=postprocessor,
-            num_processes=accelerator.num_processes,
-            batch_size=cfg.batch_size,
-            model_state_dict=weights,
-            optim_state_dict=moments,
-        )
-    if averaged:
-        save_model(policy, str(scratch / TRAINING_STATE_DIR / RAW_WEIGHTS))
-    for path in scratch.rglob("*"):
-        _flush(path)
+    try:
+        with averaged() if averaged else nullcontext(), offline():  # peft would look the base up on the Hub
+            save_checkpoint(
+                checkpoint_dir=scratch,
+                step=step,
+                cfg=cfg,
+                policy=policy,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                preprocessor=preprocessor,
+                postprocessor=postprocessor,
+                num_processes=shards,
+                batch_size=cfg.batch_size,
+                model_state_dict=weights,
+                optim_state_dict=moments,
+            )
+        if averaged:
+            save_model(policy, str(scratch / TRAINING_STATE_DIR / RAW_WEIGHTS))
+        for path in scratch.rglob("*"):
+            _flush(path)
+    except Exception:
+        shutil.rmtree(scratch, ignore_errors=True)  # a disk that is full has room again
+        raise
     if target.exists():  # the same step again, after a resume from an earlier one
         shutil.rmtree(target)
     scratch.rename(target)
@@ -166,13 +177,27 @@ def load(
     The policy's own weights were loaded by LeRobot's `make_policy`. An optimizer that will be sharded is left to
     `parallel.load_sharded_optimizer`.
     """
-    step, _, _ = load_training_state(
-        checkpoint_dir, optimizer, scheduler, load_optimizer=optimizer is not None
-    )
+    with readable(checkpoint_dir):
+        step, _, _ = load_training_state(
+            checkpoint_dir, optimizer, scheduler, load_optimizer=optimizer is not None
+        )
     raw_weights = checkpoint_dir / TRAINING_STATE_DIR / RAW_WEIGHTS
     if raw_weights.is_file():
         load_model(policy, str(raw_weights))
     return step
+
+
+@contextmanager
+def readable(place: str | Path) -> Iterator[None]:
+    """Within, what makes no sense in the files of a checkpoint is told as such, and not tried again.
+
+    Raises:
+        RunError: Something makes no sense.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ImportError, SafetensorError) as error:
+        raise RunError(f"{place} is damaged: {type(error).__name__}: {first_line(error)[:300]}") from error
 
 
 def link(checkpoint_dir: Path, name: str) -> None:

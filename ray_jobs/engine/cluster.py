@@ -9,8 +9,11 @@ import concurrent.futures.thread  # noqa: F401  (its fork hooks must not appear 
 import math
 import os
 import threading
+import time
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 
 from ray_jobs.engine.errors import InputError
 
@@ -37,6 +40,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a F
 # theirs.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` must not start another Ray
+
+NODE_GROUP = "ray.io/node-group"  # Ray's label of a node that an autoscaler or launcher has started
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves its file on the head node
+UNLIMITED = 100  # nodes of a group without a limit that are reckoned with
 
 _ready: Future | None = None  # set once this process has begun to connect
 
@@ -141,7 +148,13 @@ class Share:
 
 
 def share(
-    num_workers: int, cpus: int | None, gpus: float | None, device: str | None, *, decoders: bool = False
+    num_workers: int,
+    cpus: int | None,
+    gpus: float | None,
+    device: str | None,
+    *,
+    decoders: bool = False,
+    at_least: int | None = None,
 ) -> Share:
     """Decide what each worker reserves, and refuse what the cluster can never give.
 
@@ -149,21 +162,21 @@ def share(
         num_workers: Workers of the run, at least 1.
         cpus, gpus: What the user asked for per worker, or None.
         device: The recipe's `--policy.device`, or None.
+        at_least: Workers that must find room, if not all.
         decoders: Whether CPUs must be left for tasks that decode: half of them are.
 
     Raises:
         InputError: Not even an empty cluster has room; lists what there is.
     """
-    import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    node_cpus = [int(node.get("CPU", 0)) for node in nodes]
-    node_gpus = [node.get("GPU", 0) for node in nodes]
+    have = nodes()
+    node_cpus = [int(node.get("CPU", 0)) for node in have]
+    node_gpus = [node.get("GPU", 0) for node in have]
     if gpus is None:
         allowed = device is None or device.startswith("cuda")
         gpus = 1.0 if allowed and sum(node_gpus) else 0.0
     if cpus is None:
-        hosts = [n for n, have in enumerate(node_gpus) if have >= gpus] or list(range(len(nodes)))
+        hosts = [n for n, held in enumerate(node_gpus) if held >= gpus] or list(range(len(have)))
         per_host = math.ceil(num_workers / len(hosts))
         fewest = min(node_cpus[n] for n in hosts)
         cpus = max(1, fewest // per_host)
@@ -175,11 +188,12 @@ def share(
         int(min(c // cpus, g // gpus if gpus else math.inf))
         for c, g in zip(node_cpus, node_gpus, strict=True)
     )
-    if room < num_workers and not may_grow():
-        have = "; ".join(f"{c} CPUs, {g:g} GPUs" for c, g in zip(node_cpus, node_gpus, strict=True))
+    if room < (at_least or num_workers) and not may_grow():
+        alike = Counter(f"{c} CPUs, {g:g} GPUs" for c, g in zip(node_cpus, node_gpus, strict=True))
+        listed = "; ".join(f"{count} x {what}" if count > 1 else what for what, count in alike.items())
         raise InputError(
             f"--ray.num_workers={num_workers} with {cpus:g} CPUs and {gpus:g} GPUs each: this cluster has room for "
-            f"{room}. It has {len(nodes)} node(s): {have}."
+            f"{room}. It has {len(have)} node(s): {listed}."
         )
     if decoders and sum(node_cpus) - num_workers * cpus < 1 and not may_grow():
         raise InputError(
@@ -189,13 +203,51 @@ def share(
     return Share(cpus, gpus)
 
 
+def nodes() -> list[dict[str, float]]:
+    """Resources of every node that the cluster has, and of those that its autoscaler may add."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    running = Counter(node["Labels"].get(NODE_GROUP) for node in alive)
+    more = [held for name, held, most in _groups() for _ in range(most - running[name])]
+    return [node["Resources"] for node in alive] + more
+
+
 def may_grow() -> bool:
-    """Whether an autoscaler may add nodes. Ray 2.60 publishes its node groups through this call only."""
+    """Whether an autoscaler may add nodes that `nodes` does not know of: it runs elsewhere (KubeRay's), or the
+    driver does."""
+    import ray
+
+    return not _groups() and any(NODE_GROUP in node["Labels"] for node in ray.nodes())
+
+
+def _groups() -> list[tuple[str, dict[str, float], int]]:
+    """Node groups of an autoscaler: name, resources of a node, nodes at most.
+
+    Ray 2.60 has a place for them in its state, which `ray up` leaves empty; what it leaves is its file on the head
+    node, where `ray job submit` runs the driver.
+    """
+    import ray
+    import yaml
     from ray._private.state import state
 
-    config = state.get_cluster_config()
-    groups = config.node_group_configs if config else ()
-    return any(group.max_count == -1 or group.max_count > 1 for group in groups)
+    if config := state.get_cluster_config():
+        return [
+            (group.name, dict(group.resources), UNLIMITED if group.max_count == -1 else group.max_count)
+            for group in config.node_group_configs
+        ]
+    file = BOOTSTRAP.expanduser()
+    if not file.is_file() or not any(NODE_GROUP in node["Labels"] for node in ray.nodes()):
+        return []
+    content = yaml.safe_load(file.read_text())
+    groups, left = [], content["max_workers"]
+    kinds = content["available_node_types"].items()
+    for name, kind in sorted(kinds, key=lambda item: -item[1].get("priority", 0)):
+        if name != content["head_node_type"]:
+            most = min(kind.get("max_workers", left), left)
+            groups.append((name, kind["resources"], most))
+            left -= most
+    return groups
 
 
 class Line:
@@ -206,6 +258,7 @@ class Line:
         self.stop = asyncio.Event()
         self.stop_reason = ""
         self.failure: str | None = None
+        self.told: dict[int, tuple] = {}  # rank -> its last beat, when, and when its step had changed
 
     async def tell(self, event: dict) -> None:
         await self.events.put(event)
@@ -233,6 +286,20 @@ class Line:
         """`reason` is one of the loop's STOP_REASONS; the first one counts."""
         self.stop_reason = self.stop_reason or reason
         self.stop.set()
+
+    async def beat(self, beat) -> None:
+        """What a worker tells of itself (see `watchdog`)."""
+        now, before = time.monotonic(), self.told.get(beat.rank)
+        same = before and (before[0].pid, before[0].step, before[0].slow) == (beat.pid, beat.step, beat.slow)
+        self.told[beat.rank] = beat, now, before[2] if same else now
+
+    async def beats(self) -> dict[int, tuple]:
+        """By rank, the last beat, the seconds since, and the seconds since its step has changed."""
+        now = time.monotonic()
+        return {rank: (beat, now - at, now - since) for rank, (beat, at, since) in self.told.items()}
+
+    async def forget_beats(self) -> None:
+        self.told.clear()
 
     async def why_stopped(self) -> str:
         """The reason, or nothing if nobody has asked to stop."""

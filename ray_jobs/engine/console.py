@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ray_jobs.engine.errors import InputError, RunError
 
+WORKER_LOST = "a worker was lost"
 OUTPUT_EVERY_S = 30  # how often a log file (no terminal) hears of the progress between log steps
 
 
@@ -86,6 +87,7 @@ class Display:
         self.bar: Progress | None = None
         self.step = 0
         self.values = ""
+        self.why_again = WORKER_LOST  # what will have begun the run anew, if it begins anew
         self.rate_from: tuple[float, int] | None = None  # (time, step) the time left is estimated from
         self.last_line = time.monotonic()
 
@@ -103,19 +105,33 @@ class Display:
     def _notice(self, event: dict) -> None:
         self.say(event["text"])
 
+    def _fault(self, event: dict) -> None:
+        """Something for which the workers are about to be started again."""
+        self.why_again = event["text"]
+
     def _start(self, event: dict) -> None:
         if self.facts:
-            self.say(f"a worker was lost; the run goes on from step {event['start_step']}")
+            again = event.get("lost_steps", 0) - self.facts.get("lost_steps", 0)
+            steps = f"; {again} step(s) are done again" if again else ""
+            fewer = (
+                f" with {event['num_workers']} worker(s)"
+                if event["num_workers"] != self.facts["num_workers"]
+                else ""
+            )
+            self.say(f"{self.why_again}; the run goes on from step {event['start_step']}{fewer}{steps}")
+            self.why_again = WORKER_LOST
             self.facts, self.step, self.rate_from = event, event["start_step"], None
             return
         self.facts, self.step = event, event["start_step"]
         held_out = f", {event['eval_episodes']} held out" if event["eval_episodes"] else ""
         accumulated = f" x {event['grad_accumulation']} accumulated" if event["grad_accumulation"] > 1 else ""
+        full = event["global_batch_size"] // (event["batch_size"] * event["grad_accumulation"])
+        fewer = f" on {event['num_workers']}" if event["num_workers"] < full else ""
         self.say(
             f"{event['policy']}: {event['learnable_parameters'] / 1e6:.1f} M learnable of "
             f"{event['parameters'] / 1e6:.1f} M parameters, {event['device']}, precision {event['precision']}\n"
             f"{event['dataset']}: {event['episodes']} episodes, {event['frames']} frames{held_out}\n"
-            f"effective batch {event['num_workers']} worker(s) x {event['batch_size']}{accumulated} = "
+            f"effective batch {full} worker(s) x {event['batch_size']}{accumulated}{fewer} = "
             f"{event['global_batch_size']}; {event['steps']} steps = {event['epochs']:.1f} epochs"
         )
         if self.step:

@@ -34,6 +34,7 @@ from ray_jobs.engine.frame_cache import FrameCache, open_frames
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource, set_frame_size
 from ray_jobs.engine.opened import for_policy, once
+from ray_jobs.engine.parallel import Shards
 from ray_jobs.engine.recipe import Recipe
 
 PREFETCHED = 2  # times what is handed over at once
@@ -116,6 +117,7 @@ def training_batches(
     dataset: LeRobotDataset,
     accelerator: Accelerator,
     *,
+    shards: Shards | None = None,
     frames: FrameCache | FrameSource | None = None,
     batches_per_step: int = 1,
     resumed: dict | None = None,
@@ -123,54 +125,74 @@ def training_batches(
     """Endless training batches of this rank, in the order `lerobot-train` has under accelerate.
 
     Args:
+        shards: Which of the data's order are this rank's; by default one of as many as there are ranks.
         frames: Where camera images come from (see `open_frames`); by default they are decoded one by one.
-        batches_per_step: Batches one optimizer step consumes on each rank.
+        batches_per_step: Batches one optimizer step consumes of each shard.
         resumed: `training_step.json` of the checkpoint to go on from, or None at the start of a run.
     """
-    sampler = EpisodeAwareSampler(
-        dataset.meta.episodes["dataset_from_index"],
-        dataset.meta.episodes["dataset_to_index"],
-        episode_indices_to_use=dataset.episodes,
-        drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0),
-        shuffle=True,
-        seed=cfg.seed if cfg.seed is not None else 0,
-        absolute_to_relative_idx=dataset.absolute_to_relative_idx,
-    )
-    ranks = accelerator.num_processes
-    per_epoch = math.ceil(math.ceil(len(sampler) / cfg.batch_size) / ranks)
+    if shards is None:
+        shards = Shards(
+            accelerator.num_processes, range(accelerator.process_index, accelerator.process_index + 1), 1
+        )
+    samplers = [
+        EpisodeAwareSampler(
+            dataset.meta.episodes["dataset_from_index"],
+            dataset.meta.episodes["dataset_to_index"],
+            episode_indices_to_use=dataset.episodes,
+            drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0),
+            shuffle=True,
+            seed=cfg.seed if cfg.seed is not None else 0,
+            absolute_to_relative_idx=dataset.absolute_to_relative_idx,
+        )
+        for _ in shards.mine
+    ]
+    samples = len(samplers[0])
+    per_epoch = math.ceil(math.ceil(samples / cfg.batch_size) / shards.count)
     epoch = skip = 0
     if resumed is not None:
         # Positions are counted with the worker count and batch size that wrote the checkpoint.
         at = compute_sampler_state(
             resumed["step"] * batches_per_step,
-            len(sampler),
+            samples,
             resumed.get("batch_size", cfg.batch_size),
-            resumed.get("num_processes", ranks),
+            resumed.get("num_processes", shards.count),
         )
-        epoch, skip = at["epoch"], at["start_index"] // (cfg.batch_size * ranks)
-    sampler.set_epoch(epoch)
-    # A resumed epoch is generated whole and its beginning skipped: accelerate pads the last batches of an
-    # epoch with its first ones, which a sampler started in the middle would not know.
-    rows = itertools.islice(_epochs(sampler, cfg.batch_size, accelerator), skip, None)
+        epoch, skip = at["epoch"], at["start_index"] // (cfg.batch_size * shards.count)
+    orders = []
+    for shard, sampler in zip(shards.mine, samplers, strict=True):
+        sampler.set_epoch(epoch)
+        # A resumed epoch is generated whole and its beginning skipped: accelerate pads the last batches of an
+        # epoch with its first ones, which a sampler started in the middle would not know.
+        orders.append(itertools.islice(_epochs(sampler, cfg.batch_size, shards.count, shard), skip, None))
 
     # torch's DataLoader takes a number from the global generator whenever it starts an epoch (only the
     # first time with persistent workers). So must we, for noise and dropout to be lerobot-train's.
     draws_every_epoch = cfg.num_workers == 0 or not cfg.persistent_workers
     start = epoch * per_epoch + skip
-    batches = _read(cfg, dataset, rows, accelerator, start, frames)
-    for position, batch in enumerate(batches, start):
-        if position == 0 or (draws_every_epoch and position % per_epoch == 0):
+    batches = _read(cfg, dataset, _in_turn(orders, batches_per_step), accelerator, start, frames)
+    for number, batch in enumerate(batches):
+        step, turn = divmod(number, len(orders) * batches_per_step)
+        position = start + step * batches_per_step + turn
+        first = turn < batches_per_step  # of this worker's shards
+        if first and (position == 0 or (draws_every_epoch and position % per_epoch == 0)):
             torch.empty((), dtype=torch.int64).random_()
         yield batch
 
 
-def _epochs(sampler: EpisodeAwareSampler, batch_size: int, accelerator: Accelerator) -> Iterator[list[int]]:
-    """Row numbers of this rank's batches, epoch after epoch."""
+def _epochs(sampler: EpisodeAwareSampler, batch_size: int, shards: int, shard: int) -> Iterator[list[int]]:
+    """Row numbers of a shard's batches, epoch after epoch."""
     batches = BatchSampler(sampler, batch_size, drop_last=False)
-    if accelerator.num_processes > 1:
-        batches = BatchSamplerShard(batches, accelerator.num_processes, accelerator.process_index)
+    if shards > 1:
+        batches = BatchSamplerShard(batches, shards, shard)
     while True:
         yield from batches
+
+
+def _in_turn(orders: list[Iterator[list[int]]], batches_per_step: int) -> Iterator[list[int]]:
+    """The batches of several shards: those of one step, then those of the next."""
+    while True:
+        for order in orders:
+            yield from itertools.islice(order, batches_per_step)
 
 
 def _read(

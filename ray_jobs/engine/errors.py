@@ -1,7 +1,7 @@
 """How a job or a run ends early: errors that are meant for people, and the reasons to stop a training."""
 
 # What the loop's `should_stop` answers, and a stopped run's status: with a checkpoint, or without.
-STOP_REASONS = GO_ON, INTERRUPTED, PRUNED = "", "interrupted", "pruned"
+STOP_REASONS = GO_ON, INTERRUPTED, PRUNED, PREEMPTED = "", "interrupted", "pruned", "preempted"
 
 
 class InputError(Exception):

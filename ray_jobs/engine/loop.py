@@ -23,9 +23,9 @@ from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
-from ray_jobs.engine import assets, checkpoint, kernels, parallel, quantiles
+from ray_jobs.engine import assets, bucket, checkpoint, kernels, parallel, quantiles
 from ray_jobs.engine.data import make_datasets, open_all_frames, to_device, training_batches
-from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PRUNED
+from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
@@ -54,8 +54,8 @@ def train(
         device: `cpu`, `cuda`, `cuda:1` ...: what this worker trains on.
         report: Called on every rank with dicts that have a `kind`: `start`, `step`, `log`, `eval`,
             `checkpoint`, `notice`. All ranks make the same `eval` and `checkpoint` calls.
-        should_stop: Asked after every step on every rank; once one rank says INTERRUPTED or PRUNED, all ranks
-            stop at the same step, with a checkpoint unless the run was pruned.
+        should_stop: Asked after every step on every rank; once one rank says INTERRUPTED, PREEMPTED or
+            PRUNED, all ranks stop at the same step, with a checkpoint unless the run was pruned.
         stream: Under `--data.source=stream`, a function of a seed: this rank's batches of one epoch.
 
     Returns:
@@ -72,6 +72,7 @@ def train(
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     accelerator = parallel.make_accelerator(cfg, options.ray)
+    shards = parallel.divide(accelerator, options.ray)
     main = accelerator.is_main_process
 
     def tell(text: str) -> None:
@@ -96,9 +97,12 @@ def train(
     torch.backends.cudnn.benchmark = not cfg.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
 
+    if stream is None and bucket.is_uri(cfg.dataset.root):
+        tell(f"fetching {cfg.dataset.root}, once per node")
+        cfg.dataset.root = str(bucket.fetch_whole(cfg.dataset.root))
     make = make_datasets if stream is None else make_streamed_datasets
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
-    frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, accelerator.num_processes, report)
+    frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, shards.count, report)
     quantiles.complete(cfg.policy, dataset.meta)
     memory = recipe.memory
     if memory and accelerator.device.type == "cuda":
@@ -112,7 +116,8 @@ def train(
         policy = build(cfg, dataset.meta, device="cpu" if sharded else cfg.policy.device, tell=tell)
         if not sharded:
             kernels.speed_up(policy)
-        preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
+        with checkpoint.readable(cfg.policy.pretrained_path or cfg.dataset.repo_id):
+            preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
         add_resize_step(preprocessor, options.data.resize)
         optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
         if resume_dir:
@@ -133,7 +138,7 @@ def train(
 
     where = {"batches_per_step": options.ray.grad_accumulation, "resumed": resumed}
     if stream is None:
-        batches = training_batches(cfg, dataset, accelerator, frames=frames, **where)
+        batches = training_batches(cfg, dataset, accelerator, shards=shards, frames=frames, **where)
     else:
         batches = streamed_batches(cfg, dataset, accelerator, stream, **where)
     validation = None
@@ -153,6 +158,7 @@ def train(
     if main:
         checkpoint.sweep(recipe.output_dir)
         tracker = Tracker(recipe.lerobot, step)
+    lost = {"lost_steps": tracker.lost_steps, "restarts": tracker.restarts} if main else {}
     learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
         "policy": cfg.policy.type,
@@ -167,14 +173,15 @@ def train(
         "num_workers": accelerator.num_processes,
         "batch_size": cfg.batch_size,
         "grad_accumulation": options.ray.grad_accumulation,
-        "global_batch_size": cfg.batch_size * accelerator.num_processes * options.ray.grad_accumulation,
+        "global_batch_size": cfg.batch_size * shards.count * options.ray.grad_accumulation,
         "steps": cfg.steps,
         "start_step": step,
+        **lost,
     }
     facts["epochs"] = round(cfg.steps * facts["global_batch_size"] / dataset.num_frames, 3)
     report({"kind": "start", **facts})
 
-    window = Window()
+    window = Window(shards.weight)
     stop_flag = StopFlag(accelerator, should_stop)
     scores = Scores([record for record in read_metrics(recipe.output_dir) if record["step"] <= step])
     status = GO_ON
@@ -209,7 +216,7 @@ def train(
                 scheduler=scheduler,
                 preprocessor=preprocessor,
                 postprocessor=postprocessor,
-                accelerator=accelerator,
+                shards=shards.count,
             )
             scores.keep(recipe.output_dir, step, options.checkpoint, only_best=only_best)
         accelerator.wait_for_everyone()
@@ -234,7 +241,7 @@ def train(
     try:
         while step < cfg.steps:
             window.begin_step()
-            for number in range(options.ray.grad_accumulation):
+            for number in range(len(shards.mine) * options.ray.grad_accumulation):
                 with accelerator.accumulate(policy):
                     batch = to_device(next(batches), dataset.meta.camera_keys, accelerator.device)
                     if main and step == number == 0 and cfg.wandb.enable:
@@ -245,7 +252,7 @@ def train(
                     window.data_ready()
                     with accelerator.autocast():
                         loss, outputs = policy(batch)
-                    accelerator.backward(loss)
+                    accelerator.backward(loss * shards.weight if shards.weight != 1 else loss)
                     window.add_loss(loss, outputs)
                     if accelerator.sync_gradients:
                         grad_norm = clip_gradients(policy, cfg.optimizer.grad_clip_norm, accelerator)
@@ -259,6 +266,8 @@ def train(
                 average.step(model.parameters())
             step += 1
             window.end_step(step, None if accelerator.scaler else grad_norm)
+            if main:
+                tracker.reached(step)
             report({"kind": "step", "step": step})
 
             if step == cfg.steps or (step % cfg.log_freq == 0 if cfg.log_freq else step % CHECK_EVERY == 0):
@@ -297,7 +306,8 @@ def train(
                 break
     except Exception as error:
         if main:
-            tracker.finish(summary("failed", error=str(error)), None)
+            with contextlib.suppress(OSError):  # a full disk must not hide the error
+                tracker.finish(summary("failed", error=str(error)), None)
         raise
     finally:
         batches.close()
@@ -308,7 +318,7 @@ def train(
     result = summary(status or "finished")
     if main:
         tracker.finish(result, checkpoint.last_checkpoint(recipe.output_dir))
-        if cfg.policy.push_to_hub and status not in (INTERRUPTED, PRUNED):
+        if cfg.policy.push_to_hub and status not in (INTERRUPTED, PREEMPTED, PRUNED):
             with (averaged_weights or contextlib.nullcontext)():
                 tell(push(cfg, model, preprocessor, postprocessor, dataset.meta))
     accelerator.wait_for_everyone()

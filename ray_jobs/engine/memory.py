@@ -50,6 +50,13 @@ class Memory:
         """What to change when a worker's GPU of `available` bytes is too small; None if it is not."""
         if self.total <= available:
             return None
+        return (
+            f"warning: this needs {self}, and the GPU has {available / 1e9:.2f} GB.\n"
+            f"What makes it less: {self.savings(recipe)}."
+        )
+
+    def savings(self, recipe: "Recipe") -> str:
+        """The flags that make it less."""
         policy, options = recipe.lerobot.policy, recipe.options.ray
         changes = []
         if getattr(policy, "dtype", None) == "float32":
@@ -66,10 +73,7 @@ class Memory:
             changes.append("--peft.method_type=LORA")
         if getattr(policy, "train_expert_only", None) is False:
             changes.append("--policy.train_expert_only=true")
-        return (
-            f"warning: this needs {self}, and the GPU has {available / 1e9:.2f} GB.\n"
-            f"What makes it less: {'; '.join(changes) or 'a smaller policy'}."
-        )
+        return "; ".join(changes) or "a smaller policy"
 
 
 def estimate(network: torch.nn.Module, recipe: "Recipe", features: dict[str, PolicyFeature]) -> Memory:

@@ -17,7 +17,9 @@ SUCCESS = "env/success_rate"  # of the episodes in a simulator
 class Window:
     """What happened since the last log step. Losses stay on the device until somebody asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float = 1.0) -> None:
+        """weight: Of this worker's losses, see `parallel.Shards`."""
+        self.weight = weight
         self.steps: list[int] = []
         self._clear()
 
@@ -41,7 +43,7 @@ class Window:
         self._lap = time.perf_counter()
 
     def end_step(self, step: int, grad_norm: torch.Tensor | None) -> None:
-        self.losses.append(torch.stack(self._batch_losses).mean())
+        self.losses.append(torch.stack(self._batch_losses).mean() * self.weight)
         self.norms.append(self.losses[-1] if grad_norm is None else torch.as_tensor(grad_norm))
         self.loss_steps.append(step)
         self.step_s += time.perf_counter() - self._begin

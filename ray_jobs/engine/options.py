@@ -29,7 +29,9 @@ class RayOptions:
     """How the run is spread over workers."""
 
     num_workers: int = 1
-    """Training workers. 0 runs everything in this process, without a cluster (for a debugger)."""
+    """Training workers. 0 runs everything in this process, without a cluster (for a debugger). `2:8`: elastic."""
+    min_workers: int | None = None
+    """Elastic: go on with as few while there is no room for all; each step still takes the batches of all."""
     cpus_per_worker: int | None = None
     """CPUs each worker reserves. Default: its share of the machine, at most 8 beside a GPU."""
     gpus_per_worker: float | None = None
@@ -38,6 +40,8 @@ class RayOptions:
     """`local` starts a cluster, `auto` or an address joins one. Default: join if there is one."""
     max_failures: int = 3
     """How often lost workers are replaced before the run is given up; -1 for ever."""
+    hang_timeout: int = 600
+    """Seconds without a step after which the worker that the others wait for is replaced; 0 never."""
     parallelism: str = "ddp"
     """`ddp`: every worker holds the whole policy. `fsdp`: its share of weights, gradients and optimizer."""
     grad_accumulation: int = 1
@@ -49,9 +53,18 @@ class RayOptions:
 
     def __post_init__(self) -> None:
         at_least("ray.num_workers", self.num_workers, 0)
+        if self.min_workers is not None:
+            range_ = f"--ray.num_workers={self.min_workers}:{self.num_workers}"
+            if not 1 <= self.min_workers <= self.num_workers:
+                raise InputError(f"{range_}: the fewest workers first, at least 1, then the most, as in 2:8.")
+            if self.parallelism == "fsdp":
+                raise InputError(
+                    f"{range_}: not with --ray.parallelism=fsdp, whose shares fit one number only."
+                )
         at_least("ray.cpus_per_worker", self.cpus_per_worker, 1)
         at_least("ray.gpus_per_worker", self.gpus_per_worker, 0)
         at_least("ray.max_failures", self.max_failures, -1)
+        at_least("ray.hang_timeout", self.hang_timeout, 0)
         at_least("ray.grad_accumulation", self.grad_accumulation, 1)
         at_least("ray.early_stopping", self.early_stopping, 0)
         if self.parallelism not in ("ddp", "fsdp"):
@@ -149,6 +162,8 @@ def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
                 f"--{name}={value}: cannot be read. Every bracket and quote must be closed, as in '[1,2]'."
             ) from None
         flags.pop(name, None)
+        if name == "ray.num_workers" and ":" in value:  # YAML would read 2:8 as 128
+            flags["ray.min_workers"], _, value = value.partition(":")
         flags[name] = value
     return translate(flags)
 

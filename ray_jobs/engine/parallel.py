@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -73,6 +74,29 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
         if precision != "no":
             sharding.set_mixed_precision(precision)
     return accelerator
+
+
+@dataclass
+class Shards:
+    """The batches of a step, as a full group of workers would divide them. An elastic group that lacks some does their
+    share, too: which samples a step is made of depends on the full number alone."""
+
+    count: int
+    """Workers of the full group, each with a shard of the data's order."""
+    mine: range
+    """Those whose share this worker does, at least its own."""
+    weight: float
+    """What makes the average over the workers' losses the average over all shards, when some do more than others."""
+
+
+def divide(accelerator: Accelerator, options: RayOptions) -> Shards:
+    """Divide the shards of a full group among the workers there are, and have accelerate accumulate their batches."""
+    workers = accelerator.num_processes
+    count = max(options.num_workers, workers) if options.min_workers else workers
+    mine = range(accelerator.process_index, count, workers)
+    if count > workers:
+        accelerator.gradient_accumulation_steps = len(mine) * options.grad_accumulation
+    return Shards(count, mine, weight=workers * len(mine) / count)
 
 
 def prepare(accelerator: Accelerator, policy: torch.nn.Module, optimizer, scheduler):

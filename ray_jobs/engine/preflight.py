@@ -28,7 +28,8 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, checkpoint, preflight_stream, quantiles
+from ray_jobs.engine import assets, checkpoint, mirror, preflight_stream, quantiles
+from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
@@ -45,6 +46,7 @@ from ray_jobs.engine.preflight_data import (
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import SimulatorOptions
 from ray_jobs.engine.simulator import check as check_simulator
+from ray_jobs.engine.trust import check_processor, read_json
 
 COUNTED = ("act", "diffusion", "pi0", "pi05", "smolvla")  # policies that can be built without memory
 NAMED_TENSORS = 20  # of those that do not fit
@@ -161,7 +163,9 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
     if lacking:
         raise InputError(f"{name}: meta/stats.json has no statistics of {', '.join(lacking)}.")
 
-    if where_it_is(cfg.dataset)[1] is not None:  # else the workers download it
+    if where_it_is(cfg.dataset)[1] is not None and not is_uri(
+        cfg.dataset.root
+    ):  # else the workers do, who fetch it
         quantiles.complete(policy, meta)
 
     features = {cfg.rename_map.get(key, key): feature for key, feature in features.items()}
@@ -298,8 +302,13 @@ def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
             raise InputError(f"cannot start from {folder}: it has no {path.name}.")
         try:
             if path.suffix == ".json":
-                content = json.loads(path.read_text())
-                kind = content.get("type", policy.type) if path.name == CONFIG_NAME else policy.type
+                if path.name in needed[:2]:
+                    check_processor(path)
+                if path.name != CONFIG_NAME:
+                    json.loads(path.read_text())
+                    continue
+                content = read_json(path)
+                kind = content.get("type", policy.type)
                 if kind != policy.type:
                     raise InputError(
                         f"cannot start from {folder}: it holds a policy of type {kind}, not {policy.type}."
@@ -352,7 +361,10 @@ def _resume(recipe: Recipe) -> None:
         raise InputError(f"cannot resume: {fault}.")
     counter = newest / TRAINING_STATE_DIR / TRAINING_STEP
     try:
-        step = int(json.loads(counter.read_text())["step"])
+        content = read_json(counter)
+        step = int(content["step"])
+        if step < 0 or min(int(content.get(name, 1)) for name in ("batch_size", "num_processes")) < 1:
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise InputError(f"cannot resume: {counter} holds no step, the checkpoint is damaged.") from None
     if step >= cfg.steps:
@@ -363,6 +375,8 @@ def _resume(recipe: Recipe) -> None:
 
 def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:
     """See that the output folder can be written, and has room for a checkpoint."""
+    if recipe.remote:
+        mirror.check_writable(recipe.remote)
     folder = recipe.output_dir
     while not folder.exists():
         folder = folder.parent

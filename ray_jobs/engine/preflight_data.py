@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import av
+import numpy as np
 import pyarrow.parquet
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import CODEBASE_VERSION, LeRobotDatasetMetadata
@@ -21,6 +22,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.frames import frame_shape, set_frame_size
 from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.trust import check_info, read_json
 
 VIDEO_BACKENDS = ("pyav", "torchcodec", "video_reader")
 
@@ -58,6 +60,9 @@ def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
         if root is None:
             raise InputError(f"{name}: not in {HF_LEROBOT_HOME}, and {hub_answer(error)}") from None
         raise InputError(f"{name}: the data set cannot be opened: {first_line(error)}") from None
+    for key, numbers in (meta.stats or {}).items():
+        if any(not np.issubdtype(np.asarray(value).dtype, np.number) for value in numbers.values()):
+            raise InputError(f"{name}: meta/stats.json: {key} has something else than numbers.")
     found = len(meta.episodes or ())
     if not found or found != meta.total_episodes:
         raise InputError(
@@ -74,9 +79,10 @@ def _info(name: str, root: Path, repo_id: str) -> None:
     if not info.is_file():
         raise InputError(f"{name}: not a LeRobot data set, it has no meta/info.json.")
     try:
-        content = json.loads(info.read_text())
+        content = read_json(info)
         version = str(content["codebase_version"])
         if version.startswith(CODEBASE_VERSION.split(".")[0] + "."):
+            check_info(content)
             DatasetInfo.from_dict(content)
             return
     except Exception as error:
@@ -136,7 +142,11 @@ def check_files(
             if camera is None or episode in wanted:
                 first.setdefault(place, episode)
         for (chunk, file), episode in first.items():
-            path = root / pattern.format(chunk_index=chunk, file_index=file, video_key=camera)
+            try:
+                name_of_file = pattern.format(chunk_index=chunk, file_index=file, video_key=camera)
+            except ValueError as error:
+                raise InputError(f"{name}: meta/episodes: file {chunk}/{file}: {error}.") from None
+            path = root / name_of_file
             _whole(name, root, path, f" (episode {episode} is in it)")
 
 

@@ -19,8 +19,6 @@ def check_flags(recipe: Recipe) -> None:
     cfg, options = recipe.lerobot, recipe.options
     root = cfg.dataset.root
     if options.data.source != "stream":
-        if bucket.is_uri(root):
-            raise InputError(f"--dataset.root={root}: data sets in a bucket are read with {FLAG}.")
         return
     if root is None:
         raise InputError(
@@ -28,6 +26,10 @@ def check_flags(recipe: Recipe) -> None:
         )
     if options.ray.num_workers == 0:
         raise InputError(f"{FLAG} needs Ray's workers, and --ray.num_workers=0 has none; 1 is enough.")
+    if options.ray.min_workers:
+        raise InputError(
+            f"{FLAG}: --ray.num_workers must be one number, a stream is split among all workers."
+        )
     if cfg.dataset.image_transforms.enable:
         raise InputError(
             f"{FLAG}: --dataset.image_transforms.enable=true is not supported, a stream gives images as they are."

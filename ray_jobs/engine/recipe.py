@@ -20,8 +20,8 @@ from lerobot.configs import parser as lerobot_parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
-from ray_jobs.engine import assets
-from ray_jobs.engine.bucket import is_uri
+from ray_jobs.engine import assets, mirror
+from ray_jobs.engine.bucket import check_address, is_uri
 from ray_jobs.engine.checkpoint import checkpoint_steps, last_checkpoint
 from ray_jobs.engine.checkpoint import fault as checkpoint_fault
 from ray_jobs.engine.errors import InputError
@@ -39,6 +39,7 @@ from ray_jobs.engine.options import (
     split_flags,
 )
 from ray_jobs.engine.translations import translate
+from ray_jobs.engine.trust import check_links, read_json
 
 ASKED = "asked"  # part of the options file: what was asked for in LeRobot's flags and train_config.json cannot tell
 
@@ -58,8 +59,13 @@ class Recipe:
     eval_steps: int = 0
     notices: list[str] = field(default_factory=list)
     memory: Memory | None = None
+    remote: str | None = None
+    """The bucket that the run is copied to, if `--output_dir` is one; `output_dir` is then a folder of each node."""
     plugins: list[str] = field(default_factory=list)
     """Packages of `--*.discover_packages_path`, for workers to import."""
+
+    mark: str = ""
+    """What the driver has found in the run's folder, by which workers know that they see the same one."""
 
     @property
     def output_dir(self) -> Path:
@@ -91,13 +97,18 @@ def resolve(argv: Sequence[str]) -> Recipe:
     """
     flags, notices = read_flags(argv)
     check_flags(flags)
-    _, theirs = split_flags(flags)
     asked_resume = asks_to_resume(flags)
+    remote = flags.get("output_dir") if is_uri(flags.get("output_dir")) else None
+    if remote:
+        flags["output_dir"] = str(_place_for(remote, asked_resume))
+    _, theirs = split_flags(flags)
     saved: dict = {}
     if asked_resume:
         theirs, saved = _resume_arguments(theirs)
     asked = saved.pop(ASKED, {})
     check_sources(theirs)
+    if is_uri(flags.get("dataset.root")):
+        check_address(flags["dataset.root"])
 
     options = parse_options(flags, saved)
     options.assets.dir = options.assets.dir.absolute()  # workers run in folders of their own
@@ -150,7 +161,19 @@ def resolve(argv: Sequence[str]) -> Recipe:
         # saved config leaves it out and names the training episodes instead.
         cfg.eval_steps = 0
     plugins = [value for name, value in flags.items() if lerobot_parser.PLUGIN_DISCOVERY_SUFFIX in name]
-    return Recipe(cfg, options, device, eval_steps, notices, plugins=plugins)
+    return Recipe(cfg, options, device, eval_steps, notices, remote=remote, plugins=plugins)
+
+
+def _place_for(remote: str, resume: bool) -> Path:
+    """The folder of this node where a run lives that is copied to a bucket; on resume with what is there."""
+    folder = mirror.folder_of(remote)
+    if not resume:
+        mirror.check_new(remote)
+        return folder
+    mirror.pull(remote, folder)
+    if last_checkpoint(folder) is None and not (folder / OPTIONS_FILE).is_file():
+        raise InputError(f"--resume=true: nothing to resume, there is no run in {remote}.")
+    return folder
 
 
 def _resume_arguments(theirs: list[str]) -> tuple[list[str], dict]:
@@ -198,11 +221,15 @@ def _resume_arguments(theirs: list[str]) -> tuple[list[str], dict]:
             theirs = lerobot_parser.filter_arg("resume", theirs)
         else:
             raise InputError(f"--resume=true: nothing to resume, there is no run in {output_dir}.")
+    check_links(run_dir)
     saved_options = run_dir / OPTIONS_FILE
     if not saved_options.is_file():
         return theirs, {}
     try:
-        return theirs, json.loads(saved_options.read_text())
+        saved = read_json(saved_options)
+        if not all(isinstance(group, dict) for group in saved.values()):
+            raise ValueError
+        return theirs, saved
     except ValueError:
         raise InputError(
             f"cannot resume: {saved_options} is damaged. Remove it, and give the run's --ray, --data and "
@@ -218,7 +245,7 @@ def _type_of_start(theirs: list[str]) -> str | None:
     place = Path(name)
     folder = place.parent if place.is_file() else place
     with contextlib.suppress(
-        TypeError, OSError, ValueError
+        AttributeError, TypeError, OSError, ValueError, RecursionError
     ):  # what is wrong with it, LeRobot's parser will find
         file = folder / CONFIG_NAME if folder.is_dir() else try_to_load_from_cache(name, CONFIG_NAME)
         return json.loads(Path(file).read_text()).get("type")

@@ -2,7 +2,8 @@
 
 Only the main process tracks. `metrics.jsonl` holds one JSON object per log or validation step; after a
 resume the lines behind the checkpoint are dropped, so that every step stands in it once. TensorBoard and W&B see the same
-values under the same names; W&B in one run with one id however often the training was restarted.
+values under the same names; W&B in one run with one id however often the training was restarted. `.progress` holds how
+far the run had come, written in every step, so that after a kill of whatever is counted what it has cost.
 """
 
 import json
@@ -19,6 +20,7 @@ from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+PROGRESS_FILE = ".progress"
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -31,6 +33,16 @@ def read_metrics(output_dir: Path) -> list[dict]:
         except ValueError:
             break
     return records
+
+
+def read_progress(output_dir: Path) -> tuple[int | None, int, int]:
+    """The step that a run had reached (None: it was never begun), the steps it had to do again, and how often it
+    was taken up again."""
+    try:
+        reached, lost, restarts = (output_dir / PROGRESS_FILE).read_text().split()
+        return int(reached), int(lost), int(restarts)
+    except (OSError, ValueError):
+        return None, 0, 0
 
 
 def read_json(path: Path) -> dict:
@@ -61,10 +73,20 @@ class Tracker:
         scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
         scratch.replace(self.output_dir / METRICS_FILE)
         self.history = kept
+        reached, self.lost_steps, self.restarts = read_progress(self.output_dir)
+        if reached is not None:
+            self.lost_steps += max(0, reached - start_step)
+            self.restarts += 1
+        self.progress = os.open(self.output_dir / PROGRESS_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
+        self.reached(start_step)
         self.file = (self.output_dir / METRICS_FILE).open("a", buffering=1)
         # Of an earlier session, TensorBoard leaves out what lies behind the checkpoint.
         self.board = SummaryWriter(str(self.output_dir), purge_step=start_step + 1, flush_secs=10)
         self.wandb = _init_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
+
+    def reached(self, step: int) -> None:
+        """Note that a step is done: in place, a microsecond's work."""
+        os.pwrite(self.progress, b"%-12d %-12d %-12d\n" % (step, self.lost_steps, self.restarts), 0)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         record = {"step": step, **metrics}
@@ -91,6 +113,7 @@ class Tracker:
         write_json(self.output_dir / SUMMARY_FILE, summary)
         self.file.close()
         self.board.close()
+        os.close(self.progress)
         if self.wandb:
             self.wandb.summary.update(
                 {k: v for k, v in summary.items() if isinstance(v, int | float | str | dict)}

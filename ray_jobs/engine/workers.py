@@ -2,24 +2,27 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pickle
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.errors import PREEMPTED, InputError, RunError
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
 ERROR_LOG = "error.log"
 LOCK_FILE = ".lock"
+MARK_FILE = ".driver"  # what tells workers that they see the driver's folder
 LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
 HANDED_ON = ("WANDB_RUN_GROUP",)  # from the process that starts the workers
 TELL_EVERY_S = 0.5  # how often the driver hears of steps
@@ -51,7 +54,15 @@ def make_trainer(recipe: "Recipe", each: Share, line):
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from ray_jobs.engine.faults import Witness
+
     options = recipe.options.ray
+    if not recipe.remote:
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+        mark = recipe.output_dir / MARK_FILE
+        if not mark.is_file():
+            mark.write_text(uuid.uuid4().hex)
+        recipe.mark = mark.read_text()
     datasets = {}
     if recipe.options.data.source == "stream":
         from ray_jobs.engine import stream_reader
@@ -63,12 +74,18 @@ def make_trainer(recipe: "Recipe", each: Share, line):
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
         train_loop_config={"recipe": pickle.dumps(recipe), "line": line},
         scaling_config=ScalingConfig(
-            num_workers=options.num_workers, use_gpu=each.gpus > 0, resources_per_worker=each.resources
+            num_workers=(options.min_workers, options.num_workers)
+            if options.min_workers
+            else options.num_workers,
+            use_gpu=each.gpus > 0,
+            resources_per_worker=each.resources,
         ),
         run_config=RunConfig(
             name=".ray",
             storage_path=str(recipe.output_dir),
+            # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
             failure_config=FailureConfig(max_failures=options.max_failures),
+            callbacks=[Witness(line)],
             worker_runtime_env={
                 "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
             },
@@ -106,6 +123,10 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
         raise RunError(reason)
     if "error" in outcome:
         raise RunError(_explain(outcome["error"], recipe.output_dir))
+    if recipe.remote:
+        from ray_jobs.engine.mirror import read_file
+
+        return json.loads(read_file(recipe.remote, SUMMARY_FILE))
     return read_json(recipe.output_dir / SUMMARY_FILE)
 
 
@@ -119,23 +140,37 @@ def _worker(config: dict) -> None:
         from ray.train.torch import get_device
 
         import ray_jobs.engine.loop  # noqa: F401
+        from ray_jobs.engine import watchdog
+        from ray_jobs.engine.faults import Preempted
 
     recipe, line = pickle.loads(config["recipe"]), config["line"]
     if ray.get(line.why_failed.remote()):
         return  # Ray has started this worker in place of one that knew better
     context = ray.train.get_context()
+    try:
+        _check_node(recipe)
+    except RunError as error:
+        ray.get(line.fail.remote(str(error)))
+        raise
     main = context.get_world_rank() == 0
     if context.get_world_size() == 1:
         os.environ.pop("LOCAL_RANK", None)  # else accelerate wraps the policy for a group of one
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     tell = teller(line) if main else lambda event: None
+    hear = watchdog.beat(line, context.get_world_rank())
 
     def report(event: dict) -> None:
+        hear(event)
         tell(event)
         if event["kind"] == "eval":
             ray.train.report({k: v for k, v in event.items() if isinstance(v, int | float)})
 
-    how = {"device": str(get_device()), "report": report, "should_stop": listen_for_stop(line)}
+    asked_to_stop = listen_for_stop(line)
+
+    def should_stop() -> str:
+        return asked_to_stop() or (PREEMPTED if _preempted() else "")
+
+    how = {"device": str(get_device()), "report": report, "should_stop": should_stop}
     try:
         stream = None
         if recipe.options.data.source == "stream":
@@ -144,10 +179,43 @@ def _worker(config: dict) -> None:
             stream = stream_reader.epochs(
                 recipe, ray.train.get_dataset_shard("train"), pinned=get_device().type == "cuda"
             )
-        _loop(recipe, main=main, **how, stream=stream)
+        summary = _loop(recipe, main=main, **how, stream=stream)
     except (InputError, RunError) as error:
         ray.get(line.fail.remote(str(error)))
         raise
+    if summary["status"] == PREEMPTED:
+        raise Preempted()
+
+
+def _check_node(recipe: "Recipe") -> None:
+    """See that this node has the folders that the driver's has.
+
+    Raises:
+        RunError: It has not.
+    """
+    import ray
+
+    from ray_jobs.engine.bucket import is_uri
+
+    where = f"on node {ray.util.get_node_ip_address()}"
+    root, mark = recipe.lerobot.dataset.root, recipe.output_dir / MARK_FILE
+    if root is not None and not is_uri(root) and not Path(root).is_dir():
+        raise RunError(
+            f"--dataset.root={root} is not there {where}. All nodes must see it, or it must be a bucket."
+        )
+    if not recipe.remote and not (mark.is_file() and mark.read_text() == recipe.mark):
+        raise RunError(
+            f"--output_dir={recipe.output_dir} is not {where} what it is on the driver's node. All nodes must see the "
+            "same folder, or it must be a bucket (s3://...)."
+        )
+
+
+def _preempted() -> bool:
+    """Whether one of the run's nodes will be taken away. Ray's public call for it is a barrier for all ranks; the loop
+    agrees on a step to stop at by itself, so this looks at what Ray Train 2.60 has told this worker."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def teller(line) -> Callable[[dict], None]:
@@ -181,17 +249,38 @@ def listen_for_stop(line) -> Callable[[], str]:
 
 
 def _loop(recipe: "Recipe", *, main: bool, **how) -> dict:
-    """The training loop; on the main rank, with the run's folder locked."""
+    """The training loop; on the main rank with the run's folder locked, and copied to its bucket if it has one."""
     from lerobot.configs.parser import load_plugin
 
     from ray_jobs.engine import loop
+    from ray_jobs.engine.faults import in_plain_words
+    from ray_jobs.engine.mirror import mirrored, pull
 
     for package in recipe.plugins:
         load_plugin(package)
-    with lock(recipe.output_dir) if main else contextlib.nullcontext():
+    with contextlib.ExitStack() as run:
+        run.enter_context(in_plain_words(recipe))
+        if recipe.remote:
+            if not main:
+                _all_ranks()  # until rank 0 has sent what its node alone had
+            pull(recipe.remote, recipe.output_dir)
         if main:
+            run.enter_context(lock(recipe.output_dir))
             recipe.save_options()
+            if recipe.remote:
+                how["report"] = run.enter_context(mirrored(recipe.remote, recipe.output_dir, how["report"]))
+                _all_ranks()
         return loop.train(recipe, **how)
+
+
+def _all_ranks() -> None:
+    """Wait for all workers, where there are several."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        import ray.train.collective
+
+        ray.train.collective.barrier()
 
 
 @contextlib.contextmanager
@@ -217,11 +306,11 @@ def lock(output_dir: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
 
 def _explain(error: Exception, output_dir: Path) -> str:
     """Why Ray Train gave up, in two lines; the whole story goes into the run's error.log."""
+    from ray_jobs.engine.faults import describe
+
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items())
     log = output_dir / ERROR_LOG
     output_dir.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(traceback.format_exception(cause)))
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else type(cause).__name__
-    return f"worker {rank} failed for good: {last}\nThe full error is in {log}."
+    return f"{describe(failures)}, and that for good.\nThe full error is in {log}."

@@ -55,7 +55,10 @@ def _value(node: ast.AST, look_up) -> Any:
             case ast.UnaryOp(op=op) if type(op) in OPERATORS:
                 return OPERATORS[type(op)](value(node.operand))
             case ast.BinOp(op=op) if type(op) in OPERATORS:
-                return OPERATORS[type(op)](value(node.left), value(node.right))
+                pair = value(node.left), value(node.right)
+                if any(isinstance(part, str) for part in pair):  # a word times a billion
+                    raise TypeError(ast.unparse(node))
+                return OPERATORS[type(op)](*pair)
             case ast.Compare(ops=ops) if all(type(op) in OPERATORS for op in ops):
                 parts = [value(part) for part in (node.left, *node.comparators)]
                 pairs = zip(ops, parts, parts[1:], strict=False)

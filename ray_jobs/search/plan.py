@@ -126,6 +126,10 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
     typed, notices = read_flags(["--tune.dry_run=true" if word == "--dry-run" else word for word in argv])
     resume = asks_to_resume(typed)
     typed.pop("resume", None)
+    if "://" in typed.get("output_dir", ""):
+        raise InputError(
+            f"--output_dir={typed['output_dir']}: a search needs a folder that all nodes see; buckets are for trainings."
+        )
     folder = Path(typed.get("output_dir", "outputs/search"))
     saved = folder / SEARCH_FILE
     if resume:

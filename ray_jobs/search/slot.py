@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import ray
-
 from ray_jobs.engine import cluster
 from ray_jobs.engine.errors import InputError
 from ray_jobs.search.plan import Plan
@@ -33,14 +31,14 @@ def decide(plan: Plan) -> Slot:
         InputError: Not even an empty cluster has room for one trial.
     """
     tune, options = plan.options.tune, plan.recipe.options.ray
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = cluster.nodes()
     total_cpus, total_gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
     gpus, cpus = tune.gpus_per_trial, options.cpus_per_worker
     workers = tune.workers_per_trial
     if gpus is None and workers == 1 and total_gpus and (plan.recipe.device or "cuda").startswith("cuda"):
         gpus = 1.0
     most = max(node.get("GPU", 0) for node in nodes)
-    if gpus and gpus > most and workers == 1:
+    if gpus and gpus > most and workers == 1 and not cluster.may_grow():
         raise InputError(
             f"--tune.gpus_per_trial={gpus:g}: no node of this cluster has more than {most:g} GPUs."
         )

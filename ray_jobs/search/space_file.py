@@ -18,6 +18,7 @@ Every key below `baseline` and `search` is a flag without its dashes. Mistakes a
 
 import difflib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def read_space(file: Path) -> Space:
     for name, section in (("baseline", baseline), ("search", search)):
         if not isinstance(section, dict):
             fail(name, f"'{name}' must be a mapping of flags, as in 'policy.chunk_size: ...'.")
+    for flag in (*baseline, *search):
+        if str(flag).endswith("discover_packages_path"):  # a file must not say which code is run
+            fail(
+                f"search.{flag}" if flag in search else f"baseline.{flag}",
+                f"{flag}: only on the command line.",
+            )
     if not search:
         fail("search", "'search' is missing: what shall be varied?")
     parameters, known = [], {POLICY_TYPE, *baseline}
@@ -105,8 +112,11 @@ def read_space(file: Path) -> Space:
         key = f"constraints.{number}"
         try:
             names = constraints.names(text)
-        except (SyntaxError, TypeError, ValueError, ArithmeticError):
-            fail(key, f"constraint '{text}': must be a comparison of flags, as 'policy.a <= 2 * policy.b'.")
+        except (SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError, MemoryError):
+            fail(
+                key,
+                f"constraint '{text[:80]}': must be a comparison of flags, as 'policy.a <= 2 * policy.b'.",
+            )
         for name in names:
             if name not in known:
                 fail(key, f"constraint '{text}': knows no {name}; {_meant(name, known)}")
@@ -127,6 +137,8 @@ def read_space(file: Path) -> Space:
 
 def _load(file: Path) -> tuple[dict, dict[str, int]]:
     """A YAML file's content, and the line of every key, as `section.key`."""
+    if file.exists() and not file.is_file():
+        raise InputError(f"--space={file}: is not a file.")
     try:
         text = file.read_text()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -135,6 +147,8 @@ def _load(file: Path) -> tuple[dict, dict[str, int]]:
         raise InputError(f"--space={file}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise InputError(f"--space={file}: is not a text file.") from None
+    except RecursionError:
+        raise error_at(file, 1, "not a search space: it is nested too deeply.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "cannot be read"
@@ -221,7 +235,7 @@ def _parameter(file: Path, flag: str, entry: Any, lines: dict[str, int]) -> Para
 
 def _number(value: Any, key: str, fail: Callable[[str], None]) -> int | float:
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         fail(f"{key}: {value} must be a number.")
     return value
 

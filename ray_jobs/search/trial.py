@@ -153,12 +153,16 @@ def _train_on_workers(recipe, each: Share, report, should_stop) -> dict:
     import ray
 
     from ray_jobs.engine import cluster, workers
+    from ray_jobs.engine.watchdog import Watchdog
 
     line = cluster.open_line()
     fitting, outcome = workers.start_fit(workers.make_trainer(recipe, each, line))
+    watchdog = Watchdog(line, recipe.options.ray.hang_timeout)
     while fitting.is_alive():
         for event in ray.get(line.hear.remote(0.5)):
             report(event)
+        if hung := watchdog.look():
+            report({"kind": "notice", "text": hung})
         if reason := should_stop():
             line.ask_to_stop.remote(reason)
     for event in ray.get(line.hear.remote(0)):

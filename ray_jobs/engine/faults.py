@@ -1,0 +1,125 @@
+"""What has happened to a worker, in the words of the person who started the run. Imported by Ray's controller: light."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.train import UserCallback
+
+from ray_jobs.engine.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from ray_jobs.engine.recipe import Recipe
+
+OUT_OF_MEMORY = ("memory pressure", "low on memory", "(OOM)", "memory usage threshold")  # as Ray has it
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Preempted(RayActorError):
+    """A worker has saved a checkpoint and left, because one of the run's nodes will be taken away.
+
+    Ray Train 2.60 would let it wait until the node is gone. For an error that says `preempted` it starts the group again
+    elsewhere at once, and counts that apart from `--ray.max_failures`.
+    """
+
+    def __init__(self, message: str = "its node will be taken away"):
+        super().__init__(error_msg=message, preempted=True)
+
+
+class Witness(UserCallback):
+    """Tells a run's driver, over its line, why workers are about to be started again."""
+
+    def __init__(self, line):
+        self.line = line
+
+    def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
+        self.line.tell.remote({"kind": "fault", "text": describe(worker_exceptions)})
+        self.line.forget_beats.remote()
+
+
+def describe(errors: dict[int, Exception]) -> str:
+    """One line on why a group of workers ended. When one of them goes, the others fail for lack of it; what is told is
+    the most telling.
+
+    Args:
+        errors: By rank.
+    """
+    told = sorted(((*_reason(error), rank) for rank, error in errors.items()), key=lambda item: item[0])
+    _, text, rank = told[0]
+    return f"a worker was lost (rank {rank}: {text})"
+
+
+@contextmanager
+def without_line() -> Iterator[None]:
+    """Within, a driver that loses its line to the run, an actor on its own node, says why.
+
+    Raises:
+        RunError: It has lost it.
+    """
+    try:
+        yield
+    except RayError as error:
+        raise RunError(
+            f"the run's helper process on this node is gone: {_reason(error)[1]}\n"
+            "The last checkpoint is intact; --resume=true goes on from it."
+        ) from error
+
+
+def _reason(error: Exception) -> tuple[int, str]:
+    """How telling an error is, the lowest first, and what it says."""
+    error = getattr(error, "health_check_failure", error)
+    text = str(error)
+    if getattr(error, "preempted", False):
+        return 0, "its node is being taken away, as was announced"
+    starved = isinstance(error, OutOfMemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
+    if starved:
+        return (
+            1,
+            "its node ran out of memory; fewer workers on a node, --num_workers=0 or a smaller --batch_size",
+        )
+    if "node" in text and any(
+        sign in text for sign in ("node has died", "node was terminated", "node is dead")
+    ):
+        return 2, "its node is gone"
+    if isinstance(error, RayActorError):
+        return 3, "its process was killed"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    collateral = any(sign in text for sign in ("onnection closed by peer", "onnection reset", "NCCL", "gloo"))
+    return (5 if collateral else 4), f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+
+
+@contextmanager
+def in_plain_words(recipe: "Recipe") -> Iterator[None]:
+    """Within, a training whose errors another try would not mend, full disks and memory, ends with a RunError."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        if reason := _for_good(error, recipe):
+            raise RunError(reason) from error
+        raise
+
+
+def _for_good(error: Exception, recipe: "Recipe") -> str | None:
+    import torch
+
+    text = str(error)
+    if getattr(error, "errno", None) in FULL or "No space left on device" in text:
+        place = getattr(error, "filename", None) or recipe.output_dir
+        return (
+            f"no space is left for {place}. The last checkpoint is intact: make room, or lower --checkpoint.keep_last; "
+            "--resume=true goes on from it."
+        )
+    gpu = isinstance(error, torch.OutOfMemoryError)
+    if gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+        memory = recipe.memory
+        need = f" The estimate was {memory}." if memory else ""
+        less = memory.savings(recipe) if memory else "a smaller --batch_size"
+        return (
+            f"out of {'GPU ' if gpu else ''}memory: {text.strip().splitlines()[0][:200] if text else 'MemoryError'}\n"
+            f"{need.strip()} What makes it less: {less}."
+        )
+    return None

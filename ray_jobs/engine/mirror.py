@@ -1,0 +1,289 @@
+"""A run whose `--output_dir` is a bucket: it lives in a folder of the node, and a copy of it in the bucket.
+
+    s3://bucket/run/checkpoints/000200/...      uploaded in the background, file by file
+    s3://bucket/run/checkpoints/000200.json     names and sizes of its files, written last: without it there is none
+    s3://bucket/run/{summary.json,metrics.jsonl,options.json,.progress,error.log,wandb/...}
+
+Object stores rename nothing, so that what is whole is what the last write says.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ray_jobs.engine.bucket import check_address, open_root
+from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.fingerprint import fingerprint_of
+from ray_jobs.engine.frame_cache import default_folder
+from ray_jobs.engine.trust import check_name
+
+CHECKPOINTS = "checkpoints"
+EVERY_S = 30  # between looks for what has changed
+PATIENCE_S = (
+    900  # how long a bucket may fail, with ever longer waits between tries, before the run is given up
+)
+LONGEST_WAIT_S = 30
+FILES = ("summary.json", "metrics.jsonl", "options.json", ".progress", "error.log")
+
+
+def folder_of(address: str) -> Path:
+    """Where a run lives whose `--output_dir` is `address`: on all nodes under the path that the driver's has."""
+    return default_folder() / "outputs" / fingerprint_of(address.rstrip("/"))
+
+
+def check_new(address: str) -> None:
+    """Refuse a place for a new run that has something in it.
+
+    Raises:
+        InputError: It has, or it cannot be read.
+    """
+    check_address(address, "output_dir")
+    system, place = open_root(address, flag="output_dir")
+    with _told(address):
+        taken = system.exists(place) and system.find(place)
+    if taken:
+        raise InputError(
+            f"--output_dir={address} already exists, and nothing in it is overwritten. Give another place, or "
+            "--resume=true to continue the run in it."
+        )
+    here = folder_of(address)
+    if (here / CHECKPOINTS).is_dir():
+        raise InputError(
+            f"--output_dir={address} is empty, but {here} holds a run that was to go there. Remove that folder, or give "
+            "another place."
+        )
+    shutil.rmtree(here, ignore_errors=True)
+
+
+def check_writable(address: str) -> None:
+    """Raises InputError if nothing can be written there."""
+    system, place = open_root(address, flag="output_dir")
+    with _told(address):
+        system.pipe_file(f"{place}/.writable", b"yes")
+        system.rm_file(f"{place}/.writable")
+
+
+def pull(address: str, here: Path) -> None:
+    """Bring the newest whole checkpoint of a run, and its small files, to its folder on this node, unless they are here.
+
+    Raises:
+        InputError: The bucket cannot be read.
+    """
+    check_address(address, "output_dir")
+    system, place = open_root(address, flag="output_dir")
+    (here / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with (here / ".pulled").open("w") as lock, _told(address):  # one process of a node
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        system.invalidate_cache()
+        for name in FILES:
+            if not (here / name).exists() and system.exists(f"{place}/{name}"):
+                system.get_file(f"{place}/{name}", str(here / name))
+        whole = whole_checkpoints(system, place)
+        for step in sorted(whole)[-1:]:
+            target = here / CHECKPOINTS / whole[step]
+            if target.is_dir():
+                continue
+            scratch = target.with_name(f".{target.name}.pulled")
+            shutil.rmtree(scratch, ignore_errors=True)
+            for name, size in json.loads(system.cat(f"{place}/{CHECKPOINTS}/{target.name}.json")).items():
+                file = scratch / check_name(name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(f"{place}/{CHECKPOINTS}/{target.name}/{name}", str(file))
+                if file.stat().st_size != size:
+                    raise OSError(f"{target.name}/{name} has {file.stat().st_size} bytes instead of {size}")
+            scratch.rename(target)
+
+
+def whole_checkpoints(system, place: str) -> dict[int, str]:
+    """Names of the whole checkpoints in a bucket, by step."""
+    with contextlib.suppress(FileNotFoundError):
+        names = [Path(path).name for path in system.ls(f"{place}/{CHECKPOINTS}", detail=False)]
+        return {int(n[:-5]): n[:-5] for n in names if n.endswith(".json") and n[:-5].isdigit()}
+    return {}
+
+
+def read_file(address: str, name: str) -> bytes:
+    system, place = open_root(address, flag="output_dir")
+    with _told(address):
+        return system.cat_file(f"{place}/{name}")
+
+
+@contextlib.contextmanager
+def _told(address: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"--output_dir={address}: cannot be used: {type(error).__name__}: {first_line(error)}"
+        ) from None
+
+
+@contextlib.contextmanager
+def mirrored(address: str, here: Path, report: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
+    """Within, this process keeps the copy of its run in the bucket up to date, beginning with what is here now.
+
+    Args:
+        here: The run's folder on this node.
+        report: Hears when the bucket fails, and when it is back.
+
+    Yields:
+        What to report to instead.
+    """
+    mirror = Mirror(address, here, lambda text: report({"kind": "notice", "text": text}))
+    try:
+        mirror.flush()
+
+        def report_and_send(event: dict) -> None:
+            report(event)
+            if event["kind"] == "checkpoint":
+                mirror.changed()
+
+        yield report_and_send
+    finally:
+        mirror.close()
+
+
+class Mirror:
+    """Keeps the copy of a run in its bucket up to date, from a thread of the process that writes the run.
+
+    Args:
+        address: Where to, an address such as `s3://bucket/run`.
+        here: The run's folder on this node.
+        tell: Called with a line of text when the bucket fails, and when it is back.
+    """
+
+    def __init__(self, address: str, here: Path, tell: Callable[[str], None]):
+        self.address, self.here, self.tell = address, here, tell
+        self.system, self.place = open_root(address, patient=True, flag="output_dir")
+        self.sent: dict[str, tuple] = {}  # small files: size and time of change when they were sent
+        self.known: set[str] = set()  # checkpoints that this process has seen here
+        self.failing_since: float | None = None
+        self.failure: str | None = None
+        self.rounds = 0  # of sending that have succeeded
+        self.wake, self.closing = threading.Event(), False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def changed(self) -> None:
+        """There is a new checkpoint.
+
+        Raises:
+            RunError: The bucket has failed for too long.
+        """
+        if self.failure:
+            raise RunError(self.failure)
+        self.wake.set()
+
+    def flush(self) -> None:
+        """Wait until all that is here now is there.
+
+        Raises:
+            RunError: The bucket has failed for too long.
+        """
+        rounds = self.rounds
+        while self.rounds < rounds + 2 and not self.failure:  # one may have begun before
+            self.wake.set()
+            time.sleep(0.1)
+        self.changed()
+
+    def close(self) -> None:
+        """Send what is left, and wait for it.
+
+        Raises:
+            RunError: The bucket has failed for too long.
+        """
+        self.closing = True
+        self.wake.set()
+        self.thread.join()
+        if self.failure:
+            raise RunError(self.failure)
+
+    def _run(self) -> None:
+        wait = 1.0
+        while not self.failure:
+            self.wake.wait(EVERY_S if self.failing_since is None else wait)
+            if self.failing_since is None:
+                self.wake.clear()
+            elif not self.closing:
+                time.sleep(wait)
+            closing = self.closing
+            try:
+                self._send()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                if self.failing_since is None:
+                    self.failing_since = time.monotonic()
+                    self.tell(f"{self.address} cannot be written, trying again: {reason}")
+                if time.monotonic() - self.failing_since > PATIENCE_S:
+                    kept = sorted(p.name for p in (self.here / CHECKPOINTS).glob("[0-9]*"))
+                    self.failure = (
+                        f"{self.address} could not be written for {PATIENCE_S:g} s: {reason}\n"
+                        f"What is whole there is intact; the checkpoints {', '.join(kept[-3:])} are in {self.here}."
+                    )
+                if closing:
+                    time.sleep(min(wait, LONGEST_WAIT_S))
+                wait = min(2 * wait, LONGEST_WAIT_S)
+                continue
+            self.rounds += 1
+            if self.failing_since is not None:
+                self.tell(f"{self.address} is back, and has everything.")
+                self.failing_since, wait = None, 1.0
+            if closing:
+                return
+
+    def _send(self) -> None:
+        """Send new checkpoints, remove those that were removed here, then send small files that have changed."""
+        folder = self.here / CHECKPOINTS
+        here = {path.name for path in folder.glob("[0-9]*") if path.is_dir()} if folder.is_dir() else set()
+        self.system.invalidate_cache()
+        there = set(whole_checkpoints(self.system, self.place).values())
+        for name in sorted(here - there):
+            with contextlib.suppress(FileNotFoundError):  # it was pruned meanwhile
+                self._send_checkpoint(folder / name)
+        for name in self.known - here:
+            self._remove(name)
+        self.known |= here
+        for link in ("last", "best"):
+            if (folder / link).is_symlink():
+                self._send_text(f"{CHECKPOINTS}/{link}", (folder / link).resolve().name)
+        small = [self.here / name for name in FILES]
+        small += [path for path in (self.here / "wandb").rglob("*") if not path.is_symlink()]
+        for path in small:
+            with contextlib.suppress(FileNotFoundError):
+                name, stat = str(path.relative_to(self.here)), path.stat()
+                version = stat.st_size, stat.st_mtime_ns
+                if path.is_file() and self.sent.get(name) != version:
+                    self.system.pipe_file(f"{self.place}/{name}", path.read_bytes())
+                    self.sent[name] = version
+
+    def _send_checkpoint(self, folder: Path) -> None:
+        sizes = {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                name = str(path.relative_to(folder))
+                self.system.put_file(str(path), f"{self.place}/{CHECKPOINTS}/{folder.name}/{name}")
+                sizes[name] = path.stat().st_size
+        if folder.is_dir():
+            self.system.pipe_file(
+                f"{self.place}/{CHECKPOINTS}/{folder.name}.json", json.dumps(sizes).encode()
+            )
+
+    def _send_text(self, name: str, text: str) -> None:
+        if self.sent.get(name) != (text,):
+            self.system.pipe_file(f"{self.place}/{name}", text.encode())
+            self.sent[name] = (text,)
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.system.rm_file(f"{self.place}/{CHECKPOINTS}/{name}.json")  # first: it is no longer whole
+        with contextlib.suppress(FileNotFoundError):
+            self.system.rm(f"{self.place}/{CHECKPOINTS}/{name}", recursive=True)
+        self.known.discard(name)

@@ -1,0 +1,134 @@
+"""Finds the worker that a run waits for. Workers wait for each other in every step: when one stops, all do, and nothing
+says which.
+
+Each worker has a thread that tells the run's line, every few seconds, how far its training is and where in the code. A
+worker that tells nothing has stopped, or its node is cut off; one that tells of the same step for too long hangs.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+BEAT_S = 2.0
+SLOW = ("objective.py", "checkpoint.py", "tracking.py", "bucket.py")  # no hang while the training is in there
+WAITING = (
+    "backward",
+    "all_reduce",
+    "wait",
+    "barrier",
+    "all_gather",
+    "broadcast",
+    "reduce",
+)  # for other ranks
+
+
+@dataclass
+class Beat:
+    """What a worker tells of itself."""
+
+    rank: int
+    node_id: str
+    address: str
+    pid: int
+    step: int | None
+    """The last one done; None before the first."""
+    where: str
+    """The innermost lines of its training."""
+    slow: bool
+    """It validates or saves: that may take long."""
+    waits: bool
+    """It waits for other workers."""
+
+
+def beat(line, rank: int) -> Callable[[dict], None]:
+    """Begin to tell, of the thread that calls this. Returns what must hear of the run's events."""
+    import ray
+
+    context = ray.get_runtime_context()
+    node, address, pid = context.get_node_id(), ray.util.get_node_ip_address(), os.getpid()
+    training, step = threading.get_ident(), None
+
+    def tell() -> None:
+        while (frame := sys._current_frames().get(training)) is not None:
+            files, names = [], []
+            while frame is not None:
+                files.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back
+            slow = any(file.partition(":")[0] in SLOW for file in files)
+            waits = any(word in name for name in names[:6] for word in WAITING)
+            where = ", called from ".join(f"{n} ({f})" for n, f in list(zip(names, files, strict=True))[:3])
+            line.beat.remote(Beat(rank, node, address, pid, step, where, slow, waits))
+            time.sleep(BEAT_S)
+
+    def hear(event: dict) -> None:
+        nonlocal step
+        step = event.get("step", step)
+
+    threading.Thread(target=tell, daemon=True).start()
+    return hear
+
+
+class Watchdog:
+    """Looks after a run from its driver.
+
+    Args:
+        line: Handle of the run's `cluster.Line`.
+        patience_s: How long a worker may be silent, or the run without a step; 0 for ever.
+    """
+
+    def __init__(self, line, patience_s: float):
+        self.line, self.patience_s = line, patience_s
+        self.looked = time.monotonic()
+
+    def look(self) -> str | None:
+        """Call now and then. If the run hangs: end the worker that it waits for, so that Ray Train starts the group
+        again, and return what to tell."""
+        import ray
+
+        if not self.patience_s or time.monotonic() - self.looked < BEAT_S:
+            return None
+        self.looked = time.monotonic()
+        beats = ray.get(self.line.beats.remote())
+        found = culprit(beats, self.patience_s)
+        if found is None:
+            return None
+        beat, reason = found
+        ray.get(self.line.forget_beats.remote())
+        here = {"ray.io/node-id": beat.node_id}
+        end = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_end)
+        ray.wait([end.remote(beat.pid)], timeout=10)  # on a node cut off it will not run
+        return f"rank {beat.rank} on {beat.address} (process {beat.pid}) {reason}; it is replaced"
+
+
+def _end(pid: int) -> None:
+    process = psutil.Process(pid)
+    if any("ray::" in word for word in process.cmdline()):  # and not another one that has got its number
+        process.kill()
+
+
+def culprit(beats: dict[int, tuple[Beat, float, float]], patience_s: float) -> tuple[Beat, str] | None:
+    """The worker that a run waits for, and why it is thought to be; None while the run goes on.
+
+    Args:
+        beats: By rank, its last beat, the seconds since, and the seconds since its step has changed.
+    """
+    silent = [beat for beat, age, _ in beats.values() if age > patience_s]
+    if silent:
+        beat = silent[0]
+        after = f"after step {beat.step}" if beat.step is not None else "before the first step"
+        return beat, f"has stopped answering {after}"
+    if not beats or any(
+        beat.step is None or beat.slow or unchanged <= patience_s for beat, _, unchanged in beats.values()
+    ):
+        return None
+    behind = min(beat.step for beat, _, _ in beats.values())
+    suspects = [beat for beat, _, _ in beats.values() if beat.step == behind]
+    beat = next((beat for beat in suspects if not beat.waits), suspects[0])
+    return beat, f"has not come further than step {beat.step} for {patience_s:g} s, it is in {beat.where}"

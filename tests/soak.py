@@ -1,0 +1,181 @@
+"""Kill, at random moments, workers, controllers and raylets of a training or a search until it is done all the same.
+
+    python tests/soak.py --what=train --workers=1 --kills=40      # ends with the bytes of an undisturbed run
+    python tests/soak.py --what=train --workers=2 --kills=30
+    python tests/soak.py --what=tune --kills=30
+
+The driver is a user's: when it gives up, it is started again with --resume=true. After every kill all visible checkpoints
+are looked over. Prints a row for a table; exits 1 if anything was torn, lost or different.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+SAVE_EVERY = 20
+LONGEST_S = 7200
+PREY = {"worker": ("RayTrainWorker", "ImplicitFunc", "run_trial"), "controller": ("TrainController",)}
+
+
+class Soak:
+    """A head without CPUs, where the driver is, and two nodes that are replaced when they are killed."""
+
+    def __init__(self, root: Path, folder: Path, what: str, workers: int, seed: int):
+        from ray.cluster_utils import Cluster
+
+        self.root, self.run, self.what, self.workers = root, folder / "run", what, workers
+        self.random, self.kills, self.starts = random.Random(seed), Counter(), 0
+        self.torn: list[str] = []
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
+        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
+        self.driver = None
+
+    def flags(self, steps: int) -> list[str]:
+        from conftest import tiny_act
+
+        flags = tiny_act(self.root, self.run, f"--steps={steps}", f"--save_freq={SAVE_EVERY}")
+        flags += [f"--ray.address={self.cluster.address}", "--ray.cpus_per_worker=1"]
+        if self.what == "tune":
+            space = self.run.parent / "space.yaml"
+            space.write_text(
+                "policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\n"
+                "search:\n  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n"
+            )
+            flags = [f for f in flags if not f.startswith(("--policy.type", "--save_freq"))]
+            return [*flags, f"--space={space}", "--tune.num_samples=20", "--tune.scheduler=none"]
+        return [*flags, f"--ray.num_workers={self.workers}", "--ray.max_failures=-1"]
+
+    def start(self, steps: int) -> None:
+        from test_faults import Run
+
+        flags = self.flags(steps)
+        if self.starts:
+            flags = (
+                [f"--output_dir={self.run}", "--resume=true"]
+                if self.what == "tune"
+                else [*flags, "--resume=true"]
+            )
+        self.starts += 1
+        self.driver = Run(flags, job=f"ray_jobs.{self.what}")
+
+    def finish(self, steps: int, kills: int) -> None:
+        """Run to the end, killing as often as was asked for, as long as it lasts."""
+        give_up = time.monotonic() + LONGEST_S
+        self.start(steps)
+        log = (self.run.parent / "driver.log").open("a")
+        os.set_blocking(self.driver.process.stdout.fileno(), False)
+        while time.monotonic() < give_up:
+            if self.driver.process.poll() is not None:
+                log.write(self.driver.process.stdout.read() or "")
+                if self.driver.process.returncode == 0:
+                    return
+                self.start(steps)
+                os.set_blocking(self.driver.process.stdout.fileno(), False)
+            with suppress(TypeError, OSError):
+                log.write(self.driver.process.stdout.read() or "")
+            time.sleep(self.random.uniform(1, 8))
+            if sum(self.kills.values()) < kills:
+                self.kill()
+                self.look()
+        raise SystemExit(f"not finished after {LONGEST_S} s, {self.kills}")
+
+    def kill(self) -> None:
+        kind = self.random.choices(["worker", "controller", "raylet"], [6, 2, 2])[0]
+        if kind == "raylet":
+            at = self.random.randrange(2)
+            self.cluster.remove_node(self.nodes[at], allow_graceful=False)
+            self.nodes[at] = self.cluster.add_node(num_cpus=1)
+            self.kills[kind] += 1
+            return
+        prey = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if any(name in " ".join(process.cmdline()) for name in PREY[kind]):
+                    prey.append(process)
+        if prey:
+            with suppress(psutil.NoSuchProcess):
+                self.random.choice(prey).kill()
+                self.kills[kind] += 1
+
+    def look(self) -> None:
+        """See that every checkpoint that can be seen is whole."""
+        from ray_jobs.engine import checkpoint
+
+        runs = [self.run, *self.run.glob("trials/*")]
+        for run in runs:
+            for path in checkpoint.checkpoint_steps(run).values():
+                fault = checkpoint.fault(path)
+                if fault and path.exists():  # else it was pruned while it was looked at
+                    self.torn.append(fault)
+
+
+def main(argv: list[str]) -> int:
+    asked = argparse.ArgumentParser()
+    asked.add_argument("--what", choices=["train", "tune"], default="train")
+    asked.add_argument("--workers", type=int, default=1)
+    asked.add_argument("--kills", type=int, default=30)
+    asked.add_argument("--steps", type=int, default=600)
+    asked.add_argument("--seed", type=int, default=0)
+    asked = asked.parse_args(argv)
+    scratch = tempfile.mkdtemp(prefix="rj_")
+    os.environ |= {"RAY_TMPDIR": scratch, "RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "1000"}
+    from conftest import job, tiny_act
+
+    from ray_jobs.part_sorting.record import record
+
+    folder = Path(tempfile.mkdtemp(prefix="soak_"))
+    root = record(folder / "parts", episodes=12, image_size=64, seed=7)
+    soak = Soak(root, folder, asked.what, asked.workers, asked.seed)
+    begin = time.monotonic()
+    try:
+        soak.finish(asked.steps, asked.kills)
+    finally:
+        soak.cluster.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+    summary = json.loads((soak.run / "summary.json").read_text())
+    faults = list(soak.torn)
+    lost = restarts = "-"
+    if asked.what == "train":
+        lost, restarts = summary["lost_steps"], summary["restarts"]
+        if lost > SAVE_EVERY * restarts:
+            faults.append(f"{lost} steps were lost over {restarts} restarts")
+        steps = [json.loads(line)["step"] for line in (soak.run / "metrics.jsonl").read_text().splitlines()]
+        if steps != list(range(1, asked.steps + 1)):
+            faults.append("a step is missing in metrics.jsonl, or stands there twice")
+        if asked.workers == 1:
+            calm = folder / "calm"
+            more = (f"--steps={asked.steps}", f"--save_freq={asked.steps}", "--ray.address=local")
+            assert job("ray_jobs.train", *tiny_act(root, calm, *more), timeout=3600).returncode == 0
+            file = "checkpoints/last/pretrained_model/model.safetensors"
+            if (soak.run / file).read_bytes() != (calm / file).read_bytes():
+                faults.append("the final weights are not those of the undisturbed run")
+    else:
+        rows = (soak.run / "trials.csv").read_text().splitlines()[1:]
+        if len(rows) != 20 or any("RUNNING" in row for row in rows):
+            faults.append(f"{len(rows)} trials, {[row for row in rows if 'RUNNING' in row]}")
+    kills = ", ".join(f"{count} {kind}s" for kind, count in sorted(soak.kills.items()))
+    print("| what | killed | driver started | restarts | steps lost | wall | faults |")
+    name = f"{asked.what}, {asked.workers} worker(s)" if asked.what == "train" else "tune, 20 trials"
+    wall = time.monotonic() - begin
+    print(f"| {name} | {kills} | {soak.starts} | {restarts} | {lost} | {wall:.0f} s | {faults or 'none'} |")
+    if not faults:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,336 @@
+"""cluster.yaml: what Ray's launcher makes of it, what its commands do on real nodes, what a submitted job uploads."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, tiny_act
+from ray._private.runtime_env.packaging import create_package
+from ray.autoscaler._private.command_runner import _with_interactive
+from ray.autoscaler._private.providers import _get_node_provider
+from ray.autoscaler._private.util import prepare_config, validate_config, with_envs
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+from ray_jobs.engine import checkpoint
+
+FILE = ROOT / "cluster.yaml"
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The file as Ray's launcher completes it for AWS, which moto stands in for, and Ray's AWS node provider."""
+    moto = pytest.importorskip("moto")
+    home = tmp_path_factory.mktemp("home")
+    for secret in (".netrc", ".ray/auth_token"):
+        (home / secret).parent.mkdir(exist_ok=True)
+        (home / secret).write_text("secret")
+    with pytest.MonkeyPatch.context() as patch, moto.mock_aws():
+        patch.setenv("HOME", str(home))
+        patch.chdir(ROOT)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        import boto3
+        from ray.autoscaler._private.aws.config import bootstrap_aws
+        from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+        written = yaml.safe_load(FILE.read_text())
+        boto3.client("iam").create_instance_profile(InstanceProfileName="ray-jobs")
+        image = boto3.client("ec2", region_name=written["provider"]["region"]).describe_images()["Images"][0]
+        for kind in written["available_node_types"].values():
+            kind["node_config"]["ImageId"] = image["ImageId"]  # moto knows but a few
+        config = bootstrap_aws(prepare_config(written))
+        config = AWSNodeProvider.fillout_available_node_types_resources(config)
+        validate_config({name: value for name, value in config.items() if name != "head_node"})
+        yield config, _get_node_provider(config["provider"], config["cluster_name"])
+
+
+def test_launcher_takes_the_file(launched):
+    """Ray's schema and its launcher for AWS take it; GPUs are detected, workers are spot instances behind a group
+    that only SSH reaches, and start under the names that botocore knows."""
+    config, provider = launched
+    kinds = config["available_node_types"]
+    assert kinds["gpu_spot"]["resources"]["GPU"] == 1 and "GPU" not in kinds["head"]["resources"]
+    started = {}
+    for name, kind in kinds.items():
+        (instance,) = provider.create_node(kind["node_config"], {"ray-node-name": name}, 1).values()
+        started[name] = instance
+    assert {name for name, instance in started.items() if instance.instance_lifecycle == "spot"} == {
+        "gpu_spot"
+    }
+    assert all(i.iam_instance_profile["Arn"].endswith("/ray-jobs") for i in started.values())
+    (group,) = config["available_node_types"]["head"]["node_config"]["SecurityGroupIds"]
+    rules = provider.ec2.SecurityGroup(group).ip_permissions
+    assert [rule["FromPort"] for rule in rules if rule["IpRanges"]] == [22]
+
+
+def test_spot_first_then_on_demand(launched):
+    """Ray's scheduler asks for spot nodes, and for others once AWS had none; never for more than max_workers."""
+    config, _ = launched
+    config = AutoscalingConfig({k: v for k, v in config.items() if k != "head_node"}, skip_content_hash=True)
+
+    def asked(workers: int, **availability) -> dict[str, int]:
+        demand = ResourceRequestUtil.make({"GPU": 1, "CPU": 8})
+        reply = ResourceDemandScheduler().schedule(
+            SchedulingRequest(
+                node_type_configs=config.get_node_type_configs(),
+                max_num_nodes=config.get_max_num_nodes(),
+                resource_requests=ResourceRequestUtil.group_by_count([demand] * workers),
+                disable_launch_config_check=True,
+                idle_timeout_s=None,
+                recoverable_resource_availabilities=availability,
+            )
+        )
+        return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+    assert asked(2)["gpu_spot"] == 2
+    assert asked(2, gpu_spot=0.0)["gpu_on_demand"] == 2
+    assert sum(asked(9).values()) == 5  # with the head, which is not there yet
+
+
+class Nodes:
+    """A head and a worker that the file's own commands have started on this machine, in a home of their own."""
+
+    def __init__(self, home: Path, config: dict):
+        self.home, self.mark, self.config = home, uuid.uuid4().hex, config
+        self.port, self.dashboard = free_port(), free_port()
+        # Short, for sockets have their names in it; and its own, else Ray's of other tests would be joined.
+        self.scratch = tempfile.mkdtemp(prefix="rj_")
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OMP_"))},
+            "HOME": str(home),
+            "RAY_TMPDIR": self.scratch,
+            "RAY_JOBS_TEST": self.mark,
+        }
+
+    def start(self) -> None:
+        written = yaml.safe_load(FILE.read_text())
+        for command in written["setup_commands"]:
+            if "chmod" in command or ".bashrc" in command:  # the others install packages and mount disks
+                self.launch(command, {})
+        (self.home / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(self.config))
+        for name, kind in (("head", "head"), ("worker", "gpu_spot")):
+            for command in written[f"{name}_start_ray_commands"][
+                1:
+            ]:  # the first one stops all Ray on a machine
+                command = command.replace("6379", str(self.port)).replace("000000000", "00000000")
+                command = command.replace(" --autoscaling-config=~/ray_bootstrap_config.yaml", "")
+                more = f" --dashboard-agent-listen-port={free_port()}"  # one machine has two nodes here
+                more += f" --dashboard-port={self.dashboard}" if name == "head" else ""
+                self.launch(
+                    f"{command} --num-cpus=2{more}",
+                    {"RAY_HEAD_IP": "127.0.0.1", "RAY_NODE_TYPE_NAME": kind, "RAY_enable_autoscaler_v2": 1},
+                )
+
+    def launch(self, command: str, env: dict) -> None:
+        """Run a command as Ray's launcher does over ssh."""
+        shell = " ".join(_with_interactive(*with_envs([command], env)))
+        result = subprocess.run(shell, shell=True, env=self.env, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    def ray(self, *args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+        """`ray ...` as a user types it, in the shell that the README sets up."""
+        address = {"RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}", "RAY_AUTH_MODE": "token"}
+        ray = Path(sys.executable).with_name("ray")
+        env = self.env | address | env
+        for _ in range(10):
+            result = subprocess.run(
+                [ray, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+            )
+            if "No available agent" not in result.stderr:  # the head takes a moment
+                break
+            time.sleep(2)
+        return result
+
+    def processes(self) -> list[psutil.Process]:
+        found = psutil.process_iter(["environ"])
+        return [p for p in found if (p.info["environ"] or {}).get("RAY_JOBS_TEST") == self.mark]
+
+    def stop(self) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def nodes(launched, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    (home / ".ray").mkdir()
+    (home / ".ray/auth_token").write_text(uuid.uuid4().hex)
+    (home / ".bashrc").write_text("# Ubuntu's\n")
+    for name in ("ray", "python"):  # what uv would install there
+        wrapper = home / "env/bin" / name
+        wrapper.parent.mkdir(parents=True, exist_ok=True)
+        wrapper.write_text(f'#!/bin/sh\nexec {Path(sys.executable).with_name(name)} "$@"\n')
+        wrapper.chmod(0o755)
+    cluster = Nodes(home, launched[0])
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+PROBE = """
+import json, os, ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+from ray_jobs.engine import cluster
+
+@ray.remote(num_cpus=2)
+def look():
+    return {name: os.environ.get(name) for name in ("RAY_JOBS_CACHE", "OMP_NUM_THREADS")}
+
+ray.init()
+seen = [ray.get(look.options(scheduling_strategy=On(node["NodeID"], False)).remote()) for node in ray.nodes()]
+shares = [str(cluster.share(3, None, None, None))]
+try:
+    cluster.share(4, None, 1.0, None)
+except Exception as error:
+    shares.append(str(error))
+print("seen", json.dumps({"nodes": seen, "shares": shares}))
+"""
+
+
+def test_nodes_start_with_the_files_commands(nodes, tmp_path):
+    """Both nodes have the cache's folder and a thread for each CPU; a job is taken with the token and not without;
+    nothing but loopback serves the dashboard; and workers that are still to be started are reckoned with."""
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+    shutil.copytree(ROOT / "ray_jobs", folder / "ray_jobs")
+    (folder / "probe.py").write_text(PROBE)
+    result = nodes.ray("job", "submit", "--working-dir", ".", "--", "python", "probe.py", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("seen ")]
+    seen = json.loads(line.removeprefix("seen "))
+    assert seen["nodes"] == 2 * [{"RAY_JOBS_CACHE": "/opt/dlami/nvme/ray_jobs", "OMP_NUM_THREADS": "2"}]
+    assert seen["shares"][0] == "8 CPUs, 1 GPUs"
+    assert "room for 3" in seen["shares"][1] and "3 x 16 CPUs, 1 GPUs" in seen["shares"][1]
+
+    listening = [c.laddr for p in nodes.processes() for c in p.net_connections() if c.status == "LISTEN"]
+    assert {address.ip for address in listening if address.port == nodes.dashboard} == {"127.0.0.1"}
+    for wrong in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 32}):
+        refused = nodes.ray("job", "list", cwd=folder, **wrong)
+        assert refused.returncode != 0 and "uthentication" in refused.stdout + refused.stderr
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What `--working-dir .` names: another folder with the program in it."""
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "ray_jobs", folder / "ray_jobs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "search_spaces", folder / "search_spaces")
+    return folder
+
+
+def submitted(nodes, folder: Path, *words: str) -> tuple[str, str]:
+    """Submit, wait for the end; the job's state, and its log."""
+    name = f"job-{uuid.uuid4().hex[:8]}"
+    result = nodes.ray(
+        "job", "submit", f"--submission-id={name}", "--working-dir", ".", "--", *words, cwd=folder
+    )
+    assert "submitted successfully" in result.stdout, result.stdout + result.stderr
+    return state_of(nodes, folder, name), nodes.ray("job", "logs", name, cwd=folder).stdout
+
+
+def state_of(nodes, folder: Path, name: str) -> str:
+    told = nodes.ray("job", "status", name, cwd=folder).stdout
+    return next(state for state in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING") if state in told.upper())
+
+
+@pytest.mark.slow
+def test_submitted_jobs(nodes, folder, parts, tmp_path):
+    """A training and a search run to the end, words with quotes arrive, the state tells the truth, and a log has lines."""
+    root = shutil.copytree(parts, tmp_path / 'it\'s "here"')
+    train = tiny_act(root, tmp_path / "run", "--steps=12", "--ray.cpus_per_worker=2")
+    state, log = submitted(nodes, folder, "python", "-m", "ray_jobs.train", *train)
+    assert state == "SUCCEEDED", log
+    assert "step 12/12" in log and "\r" not in log and "Traceback" not in log
+    assert checkpoint.fault(checkpoint.last_checkpoint(tmp_path / "run")) is None
+
+    state, log = submitted(nodes, folder, "python", "-m", "ray_jobs.train", *train, "--batchsize=4")
+    assert state == "FAILED" and "did you mean --batch_size?" in log
+
+    tiny = [f for f in tiny_act(root, tmp_path / "search", "--steps=9") if not f.startswith("--policy.type")]
+    space = folder / "space.yaml"
+    space.write_text("policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\nsearch:\n"
+                     "  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n")  # fmt: skip
+    search = (*tiny, "--space=space.yaml", "--tune.num_samples=2", "--tune.scheduler=none")
+    state, log = submitted(nodes, folder, "python", "-m", "ray_jobs.tune", *search)
+    assert state == "SUCCEEDED" and "\r" not in log, log
+    assert (tmp_path / "search/best/command.sh").is_file()
+
+
+@pytest.mark.slow
+def test_stopped_job_leaves_a_checkpoint(nodes, folder, parts, tmp_path):
+    flags = tiny_act(parts, tmp_path / "run", "--steps=5000", "--save_freq=5000", "--ray.cpus_per_worker=2")
+    name, words = "stopped", ("python", "-m", "ray_jobs.train", *flags)
+    nodes.ray(
+        "job",
+        "submit",
+        "--no-wait",
+        f"--submission-id={name}",
+        "--working-dir",
+        ".",
+        "--",
+        *words,
+        cwd=folder,
+    )
+    give_up = time.monotonic() + 180
+    while "step 12/5000" not in nodes.ray("job", "logs", name, cwd=folder).stdout:
+        assert time.monotonic() < give_up, nodes.ray("job", "logs", name, cwd=folder).stdout
+        time.sleep(2)
+    nodes.ray("job", "stop", name, cwd=folder)
+    while state_of(nodes, folder, name) == "RUNNING":
+        assert time.monotonic() < give_up
+        time.sleep(1)
+    log = nodes.ray("job", "logs", name, cwd=folder).stdout
+    assert state_of(nodes, folder, name) == "STOPPED" and "--resume=true" in log, log
+    saved = checkpoint.last_checkpoint(tmp_path / "run")
+    assert int(saved.name) >= 12 and checkpoint.fault(saved) is None
+
+
+def test_upload_is_small(tmp_path):
+    """`ray job submit --working-dir .` packs the program, not what lies beside it."""
+    copy = tmp_path / "copy"
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    for name in tracked:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    for folder in (
+        ".git",
+        ".venv",
+        "outputs/run",
+        "datasets/set",
+        "pretrained/pi0",
+        "wandb",
+        ".pytest_cache",
+    ):
+        (copy / folder).mkdir(parents=True)
+        (copy / folder / "large").write_bytes(os.urandom(5_000_000))
+    package = tmp_path / "package.zip"
+    create_package(str(copy), package, include_gitignore=True)  # as the client of `ray job submit` does
+    assert package.stat().st_size < 1_000_000
+    inside = zipfile.ZipFile(package).namelist()
+    assert "ray_jobs/train.py" in inside and "search_spaces/act.yaml" in inside
+    assert not [name for name in inside if name.endswith("large")]

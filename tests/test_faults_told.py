@@ -1,0 +1,148 @@
+"""What is said about a fault: which worker the others wait for, why one was lost, what to change when memory runs out."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import ROOT, tiny_act
+from lerobot.policies.act.modeling_act import ACTPolicy
+from ray.exceptions import ActorDiedError, RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from ray_jobs.engine import faults, preflight, watchdog, workers
+from ray_jobs.engine.console import Display
+from ray_jobs.engine.errors import GO_ON, RunError
+from ray_jobs.engine.recipe import resolve
+
+
+def beat(rank: int, step: int | None = 7, **more) -> watchdog.Beat:
+    facts = {"node_id": "n", "address": "10.0.0.3", "pid": 1, "where": "read (data.py:9)", "slow": False}
+    return watchdog.Beat(rank=rank, step=step, waits=False, **facts | more)
+
+
+@pytest.mark.parametrize(
+    ("beats", "found"),
+    [
+        ({0: (beat(0), 1, 1), 1: (beat(1), 1, 1)}, None),
+        ({0: (beat(0), 1, 700), 1: (beat(1), 650, 700)}, "1 has stopped answering after step 7"),
+        ({0: (beat(0, None), 1, 700), 1: (beat(1, None), 1, 700)}, None),  # still being built
+        ({0: (beat(0, None), 700, 700)}, "0 has stopped answering before the first step"),
+        ({0: (beat(0, slow=True), 1, 700), 1: (beat(1), 1, 700)}, None),  # one validates or saves
+        ({0: (beat(0), 1, 700), 1: (beat(1, 6), 1, 700)}, "1 has not come further than step 6 for 600 s"),
+    ],
+)
+def test_who_is_waited_for(beats, found):
+    culprit = watchdog.culprit(beats, 600)
+    assert (culprit and f"{culprit[0].rank} {culprit[1]}"[: len(found or "")]) == found
+
+
+def test_who_waits_is_not_who_is_waited_for():
+    waiting = watchdog.Beat(0, "n", "a", 1, 7, "wait (distributed.py:1)", slow=False, waits=True)
+    culprit, why = watchdog.culprit({0: (waiting, 1, 700), 1: (beat(1), 1, 700)}, 600)
+    assert culprit.rank == 1 and "data.py:9" in why
+
+
+def test_a_worker_tells_where_it_is(monkeypatch):
+    """The thread that tells sees this one: its step, and the function it is in."""
+
+    class Line:
+        beats: list = []
+
+        class beat:  # noqa: N801
+            @staticmethod
+            def remote(told):
+                Line.beats.append(told)
+
+    class Context:
+        def get_node_id(self):
+            return "node"
+
+    import ray
+
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
+
+    def training() -> None:
+        hear = watchdog.beat(Line, rank=3)
+        hear({"kind": "step", "step": 5})
+        waits_here()
+
+    def waits_here() -> None:
+        time.sleep(0.5)
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    told = Line.beats[-1]
+    assert (told.rank, told.step, told.slow) == (3, 5, False) and "waits_here" in told.where
+    time.sleep(0.2)
+    count = len(Line.beats)
+    time.sleep(0.2)
+    assert len(Line.beats) == count, "it must end with the training"
+
+
+def test_why_a_worker_was_lost():
+    def lost(text: str, **more) -> Exception:
+        return WorkerHealthCheckFailedError("failed", RayActorError(error_msg=text, **more))
+
+    reset = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:1")
+    for errors, told in (
+        ({0: reset, 1: ActorDiedError()}, "rank 1: its process was killed"),
+        ({0: reset, 1: lost("killed due to memory pressure (OOM)")}, "rank 1: its node ran out of memory"),
+        ({0: lost("The actor died because its node has died.")}, "its node is gone"),
+        ({0: reset, 1: faults.Preempted()}, "rank 1: its node is being taken away, as was announced"),
+        ({0: reset, 1: ValueError("no such thing")}, "rank 1: ValueError: no such thing"),
+    ):
+        assert told in faults.describe(errors)
+
+
+def test_restarts_are_told(capsys):
+    """Why, from where, with how many, and what it has cost."""
+    display = Display()
+    start = {"policy": "act", "learnable_parameters": 1, "parameters": 1, "device": "cpu", "precision": "no"}
+    start |= {"dataset": "d", "episodes": 1, "frames": 1, "eval_episodes": 0, "batch_size": 4, "steps": 9}
+    start |= {
+        "grad_accumulation": 1,
+        "global_batch_size": 8,
+        "num_workers": 2,
+        "epochs": 1.0,
+        "kind": "start",
+    }
+    display.show({**start, "start_step": 0, "lost_steps": 0})
+    display.show({"kind": "fault", "text": "a worker was lost (rank 1: its node is gone)"})
+    display.show({**start, "start_step": 4, "lost_steps": 3, "num_workers": 1})
+    assert (
+        "a worker was lost (rank 1: its node is gone); the run goes on from step 4 with 1 worker(s); "
+        "3 step(s) are done again" in capsys.readouterr().out
+    )
+
+
+def test_out_of_gpu_memory(parts, tmp_path, monkeypatch):
+    """torch's own error, raised where it would be: the estimate and the flags that make it less, no second try."""
+
+    def exhausted(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(ACTPolicy, "forward", exhausted)
+    recipe = resolve(tiny_act(parts, tmp_path / "run", "--ray.num_workers=0"))
+    preflight.check(recipe)
+    with pytest.raises(RunError) as failed:
+        workers.train_here(recipe, lambda event: None, lambda: GO_ON)
+    message = str(failed.value)
+    assert "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB." in message
+    assert "--batch_size=2 --ray.grad_accumulation=2" in message and "GB per worker" in message
+    assert len(message.splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_out_of_main_memory(parts, tmp_path):
+    """The real thing: a process that may have 8 GB of addresses and asks for more."""
+    flags = tiny_act(parts, tmp_path / "run", "--ray.num_workers=0", "--batch_size=20000", "--num_workers=0")
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2); import runpy, sys; sys.argv = {['train', *flags]!r}; runpy.run_module('ray_jobs.train', run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1, result.stderr[-2000:]
+    assert result.stderr.startswith("failed: out of memory") and "--batch_size=10000" in result.stderr
+    assert "Traceback" not in result.stderr

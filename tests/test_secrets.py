@@ -1,0 +1,63 @@
+"""Keys of W&B and of a bucket stay in the environment: nothing that a run leaves behind has them in it."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import tiny_act, train_in_process
+from test_faults import Run
+
+SECRETS = {
+    "WANDB_API_KEY": "f00dfeed" * 5,
+    "AWS_ACCESS_KEY_ID": "AKIAFAKEFAKEFAKEFAKE",
+    "AWS_SECRET_ACCESS_KEY": "5ecre7+5ecre7/5ecre75ecre75ecre75ecre7aa",
+    "HF_TOKEN": "hf_fakefakefakefakefakefakefakefakefa",
+}
+
+
+def leaks(*folders: Path) -> list[str]:
+    """Files with a secret in them, or in their names; compressed ones are as good as sealed, and not looked into."""
+    found = []
+    for folder in folders:
+        for path in folder.rglob("*"):
+            content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+            hits = [k for k, v in SECRETS.items() if v.encode() in content or v in str(path)]
+            found += [f"{path}: {name}" for name in hits]
+    return found
+
+
+def test_grep_finds(tmp_path):
+    (tmp_path / "log").write_text(f"key={SECRETS['WANDB_API_KEY']}")
+    assert leaks(tmp_path) == [f"{tmp_path / 'log'}: WANDB_API_KEY"]
+
+
+def test_nothing_in_a_run(parts, tmp_path, monkeypatch):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    flags = ("--steps=2", "--wandb.enable=true", "--wandb.mode=offline", "--wandb.disable_artifact=true")
+    train_in_process(tiny_act(parts, tmp_path / "run", *flags))
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert leaks(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+def test_nothing_in_a_run_on_ray(parts, tmp_path):
+    """Outputs, W&B's folder, Ray's session folder with all its logs, and the arguments of every process."""
+    scratch = Path(tempfile.mkdtemp(prefix="rj_"))  # short: Ray's sockets lie in it
+    try:
+        flags = ("--steps=30", "--wandb.enable=true", "--wandb.mode=offline", "--ray.address=local")
+        run = Run(tiny_act(parts, tmp_path / "run", *flags), **SECRETS, RAY_TMPDIR=str(scratch))
+        run.wait_for("step 5/30")
+        arguments = [
+            " ".join(process.cmdline()) for process in (*run.family(), psutil.Process(run.process.pid))
+        ]
+        for worker in run.workers():
+            worker.kill()  # its end is logged, too
+        assert run.end() == 0, run.printed
+        assert not [words for words in (*arguments, run.printed) if any(v in words for v in SECRETS.values())]
+        assert list(scratch.rglob("*.log")) and list((tmp_path / "run").glob("wandb/offline-run-*"))
+        assert leaks(tmp_path / "run", scratch) == []
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,300 @@
+"""Runs and data sets in a bucket: nothing is lost with the node, and what is there is whole. The bucket is moto's server."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import fsspec
+import pytest
+from conftest import job, tiny_act
+from ray.cluster_utils import Cluster
+from test_faults import Run
+
+from ray_jobs.engine import bucket, checkpoint, mirror, preflight, workers
+from ray_jobs.engine.errors import GO_ON, INTERRUPTED, InputError, RunError
+from ray_jobs.engine.recipe import resolve
+
+WEIGHTS = "pretrained_model/model.safetensors"
+OPTIMIZER = "training_state/optimizer_state.safetensors"
+
+
+class Bucket:
+    """An S3 server in a process of its own, which can be stopped and started again and forgets nothing over it."""
+
+    SERVER = """
+import sys
+import tempfile
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+port = server.get_host_and_port()[1]
+print(port, flush=True)
+for line in sys.stdin:
+    if line.strip() == "stop":
+        server.stop()
+    else:
+        server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+        server.start()
+    print("done", flush=True)
+"""
+
+    def __init__(self):
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.SERVER], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
+        self.address = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+
+    def do(self, what: str) -> None:
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server():
+    made = Bucket()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def s3(server, monkeypatch, tmp_path):
+    """A bucket, and a node that has seen nothing of it yet. The node can be had anew."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # other tests have another server
+    system = fsspec.filesystem("s3")
+    system.mkdir(tmp_path.name.replace("_", "-"))
+
+    class Place:
+        address = f"s3://{tmp_path.name.replace('_', '-')}/runs/act"
+        nodes = 0
+
+        def find(self) -> list[str]:
+            system.invalidate_cache()
+            return [path.partition("/runs/act/")[2] for path in system.find(self.address)]
+
+        def new_node(self) -> Path:
+            self.nodes += 1
+            folder = tmp_path / f"node{self.nodes}"
+            monkeypatch.setattr(mirror, "default_folder", lambda: folder)
+            monkeypatch.setattr(bucket, "default_folder", lambda: folder)
+            bucket.fetch.cache_clear()
+            return folder
+
+    place = Place()
+    place.new_node()
+    place.server, place.system = server, system
+    yield place
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def train(flags: list[str], stop_after: int | None = None) -> tuple[dict, list[dict]]:
+    """A run in this process, as `--ray.num_workers=0` has it."""
+    recipe = resolve(flags)
+    preflight.check(recipe)
+    events: list[dict] = []
+    stop = lambda: INTERRUPTED if stop_after and events[-1].get("step") == stop_after else GO_ON  # noqa: E731
+    return workers.train_here(recipe, events.append, stop), events
+
+
+def flags(root, output_dir, *more: str) -> list[str]:
+    given = [f for f in tiny_act(root, Path("x"), "--ray.num_workers=0") if not f.startswith("--output_dir")]
+    return [*given, f"--output_dir={output_dir}", *more]
+
+
+def test_run_goes_on_on_another_node(parts, s3, tmp_path):
+    """Interrupted, its node gone with all that was on it, resumed on a fresh one: the very bytes of an undisturbed run;
+    and only what the flags keep is in the bucket."""
+    undisturbed = tmp_path / "undisturbed"
+    more = ("--steps=6", "--save_freq=2", "--checkpoint.keep_last=1")
+    train(flags(parts, undisturbed, *more))
+    node = s3.new_node()
+    summary, _ = train(flags(parts, s3.address, *more), stop_after=3)
+    assert summary["status"] == INTERRUPTED and checkpoint.fault(Path(summary["checkpoint"])) is None
+    there = s3.find()
+    for name in (
+        "summary.json",
+        "metrics.jsonl",
+        "options.json",
+        "checkpoints/last",
+        "checkpoints/000003.json",
+    ):
+        assert name in there
+    assert not [name for name in there if "000002" in name], "pruned here, it must go there, too"
+    with pytest.raises(InputError, match="already exists"):
+        train(flags(parts, s3.address, *more))
+    shutil.rmtree(node)
+    s3.new_node()
+    summary, _ = train(flags(parts, s3.address, *more, "--resume=true"))
+    assert summary["status"] == "finished" and summary["start_step"] == 3 and summary["lost_steps"] == 0
+    for file in (WEIGHTS, OPTIMIZER):
+        there = s3.system.cat_file(f"{s3.address}/checkpoints/000006/{file}")
+        assert there == (undisturbed / "checkpoints/000006" / file).read_bytes(), file
+    lines = s3.system.cat_file(f"{s3.address}/metrics.jsonl").decode().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_torn_upload_is_never_seen(parts, s3):
+    """A checkpoint whose upload was cut off is none: the one before it is resumed from."""
+    train(flags(parts, s3.address, "--steps=4", "--save_freq=2"))
+    s3.system.rm_file(f"{s3.address}/checkpoints/000004.json")
+    s3.new_node()
+    summary, _ = train(flags(parts, s3.address, "--steps=4", "--save_freq=2", "--resume=true"))
+    assert summary["start_step"] == 2 and "checkpoints/000004.json" in s3.find()
+
+
+@pytest.mark.slow
+def test_bucket_fails_for_a_while(parts, s3, monkeypatch):
+    """The server is away while checkpoints are saved: the training goes on, all is there in the end."""
+    recipe = resolve(flags(parts, s3.address, "--steps=8", "--save_freq=2"))
+    preflight.check(recipe)
+    events: list[dict] = []
+
+    def report(event: dict) -> None:
+        events.append(event)
+        if event["kind"] == "checkpoint" and event["step"] == 2:
+            s3.server.do("stop")
+        if event["kind"] == "notice" and "cannot be written, trying again" in event["text"]:
+            s3.server.do("start")
+
+    summary = workers.train_here(recipe, report, lambda: GO_ON)
+    assert summary["status"] == "finished"
+    told = [event["text"] for event in events if event["kind"] == "notice" and s3.address in event["text"]]
+    assert ["trying again" in told[0], "is back" in told[1]] == [True, True], told
+    assert [f"checkpoints/{step:06d}.json" in s3.find() for step in (2, 4, 6, 8)] == [True] * 4
+
+
+@pytest.mark.slow
+def test_bucket_fails_for_ever(parts, s3, monkeypatch):
+    """One error that says what is where; what is whole there stays so."""
+    monkeypatch.setattr(mirror, "PATIENCE_S", 1)
+    recipe = resolve(flags(parts, s3.address, "--steps=400", "--save_freq=2"))
+    preflight.check(recipe)
+    stopped = False
+
+    def report(event: dict) -> None:
+        nonlocal stopped
+        if event["kind"] == "checkpoint" and event["step"] == 4 and not stopped:
+            stopped = True
+            while "checkpoints/000002.json" not in s3.find():
+                pass
+            s3.server.do("stop")
+
+    try:
+        with pytest.raises(RunError, match="could not be written for 1 s") as failed:
+            workers.train_here(recipe, report, lambda: GO_ON)
+    finally:
+        s3.server.do("start")
+    assert len(str(failed.value).splitlines()) == 2
+    s3.new_node()
+    folder = mirror.folder_of(s3.address)
+    mirror.pull(s3.address, folder)
+    newest = checkpoint.last_checkpoint(folder)
+    assert int(newest.name) >= 2 and checkpoint.fault(newest) is None
+
+
+def test_bucket_that_cannot_be_written(parts, s3):
+    s3.server.do("stop")
+    try:
+        with pytest.raises(InputError, match="cannot be used"):
+            train(flags(parts, s3.address))
+    finally:
+        s3.server.do("start")
+    with pytest.raises(InputError, match="no such|NoSuchBucket|not exist|cannot be used"):
+        train(flags(parts, "s3://there-is-no-such-bucket/run"))
+
+
+def test_data_set_is_fetched_once(parts, s3, tmp_path):
+    """Trained on from a bucket as from a folder, bit for bit; a file that was torn here is fetched again, no other."""
+    root = s3.address.replace("runs/act", "sets/parts")
+    s3.system.put(str(parts), root, recursive=True)
+    more = ("--steps=2", "--save_freq=2")
+    train(flags(parts, tmp_path / "local", *more))
+    node = s3.new_node()
+    train(flags(root, tmp_path / "fetched", *more))
+    ours, theirs = (
+        (tmp_path / name / "checkpoints/000002" / WEIGHTS).read_bytes() for name in ("fetched", "local")
+    )
+    assert ours == theirs
+    saved = json.loads(
+        (tmp_path / "fetched/checkpoints/000002/pretrained_model/train_config.json").read_text()
+    )
+    assert saved["dataset"]["root"] == root
+    files = {p: p.stat().st_mtime_ns for p in node.rglob("*") if p.suffix in (".parquet", ".mp4", ".json")}
+    torn = next(path for path in files if path.suffix == ".mp4")
+    torn.write_bytes(torn.read_bytes()[:100])
+    bucket.fetch.cache_clear()
+    bucket.fetch_whole(root)
+    again = [path for path, changed in files.items() if path.stat().st_mtime_ns != changed]
+    assert again == [torn] and torn.stat().st_size > 100
+
+
+@pytest.mark.slow
+def test_run_goes_on_on_another_cluster(parts, s3, tmp_path, monkeypatch):
+    """Driver, head and workers killed at once, everything on their disks gone: a new cluster goes on from the bucket, and
+    ends with the bytes of an undisturbed run."""
+    given = [
+        f for f in flags(parts, s3.address, "--steps=40", "--save_freq=10") if "ray.num_workers" not in f
+    ]
+    given.append("--ray.address=local")
+    first, second = tmp_path / "first", tmp_path / "second"
+    monkeypatch.setenv("RAY_JOBS_CACHE", str(first))
+    run = Run(given)
+    run.wait_for("step 25/40")
+    for process in (*run.family(), run.process):
+        process.kill()
+    run.end()
+    shutil.rmtree(first)
+    result = job("ray_jobs.train", *given, "--resume=true", RAY_JOBS_CACHE=str(second))
+    assert result.returncode == 0, result.stderr
+    assert f"checkpoint  {s3.address}/checkpoints/000040" in result.stdout
+    calm = [f for f in given if not f.startswith("--output_dir")]
+    assert job("ray_jobs.train", *calm, f"--output_dir={tmp_path / 'calm'}").returncode == 0
+    there = s3.system.cat_file(f"{s3.address}/checkpoints/000040/{WEIGHTS}")
+    assert there == (tmp_path / "calm/checkpoints/000040" / WEIGHTS).read_bytes()
+    summary = json.loads(s3.system.cat_file(f"{s3.address}/summary.json"))
+    assert summary["status"] == "finished"
+    print(f"lost {summary['lost_steps']} steps, as far as the bucket knows")
+
+
+@pytest.mark.slow
+def test_two_nodes_fetch_once_each(parts, s3, tmp_path, monkeypatch):
+    """A worker on each of two raylets with a disk of its own; the run's folder is in a bucket, too."""
+    scratch = tempfile.mkdtemp(prefix="rj_")
+    monkeypatch.setenv("RAY_TMPDIR", scratch)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    root = s3.address.replace("runs/act", "sets/parts")
+    s3.system.put(str(parts), root, recursive=True)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    disks = [tmp_path / "disk0", tmp_path / "disk1"]
+    try:
+        for disk in disks:
+            cluster.add_node(num_cpus=1, env_vars={"RAY_JOBS_CACHE": str(disk)})
+        given = [
+            f for f in flags(root, s3.address, "--steps=6", "--save_freq=3") if "ray.num_workers" not in f
+        ]
+        more = ("--ray.num_workers=2", "--ray.cpus_per_worker=1", f"--ray.address={cluster.address}")
+        result = job("ray_jobs.train", *given, *more, RAY_JOBS_CACHE=str(tmp_path / "head"))
+        assert result.returncode == 0, result.stderr
+        result = job(
+            "ray_jobs.train", *given, *more, "--resume=true", "--steps=9", RAY_JOBS_CACHE=str(tmp_path / "x")
+        )
+        assert result.returncode == 0, result.stderr
+        for disk in disks:
+            copies = list(disk.glob("fetched/*/meta/info.json"))
+            assert len(copies) == 1 and list(copies[0].parent.parent.glob("videos/*/*/*.mp4"))
+        assert "checkpoints/000009.json" in s3.find()
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
