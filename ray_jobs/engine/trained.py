@@ -17,7 +17,7 @@ from lerobot.envs import EnvConfig
 from lerobot.policies import make_policy
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 
-from ray_jobs.engine import assets, bucket, parallel, preflight, quantiles
+from ray_jobs.engine import assets, bucket, kernels, parallel, preflight, quantiles
 from ray_jobs.engine.data import make_datasets
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import parse
@@ -136,8 +136,7 @@ def load(trained: Trained, *, meta: LeRobotDatasetMetadata | None = None, env: E
             policy = make_policy(cfg.policy, ds_meta=meta, env_cfg=env, rename_map=cfg.rename_map)
         check_loaded(trained.folder, printed.getvalue())
         processors = make_processors(cfg, policy, meta and meta.stats, device)
-    if parallel.make_accelerator(cfg, options.ray).mixed_precision != "no":
-        policy.to(memory_format=torch.channels_last)  # as in the training
+    kernels.speed_up(policy)  # as in the training
     policy.eval()
     return policy, *processors
 
