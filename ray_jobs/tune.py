@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 # For Ray Tune, which reads them while it is imported, or when a search begins.
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run has files of its own
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",  # a stopped trial may take so long to close its W&B run
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -138,7 +137,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
         trainable,
         tune_config=TuneConfig(
             search_alg=search,
-            scheduler=StudyScheduler(search),
+            scheduler=StudyScheduler(search, line),
             num_samples=10**6,  # the searcher says when it is over
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["trial"],

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import PRUNED, InputError
 
 # For Ray Train's controller and workers.
 TRAIN_ENV = {
@@ -257,6 +257,7 @@ class Line:
         self.events: asyncio.Queue = asyncio.Queue()
         self.stop = asyncio.Event()
         self.stop_reason = ""
+        self.given_up: set[str] = set()
         self.failure: str | None = None
         self.told: dict[int, tuple] = {}  # rank -> its last beat, when, and when its step had changed
 
@@ -301,9 +302,13 @@ class Line:
     async def forget_beats(self) -> None:
         self.told.clear()
 
-    async def why_stopped(self) -> str:
-        """The reason, or nothing if nobody has asked to stop."""
-        return self.stop_reason
+    async def give_up(self, trial: str) -> None:
+        """Ask one trial of a search to stop."""
+        self.given_up.add(trial)
+
+    async def why_stopped(self, trial: str) -> str:
+        """The reason, or nothing if nobody has asked this trial to stop."""
+        return self.stop_reason or (PRUNED if trial in self.given_up else "")
 
     async def stop_asked(self) -> str:
         """Returns the reason once somebody asked to stop."""

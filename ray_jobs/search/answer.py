@@ -67,7 +67,7 @@ def _winners(plan: Plan, study: Study) -> set[int]:
     if len(options.metrics) > 1:
         return {t.number for t in study.best_trials}
     room = max(options.keep_trials, options.finalists if options.seeds > 1 else 1)
-    return {t.number for t in finished(study)[:room]}
+    return {t.number for t in (*finished(study)[:room], *ranking(study)[: options.keep_trials])}
 
 
 def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> dict:

@@ -41,7 +41,10 @@ EPISODES = 20  # in a simulator, at every validation
 FOLDERS = {"dataset.root", "policy.path", "policy.pretrained_path", "data.cache"}
 NOT_COMPARED = (
     "wandb.",
-    "ray.",
+    "ray.address",
+    "ray.cpus_per_worker",
+    "ray.max_failures",
+    "ray.hang_timeout",
     "checkpoint.",
     "num_workers",
     "log_freq",
@@ -56,6 +59,7 @@ NOT_TYPED = {
     "ray.num_workers": "--tune.workers_per_trial says how many workers each trial has",
     "ray.gpus_per_worker": "--tune.gpus_per_trial says what each trial reserves",
     "job_name": "trials are named after --output_dir",
+    "wandb.run_id": "every trial is a run of its own",
 }
 
 
@@ -148,6 +152,8 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
         raise InputError(
             f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{more}."
         )
+    else:
+        typed.setdefault("tune.study_name", folder.resolve().name)  # kept when the folder is renamed
     typed["output_dir"] = str(folder)
     return typed, resume, notices
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 
 import optuna
+import ray
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -297,12 +298,13 @@ class StudySearch(Searcher):
         if repeat or "status" in result or len(self.options.metrics) > 1:
             return False
         trial.report(result[self.options.metrics[0]], result["step"])
-        return result["step"] < self.steps and BASELINE not in trial.user_attrs and trial.should_prune()
+        hopeless = trial.should_prune()  # asked for each: Optuna's pruners remember only whom they were asked about
+        return hopeless and result["step"] < self.steps and BASELINE not in trial.user_attrs
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         trial, repeat = self.live.pop(trial_id)
         result = result or {}
-        status = "failed" if error else result.get("status", "pruned")
+        status = "failed" if error else result["status"]
         reason = result.get("reason", f"its process died {DEATHS} times" if error else None)
         self.deaths_in_a_row = self.deaths_in_a_row + 1 if error else 0
         self.stopping = self.stopping or self.deaths_in_a_row >= DEATHS
@@ -340,12 +342,18 @@ class StudySearch(Searcher):
 
 
 class StudyScheduler(FIFOScheduler):
-    """Stops the trials that the study takes for hopeless."""
+    """Tells the trials that the study takes for hopeless to end. They do so by themselves: those that Ray Tune stops
+    are killed, by its defaults, two seconds later, and their W&B runs with them.
 
-    def __init__(self, search: StudySearch):
+    Args:
+        line: Handle of the search's `cluster.Line`.
+    """
+
+    def __init__(self, search: StudySearch, line):
         super().__init__()
-        self.search = search
+        self.search, self.line = search, line
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
-        hopeless = self.search.judge(trial.trial_id, result)
-        return TrialScheduler.STOP if hopeless else TrialScheduler.CONTINUE
+        if self.search.judge(trial.trial_id, result):
+            ray.get(self.line.give_up.remote(trial.config["trial"]))
+        return TrialScheduler.CONTINUE

@@ -10,7 +10,6 @@ import gc
 import os
 import platform
 import shutil
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -75,7 +74,7 @@ def run_trial(
         from ray_jobs.engine.recipe import resolve
         from ray_jobs.engine.workers import listen_for_stop, teller, train_here
 
-    folder, pruned = trial_dir(output_dir, config["trial"]), False
+    folder, pruned, values = trial_dir(output_dir, config["trial"]), False, {}
     asked_to_stop, tell = listen_for_stop(line), teller(line)
     tell({"kind": "begun", "trial": config["trial"]})
     times = {"slot": f"{platform.node()}:{os.getpid()}", "begun": time.time()}
@@ -85,15 +84,14 @@ def run_trial(
         if event["kind"] in ("start", "step"):
             times.setdefault(event["kind"], time.time())
         tell({**event, "trial": config["trial"]})
-        if event["kind"] == "eval" and all(name in event for name in metrics):
-            try:
-                values = {key: event[key] for key in ("step", *metrics)}
-                tune.report({**values, "times": {**times, "end": time.time()}})
-            except SystemExit:  # how Tune stops a trial: the loop ends in its own way
-                pruned = True
+        if event["kind"] == "eval" and not pruned and all(name in event for name in metrics):
+            values.update((key, event[key]) for key in ("step", *metrics))
+            tune.report({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
+            pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
 
     try:
-        if reason := ray.get(line.why_stopped.remote()):  # drawn before the search was told to end
+        # Drawn before the search was told to end, or given up when its slot died.
+        if reason := ray.get(line.why_stopped.remote(config["trial"])):
             return tune.report({"status": reason})
         if ended := _ended(folder):  # its slot died before it could tell
             return tune.report({**ended, **best_values(folder, metrics)})
@@ -104,7 +102,7 @@ def run_trial(
             summary = _train_on_workers(recipe, each, report, lambda: PRUNED if pruned else asked_to_stop())
         else:
             summary = train_here(recipe, report, lambda: PRUNED if pruned else asked_to_stop())
-        result = {**_outcome(summary), **best_values(folder, metrics)}
+        result = {**_outcome(summary), **(values if pruned else best_values(folder, metrics))}
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
     except torch.OutOfMemoryError:
@@ -117,8 +115,6 @@ def run_trial(
         (folder / ERROR_LOG).write_text(traceback.format_exc())
         result = {"status": "failed", "reason": f"{type(error).__name__}, see {folder / ERROR_LOG}"}
     _free()
-    if pruned:
-        sys.exit(0)
     tune.report({**result, "times": {**times, "end": time.time()}})
 
 
