@@ -152,16 +152,6 @@ def test_elastic(cluster, parts, tmp_path):
     print(process.printed)
 
 
-def test_out_of_memory_on_a_node(parts, tmp_path):
-    """Ray ends a worker whose node has no memory left: that is said, with what to change."""
-    flags = tiny_act(parts, tmp_path / "run", "--steps=2000", "--ray.max_failures=0", "--ray.address=local")
-    used = psutil.virtual_memory().percent / 100
-    process = Run(flags, RAY_memory_usage_threshold=f"{used + 0.02:.2f}", RAY_memory_monitor_refresh_ms="250")
-    assert process.end(200) == 1, process.printed
-    assert "its node ran out of memory" in process.printed and "--batch_size" in process.printed
-    assert "Traceback" not in process.printed
-
-
 def test_full_disk(parts, tmp_path):
     """A disk that fills up while a checkpoint is written: one line, the last checkpoint intact, no torn one; with room
     made, --resume=true goes on."""
