@@ -55,6 +55,7 @@ def test_leaves_the_training_alone(parts, tmp_path):
     assert losses("with", *one) == losses("without")
 
 
+@pytest.mark.slow
 def test_a_search_maximizes_it(parts, tmp_path, capsys):
     """The study is told to maximize; what succeeds less is pruned, and the best succeeds most."""
     space = {

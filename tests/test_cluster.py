@@ -210,6 +210,7 @@ print("seen", json.dumps({"nodes": seen, "shares": shares}))
 """
 
 
+@pytest.mark.slow
 def test_nodes_start_with_the_files_commands(nodes, tmp_path):
     """Both nodes have the cache's folder and a thread for each CPU; a job is taken with the token and not without;
     nothing but loopback serves the dashboard; and workers that are still to be started are reckoned with."""

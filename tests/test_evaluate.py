@@ -101,6 +101,7 @@ def follower(tmp_path_factory) -> Path:
 IN_PARTS = ("--env.type=part_sorting", "--env.image_size=64", "--env.episode_length=45")
 
 
+@pytest.mark.slow
 def test_success_rate_is_that_of_lerobot_eval(follower, tmp_path):
     """The same episodes succeed as in stock `lerobot-eval`, one at a time in this process or on two Ray workers."""
     episodes = (*IN_PARTS, "--eval.n_episodes=20", "--eval.batch_size=1", "--seed=7", PLUGIN)

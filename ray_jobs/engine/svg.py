@@ -140,11 +140,11 @@ def parallel(columns: dict[str, list], lines: list[tuple[int, str, str]], title:
         lines: (row, CSS class, tip), in the order in which they are drawn.
     """
     width, height, top, bottom = 960, 330, 62, 24
-    gap = (width - 120) / max(1, len(columns) - 1)
+    gap = (width - 170) / max(1, len(columns) - 1)
     parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
     axes, labels = [], []
     for number, (name, values) in enumerate(columns.items()):
-        x = round(50 + number * gap, 1)
+        x = round(75 + number * gap, 1)
         axis = Axis([v for v in values if v is not None], height - bottom, top, log=None)
         axes.append((x, axis, values))
         group, _, leaf = name.rpartition(".")

@@ -67,7 +67,10 @@ def _winners(plan: Plan, study: Study) -> set[int]:
     if len(options.metrics) > 1:
         return {t.number for t in study.best_trials}
     room = max(options.keep_trials, options.finalists if options.seeds > 1 else 1)
-    return {t.number for t in (*finished(study)[:room], *ranking(study)[: options.keep_trials])}
+    # With several seeds the published recipe is ranked by its mean, and may win by it.
+    published = [t for t in finished(study) if BASELINE in t.user_attrs] if options.seeds > 1 else []
+    best = ranking(study)[: options.keep_trials]
+    return {t.number for t in (*finished(study)[:room], *best, *published)}
 
 
 def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> dict:

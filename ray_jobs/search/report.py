@@ -284,7 +284,9 @@ def _actions(found: Found) -> list[Section]:
     try:
         checkpoint = pretrained_dir(found.folder / BEST_DIR / "checkpoint")
     except InputError:
-        return []
+        return [
+            Section("Predicted against recorded actions", ["Not shown: the best trial left no checkpoint."])
+        ]
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     if size > LARGEST_GB * 1e9:
         text = (

@@ -298,7 +298,9 @@ class StudySearch(Searcher):
         if repeat or "status" in result or len(self.options.metrics) > 1:
             return False
         trial.report(result[self.options.metrics[0]], result["step"])
-        hopeless = trial.should_prune()  # asked for each: Optuna's pruners remember only whom they were asked about
+        hopeless = (
+            trial.should_prune()
+        )  # asked for each: Optuna's pruners remember only whom they were asked about
         return hopeless and result["step"] < self.steps and BASELINE not in trial.user_attrs
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
