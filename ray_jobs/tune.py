@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     with no_garbage_collection():
         from ray_jobs.engine.workers import lock
         from ray_jobs.search import answer, dry_run, report
-        from ray_jobs.search.plan import make_plan, read_command
+        from ray_jobs.search.plan import SEARCH_FILE, make_plan, read_command
         from ray_jobs.search.slot import decide
         from ray_jobs.search.study import open_study
 
@@ -61,10 +61,13 @@ def main(argv: list[str]) -> int:
 
     with lock(plan.output_dir, wait_s=5):
         seed = plan.recipe.lerobot.seed or 0
+        new = not (plan.output_dir / SEARCH_FILE).exists()
+        if new:  # before the study: what has begun can be resumed
+            plan.save()
         try:
             study = open_study(plan, seed)
         except InputError:
-            if not resume:
+            if new:
                 shutil.rmtree(plan.output_dir)  # there was none a moment ago
             raise
         plan.save()

@@ -10,8 +10,10 @@ from conftest import ROOT
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flags import check_flags
 from ray_jobs.search import constraints
+from ray_jobs.search.options import SAMPLERS, TuneOptions
 from ray_jobs.search.space import SearchSpace, flags
 from ray_jobs.search.space_file import read_space
+from ray_jobs.search.study import StudySearch, make_sampler
 
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 GOOD = """\
@@ -72,6 +74,44 @@ def test_baseline_is_the_first_trial(tmp_path):
     _, config = search.suggest(study.ask())
     assert config["policy.chunk_size"] == 50 and config["policy.kl_weight"] == 10.0
     assert config["policy.optimizer_lr"] == 1e-5 and config["policy.n_action_steps"] == 50
+
+
+def test_shortest_chunk(tmp_path):
+    """Found also where the corner that has it breaks a constraint beside the baseline's values."""
+    text = GOOD.replace(
+        "policy.dim_model * policy.chunk_size <= 256 * 60", "policy.chunk_size >= policy.dim_model / 10"
+    )
+    found = space(tmp_path, text)
+    assert min(c["policy.chunk_size"] for _, c in found.corners({}) if not found.violated(c)) > 10
+    assert {c["policy.chunk_size"] for c in found.chunk_corners({})} == {10, 100}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_small_spaces_are_searched_whole(tmp_path, sampler):
+    """No configuration twice, and a model that has found its optimum does not take the space for exhausted."""
+    small = """\
+policy: act
+baseline: {policy.n_encoder_layers: 1, policy.n_decoder_layers: 1, policy.use_vae: true}
+search:
+  policy.n_encoder_layers: {low: 1, high: 4}
+  policy.n_decoder_layers: {low: 1, high: 4}
+  policy.use_vae: {choices: [true, false]}
+"""
+    options = TuneOptions(num_samples=32, sampler=sampler)
+    study = optuna.create_study(sampler=make_sampler(options, 0))
+    search = StudySearch(
+        study, SearchSpace((space(tmp_path, small),), {}), options, 0, 10, lambda event: None
+    )
+    seen = set()
+    while isinstance(config := search.suggest(str(len(seen))), dict):
+        encoder, decoder = (int(flag[-1]) for flag in config["flags"] if "layers" in flag)
+        value = (encoder - 2) ** 2 + (decoder - 3) ** 2
+        search.on_trial_complete(
+            str(len(seen)), {"status": "finished", "val/action_error": value, "step": 10}
+        )
+        assert tuple(config["flags"]) not in seen
+        seen.add(tuple(config["flags"]))
+    assert len(seen) >= 28
 
 
 def test_what_the_user_types_is_not_searched(tmp_path):
@@ -144,6 +184,8 @@ MISTAKES = {
     "baseline no choice": (GOOD.replace("dim_model: 256", "dim_model: 64"), ":6: the baseline's policy.dim_model is 64"),
     "baseline silent": (GOOD.replace("  policy.chunk_size: 50\n", ""), ":10: policy.chunk_size: 'baseline' has no value"),
     "baseline against a constraint": (GOOD.replace("256 * 60", "256 * 40"), "the baseline breaks the constraint"),
+    "no effect": (GOOD.replace("  policy.dim_model: {", "  optimizer.lr: {low: 1e-5, high: 1e-3}\n  policy.dim_model: {"), ":15: optimizer.lr would have no effect"),
+    "derived otherwise": (GOOD.replace("  policy.dim_model: 256\n", "  policy.dim_model: 256\n  policy.dim_feedforward: 3200\n"), ":7: the baseline's policy.dim_feedforward is 3200, but 'search' makes it 1024"),
     "code": (GOOD.replace("policy.dim_model * policy.chunk_size <= 256 * 60", "print(1) < 2"), ":18: constraint 'print(1) < 2': must be a comparison"),
     "no comparison": (GOOD.replace(" <= 256 * 60", ""), "must be a comparison"),
     "constraint on what": (GOOD.replace("policy.dim_model *", "policy.dim_modle *"), ":18: constraint 'policy.dim_modle"),

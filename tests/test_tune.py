@@ -526,6 +526,23 @@ def test_study_of_something_else(common, asha, tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=told):
             search(*common, *flags, *storage, where)
+    optuna.create_study(study_name="run", storage=f"sqlite:///{tmp_path / 'theirs.db'}").add_trial(
+        optuna.trial.create_trial(value=1.0)
+    )
+    theirs = f"--tune.storage=sqlite:///{tmp_path / 'theirs.db'}"
+    same = f"--space={space_file(tmp_path, ACT, 'same')}"
+    with pytest.raises(InputError, match="is not one of ray_jobs.tune"):
+        search(*common, same, "--tune.study_name=run", theirs, where)
+    with pytest.raises(InputError, match="was begun with --batch_size=4, the command has 3"):
+        search(*common, same, *storage, where, "--batch_size=3")
+
+
+def test_a_renamed_search_goes_on(asha, tmp_path):
+    moved = Path(shutil.copytree(asha, tmp_path / "moved"))
+    assert search(f"--output_dir={moved}", "--resume=true", "--tune.num_samples=13") == 0
+    study = optuna.load_study(study_name="run", storage=f"sqlite:///{moved / 'study.db'}")
+    assert len([t for t in study.trials if "config" in t.user_attrs]) == 13
+    assert [t.values for t in study.trials[:12]] == [t.values for t in study_of(asha).trials]
 
 
 def test_dry_run(common, tmp_path, capsys):

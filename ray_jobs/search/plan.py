@@ -3,6 +3,7 @@
 Real configs are built at the space's corners, with LeRobot's own classes, before anything is scheduled.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -226,6 +227,9 @@ def make_plan(
                 except InputError as error:
                     raise _in_file(s, blamed, config, error) from None
                 shortest = min(shortest, chunk_length(built.lerobot.policy))
+        for config in s.chunk_corners(fixed):
+            with contextlib.suppress(InputError):  # no such policy
+                shortest = min(shortest, chunk_length(resolve(arguments(config)).lerobot.policy))
     horizon = recipe.options.data.eval_horizon or int(shortest)
     base.append(f"--data.eval_horizon={horizon}")
     recipe.notices.clear()
@@ -273,6 +277,8 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     if options.tune.workers_per_trial > 1:
         defaults["ray.num_workers"] = str(options.tune.workers_per_trial)
     both = {**defaults, **theirs}
+    if both["eval_steps"] == "0":
+        raise InputError("--eval_steps=0: trials are compared by their validations; leave it out.")
     both["assets.dir"] = str(Path(both.get("assets.dir", "pretrained")).absolute())
     return [f"--{flag}={value}" for flag, value in both.items()]
 

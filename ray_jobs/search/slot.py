@@ -51,7 +51,8 @@ def decide(plan: Plan) -> Slot:
     if cpus is None:
         at_once = int(total_gpus / gpus) if gpus else min(MAX_CPU_TRIALS, tune.num_samples)
         largest = max((int(node.get("CPU", 0)) for node in hosts), default=1)
-        cpus = max(1, min(total_cpus // max(1, at_once), largest, 8 if gpus else largest))
+        near = sum(int(node.get("CPU", 0)) for node in hosts)  # a head without GPUs lends none
+        cpus = max(1, min(near // max(1, at_once), largest, 8 if gpus else largest))
     each = cluster.Share(cpus, gpus)
     room = sum(
         int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) / gpus if gpus else node.get("CPU", 0)))

@@ -3,6 +3,7 @@
 `space_file` reads one from YAML.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.search import constraints
 
 POLICY_TYPE, PRETRAINED = "policy.type", "policy.path"  # a pretrained policy brings its type along
+CHUNK = ("policy.chunk_size", "policy.horizon", "policy.n_obs_steps")  # what the length of a chunk depends on
 Config = dict[str, Any]  # flag -> value
 
 
@@ -108,6 +110,15 @@ class Space:
                 yield parameter.flag, self.configure(_from(changed, ends), fixed)
         for end in (0, -1):
             yield "search", self.configure(lambda p, end=end: ends[p.flag][end], fixed)
+
+    def chunk_corners(self, fixed: Config) -> Iterator[Config]:
+        """Configurations at all combinations of the ends of what the length of a policy's chunk depends on, the rest as
+        in the baseline. Some may break a constraint, or be none."""
+        ends = {p.flag: _ends(p.distribution) for p in self.parameters if p.distribution is not None}
+        drawn = [flag for flag in CHUNK if flag in ends and flag not in fixed]
+        for values in itertools.product(*(ends[flag] for flag in drawn)):
+            changed = {**self.baseline, **dict(zip(drawn, values, strict=True))}
+            yield self.configure(_from(changed, ends), fixed)
 
     def error(self, flag: str, text: str) -> InputError:
         """An error that stands in the file at a flag or section."""

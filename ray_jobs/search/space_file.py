@@ -90,6 +90,12 @@ def read_space(file: Path) -> Space:
     for flag, entry in search.items():
         if flag in NOT_SEARCHED:
             fail(f"search.{flag}", f"{flag} cannot be searched: it must be the same for all trials.")
+        if flag.startswith(("optimizer.", "scheduler.")) and baseline.get("use_policy_training_preset", True):
+            fail(
+                f"search.{flag}",
+                f"{flag} would have no effect: LeRobot overwrites it with the policy's own, policy.optimizer_lr and the "
+                "like. Search those, or let the baseline say 'use_policy_training_preset: false'.",
+            )
         parameter = _parameter(file, flag, entry, lines)
         for other in (parameter.source, *parameter.when):
             if other is not None and other not in known:
@@ -130,6 +136,13 @@ def read_space(file: Path) -> Space:
     except KeyError as missing:
         (flag,) = missing.args
         fail(f"search.{flag}", f"{flag}: 'baseline' has no value for it; trial 0 needs one.")
+    for p in parameters:
+        if p.source and p.flag in baseline and published.get(p.flag, baseline[p.flag]) != baseline[p.flag]:
+            fail(
+                f"baseline.{p.flag}",
+                f"the baseline's {p.flag} is {flag_text(baseline[p.flag])}, but 'search' makes it "
+                f"{flag_text(published[p.flag])}: trial 0 would not be the published recipe.",
+            )
     if broken := space.violated(published):
         raise space.error("baseline", f"the baseline breaks the constraint '{broken}'.")
     return space

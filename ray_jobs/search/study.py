@@ -64,7 +64,9 @@ def open_study(plan: Plan, seed: int) -> Study:
         hint = " PostgreSQL needs `pip install psycopg2-binary`." if url.startswith("postgres") else ""
         raise InputError(f"--tune.storage={url} cannot be opened: {first_line(error)}{hint}") from None
     saved, fault = study.user_attrs, None
-    if SPACE not in saved:
+    if METRIC not in saved and study.get_trials(deepcopy=False):
+        fault = "is not one of ray_jobs.tune"
+    elif SPACE not in saved:
         study.set_user_attr(METRIC, options.metric)
         study.set_user_attr(TERMS, plan.terms)
         if not study.get_trials(deepcopy=False):  # else a kill came in between
@@ -248,10 +250,16 @@ class StudySearch(Searcher):
     def _new(self) -> Trial | None:
         if len(trials_of(self.study)) >= self.options.num_samples or self.exhausted:
             return None
-        for _ in range(TRIES):
-            trial = self.study.ask()
-            if self._draw(trial):
-                return trial
+        chosen = self.study.sampler
+        try:
+            for number in range(TRIES):
+                if number == TRIES // 2:  # a model that has found its optimum draws it again and again
+                    self.study.sampler = RandomSampler(seed=self.seed + len(trials_of(self.study)))
+                trial = self.study.ask()
+                if self._draw(trial):
+                    return trial
+        finally:
+            self.study.sampler = chosen
         self.exhausted = True
         self.tell(
             {"kind": "notice", "text": f"{TRIES} drawings in a row were nothing new: the space is exhausted."}

@@ -88,7 +88,7 @@ def main() -> None:
     output = folder / "search"
     search_s = run(
         "ray_jobs.tune", f"--space={SPACE}", f"--output_dir={output}", f"--tune.num_samples={args.trials}",
-        f"--data.eval_episodes={HELD_OUT}", *common,
+        f"--data.eval_episodes={HELD_OUT}", f"--data.cache={folder / 'frames'}", *common,
     )  # fmt: skip
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{output / 'study.db'}")
     trials = [t for t in study.trials if "config" in t.user_attrs]
