@@ -88,7 +88,7 @@ VALUES = {
     "at least 1": "--steps=0 --steps=-1 --batch_size=0 --ray.grad_accumulation=0 --checkpoint.keep_last=0",
     "at least 0": "--num_workers=-1 --ray.num_workers=-1",
     "did you mean act?": "--policy.type=acts",
-    "act, diffusion": "--policy.type=banana",
+    "diffusion, eo1": "--policy.type=banana",
     "part_sorting, pusht": "--env.type=nonsense",
     "did you mean part_sorting?": "--env.type=part_sort",
     "cpu, cuda": "--policy.device=tpu",

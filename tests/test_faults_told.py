@@ -12,9 +12,10 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from ray_jobs.engine import faults, preflight, watchdog, workers
+from ray_jobs.engine import faults, loop, preflight, watchdog
 from ray_jobs.engine.console import Display
-from ray_jobs.engine.errors import GO_ON, RunError
+from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.faults import in_plain_words
 from ray_jobs.engine.recipe import resolve
 
 
@@ -129,8 +130,8 @@ def test_out_of_gpu_memory(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(ACTPolicy, "forward", exhausted)
     recipe = resolve(tiny_act(parts, tmp_path / "run", "--ray.num_workers=0"))
     preflight.check(recipe)
-    with pytest.raises(RunError) as failed:
-        workers.train_here(recipe, lambda event: None, lambda: GO_ON)
+    with pytest.raises(RunError) as failed, in_plain_words(recipe):
+        loop.train(recipe, device="cpu")
     message = str(failed.value)
     assert "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB." in message
     assert "--batch_size=2 --ray.grad_accumulation=2" in message and "GB per worker" in message

@@ -105,7 +105,7 @@ def train(flags: list[str], stop_after: int | None = None) -> tuple[dict, list[d
     preflight.check(recipe)
     events: list[dict] = []
     stop = lambda: INTERRUPTED if stop_after and events[-1].get("step") == stop_after else GO_ON  # noqa: E731
-    return workers.train_here(recipe, events.append, stop), events
+    return workers.run_loop(recipe, main=True, device="cpu", report=events.append, should_stop=stop), events
 
 
 def flags(root, output_dir, *more: str) -> list[str]:
@@ -168,7 +168,7 @@ def test_bucket_fails_for_a_while(parts, s3, monkeypatch):
         if event["kind"] == "notice" and "cannot be written, trying again" in event["text"]:
             s3.server.do("start")
 
-    summary = workers.train_here(recipe, report, lambda: GO_ON)
+    summary = workers.run_loop(recipe, main=True, device="cpu", report=report, should_stop=lambda: GO_ON)
     assert summary["status"] == "finished"
     told = [event["text"] for event in events if event["kind"] == "notice" and s3.address in event["text"]]
     assert ["trying again" in told[0], "is back" in told[1]] == [True, True], told
@@ -193,7 +193,7 @@ def test_bucket_fails_for_ever(parts, s3, monkeypatch):
 
     try:
         with pytest.raises(RunError, match="could not be written for 1 s") as failed:
-            workers.train_here(recipe, report, lambda: GO_ON)
+            workers.run_loop(recipe, main=True, device="cpu", report=report, should_stop=lambda: GO_ON)
     finally:
         s3.server.do("start")
     assert len(str(failed.value).splitlines()) == 2

@@ -38,7 +38,7 @@ def train_here(recipe: "Recipe", report: Callable[[dict], None], should_stop: Ca
     def worker() -> None:
         nonlocal summary
         device = recipe.lerobot.policy.device
-        summary = _loop(recipe, main=True, device=device, report=report, should_stop=should_stop)
+        summary = run_loop(recipe, main=True, device=device, report=report, should_stop=should_stop)
 
     TorchTrainer(worker, scaling_config=ScalingConfig(num_workers=0)).fit()
     return summary
@@ -179,7 +179,7 @@ def _worker(config: dict) -> None:
             stream = stream_reader.epochs(
                 recipe, ray.train.get_dataset_shard("train"), pinned=get_device().type == "cuda"
             )
-        summary = _loop(recipe, main=main, **how, stream=stream)
+        summary = run_loop(recipe, main=main, **how, stream=stream)
     except (InputError, RunError) as error:
         ray.get(line.fail.remote(str(error)))
         raise
@@ -248,7 +248,7 @@ def listen_for_stop(line) -> Callable[[], str]:
     return lambda: _asked_to_stop[line]
 
 
-def _loop(recipe: "Recipe", *, main: bool, **how) -> dict:
+def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
     """The training loop; on the main rank with the run's folder locked, and copied to its bucket if it has one."""
     from lerobot.configs.parser import load_plugin
 

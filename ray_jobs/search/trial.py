@@ -105,11 +105,6 @@ def run_trial(
         result = {**_outcome(summary), **(values if pruned else best_values(folder, metrics))}
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
-    except torch.OutOfMemoryError:
-        result = {
-            "status": "failed",
-            "reason": "out of GPU memory; a smaller --batch_size, or fewer trials on one GPU",
-        }
     except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ERROR_LOG).write_text(traceback.format_exc())
