@@ -200,7 +200,10 @@ def test_two_sharded_workers_equal_two_with_copies(two, policy):
         for key in ("train/loss", "train/grad_norm", "train/lr"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3)
     assert_same_weights(fsdp, ddp, 1e-3)
-    files = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (ddp, fsdp)]
+    files = [
+        {str(path.relative_to(run)) for path in run.rglob("*") if "tfevents" not in path.name}  # by the hour
+        for run in (ddp, fsdp)
+    ]
     assert files[0] == files[1]
     for file in ("training_state/optimizer_state.safetensors", "training_state/rng_state.safetensors"):
         shapes = [
