@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_jobs.engine import cluster
 from ray_jobs.engine.console import quiet
 
 quiet()
@@ -29,6 +30,14 @@ os.environ["PYTHONPATH"] = str(
     ROOT / "tests"
 )  # where Ray's workers and other processes find the tests' plugins
 REAL = ROOT.parent / "shared" / "datasets" / "g1_yellow_bottle"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ray_of_the_module():
+    """A Ray that a module's tests have started in this process ends with them: others kill Ray's processes."""
+    yield
+    cluster.leave()
+    cluster._ready = None
 
 
 @pytest.fixture(scope="session")
