@@ -93,6 +93,7 @@ def test_every_number_is_that_of_the_table(searched):
     assert all(int(r["steps"]) == 3 for r in rows if r["state"] == "COMPLETE")
 
 
+@pytest.mark.slow  # and by luck: it wants three of six trials trained to their end
 def test_sections(searched):
     """What a search, its best policy and its evaluation have to show."""
     (searched / "evaluation").mkdir()
@@ -110,6 +111,7 @@ def test_sections(searched):
     assert "python -m ray_jobs.tune" in page.text and "best/command.sh" in page.text
 
 
+@pytest.mark.slow  # and by luck: it wants three of six trials trained to their end
 def test_the_best_policy(searched, tmp_path):
     """Scored again it has the value that the search ranked it by, to the last digit; its card says what it is."""
     with (searched / "trials.csv").open(newline="") as file:

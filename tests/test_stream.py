@@ -26,6 +26,7 @@ from ray_jobs.engine.data import make_datasets, to_device
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
+from ray_jobs.engine.preflight_data import choose_episodes, open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.search.plan import make_plan, read_command
@@ -100,6 +101,9 @@ def root(request, tmp_path) -> Path:
 def test_an_epoch_holds_lerobots_samples(policy, root, tmp_path, cluster):
     """Every frame once (Diffusion leaves out the last ones of an episode), bit for bit as `LeRobotDataset` gives it."""
     recipe = resolve(policy(root, tmp_path / "run", STREAM, "--data.eval_episodes=[3]"))
+    choose_episodes(
+        recipe, open_dataset(recipe.lerobot.dataset)
+    )  # all but this would refuse such small images
     (epoch,) = epochs(recipe)
     dataset, _ = make_datasets(recipe.lerobot, recipe.options.data.eval_episodes)
     dropped = getattr(recipe.lerobot.policy, "drop_n_last_frames", 0)
