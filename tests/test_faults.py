@@ -147,6 +147,7 @@ def test_ctrl_c_leaves_a_checkpoint(parts, tmp_path, workers):
     assert not alive(family)
 
 
+@pytest.mark.slow
 def test_two_runs_never_share_a_folder(parts, tmp_path):
     """A second run in the folder of a living one is refused, not mixed in; the first one notices nothing."""
     flags = tiny_act(parts, tmp_path / "run", "--steps=5000", "--save_freq=5")

@@ -85,8 +85,8 @@ def epochs(recipe: Recipe, workers: int = 1) -> list:
 
 
 @pytest.fixture(
-    params=["parts", "many_files"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("images_in_parquet", "real")]
+    params=["parts"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("many_files", "images_in_parquet", "real")]
 )
 def root(request, tmp_path) -> Path:
     lengths, where = [9, 5, 12, 7, 6], tmp_path / "set"
