@@ -303,7 +303,6 @@ def test_what_a_stream_cannot_do_is_refused(s3, parts, tmp_path, monkeypatch):
     def told(root, *more: str) -> str:
         return refusal(tiny_act(root, tmp_path / "run", *more))
 
-    assert "--data.source=stream" in told(s3)
     assert "local or stream" in told(s3, "--data.source=s3")
     assert "num_workers=0" in told(parts, STREAM, "--ray.num_workers=0")
     assert "image_transforms" in told(parts, STREAM, "--dataset.image_transforms.enable=true")
@@ -312,7 +311,7 @@ def test_what_a_stream_cannot_do_is_refused(s3, parts, tmp_path, monkeypatch):
     assert "no meta/info.json" in told("s3://bucket/sets", STREAM)
     assert "cannot be read: FileNotFoundError" in told("s3://nobucket/sets", STREAM)
     assert "gcsfs" in told("gs://bucket/sets", STREAM)
-    assert "Protocol not known" in told("nfs3://bucket/sets", STREAM)
+    assert "is no address of a bucket" in told("nfs3://bucket/sets", STREAM)
     system = fsspec.filesystem("s3")
     system.put(str(parts), "bucket/sets/torn", recursive=True)
     video = next(name for name in system.find("bucket/sets/torn") if name.endswith(".mp4"))
