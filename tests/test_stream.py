@@ -294,6 +294,7 @@ def refusal(flags: list[str]) -> str:
 
 def test_held_out_files_must_fit(s3, tmp_path, monkeypatch):
     bucket.fetch.cache_clear()  # another test's folder, which is gone
+    bucket.fetch(s3)  # the metadata, which is small
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     flags = tiny_act(s3, tmp_path / "run", STREAM, "--data.eval_episodes=[3]", "--save_checkpoint=false")
     assert "files of the held-out episodes [3] are" in refusal(flags)
