@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
             if new:
                 shutil.rmtree(plan.output_dir)  # there was none a moment ago
             raise
-        plan.save()
+        if not new:
+            plan.save()
         started = time.monotonic()
         status, error = _search(plan, study, slot, seed)
         summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)

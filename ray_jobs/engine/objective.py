@@ -133,8 +133,9 @@ class Validation:
                 error = ((chunk - recorded).abs() * inside[..., None]).double()
                 errors[position, :dims] += error.sum((0, 1))
                 errors[position, dims] += inside.sum()
-                by_step[position, :, :dims] += error.sum(0)
-                by_step[position, :, dims] += inside.sum(0)
+                if self.detailed:
+                    by_step[position, :, :dims] += error.sum(0)
+                    by_step[position, :, dims] += inside.sum(0)
             milliseconds = None
             if self.timed:
                 times = self.inference_ms(policy, preprocessor, postprocessor, device, TIMED)

@@ -170,7 +170,7 @@ def _trials_csv(plan: Plan, study: Study, trials: list[FrozenTrial]) -> None:
 
 
 def _seconds(trial: FrozenTrial) -> float | None:
-    """How long a trial lasted that was stopped early: nobody was there to tell."""
+    """How long a trial lasted that failed: it left no summary."""
     times = trial.user_attrs.get(TIMES, {})
     return round(times["end"] - times["begun"], 1) if {"begun", "end"} <= times.keys() else None
 

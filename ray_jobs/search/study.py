@@ -306,9 +306,8 @@ class StudySearch(Searcher):
         if repeat or "status" in result or len(self.options.metrics) > 1:
             return False
         trial.report(result[self.options.metrics[0]], result["step"])
-        hopeless = (
-            trial.should_prune()
-        )  # asked for each: Optuna's pruners remember only whom they were asked about
+        # Asked for the published ones, too: Optuna's pruners remember only whom they were asked about.
+        hopeless = trial.should_prune()
         return hopeless and result["step"] < self.steps and BASELINE not in trial.user_attrs
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
@@ -337,7 +336,7 @@ class StudySearch(Searcher):
                 self.failed_repeats.add((trial.number, repeat))
         else:
             times = {k.removeprefix("times/"): v for k, v in result.items() if k.startswith("times/")}
-            noted = {BEST_STEP: result.get("step"), STEPS: result.get("trained", result.get("step")),
+            noted = {BEST_STEP: result.get("step"), STEPS: result.get("trained"),
                      WALL_S: result.get("wall_s"), REASON: reason, TIMES: times}  # fmt: skip
             for name, value in noted.items():
                 if value is not None:

@@ -162,8 +162,8 @@ def _train_on_workers(recipe, each: Share, report, should_stop) -> dict:
 
 
 def _free() -> None:
-    """Leave nothing of a trial's model in the slot. glibc keeps what is free for the next step (see
-    `cluster.CPU_WORKER_ENV`), in holes that models of other sizes do not fit into: 2 GB after 40 trials."""
+    """Leave nothing of a trial's model in the slot. glibc keeps free memory in holes that models of other sizes do not
+    fit into: 2 GB after 40 trials."""
     import torch
 
     gc.collect()
