@@ -105,12 +105,15 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     from ray_jobs.search import answer, dry_run
     from ray_jobs.search.options import MORE_IS_BETTER
     from ray_jobs.search.progress import Progress
+    from ray_jobs.search.slot import decide
     from ray_jobs.search.study import DEATHS, StudyScheduler, StudySearch, finished, trial_name, trials_of
     from ray_jobs.search.trial import run_trial
 
     options = plan.options.tune
-    if options.workers_per_trial > 1 and options.max_concurrent is None:
-        options.max_concurrent = slot.at_once  # else trials would start whose workers find no room
+    # Trials with workers of their own would start where those find no room: they are counted, here and below.
+    counted = options.workers_per_trial > 1 and options.max_concurrent is None
+    if counted:
+        options.max_concurrent = slot.at_once
     told: queue.SimpleQueue = queue.SimpleQueue()
 
     def tell(event: dict) -> None:
@@ -181,6 +184,9 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
                 while not told.empty():
                     progress.show(told.get())
                 progress.refresh()
+                if counted:
+                    with contextlib.suppress(InputError):  # nodes were lost: what runs now ends or fails
+                        options.max_concurrent = decide(plan).at_once
                 if (
                     options.time_budget_s
                     and status == DONE

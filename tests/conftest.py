@@ -48,6 +48,14 @@ def parts(tmp_path_factory) -> Path:
     return record(tmp_path_factory.mktemp("data") / "parts", episodes=12, image_size=64, seed=7)
 
 
+@pytest.fixture(scope="module")
+def run(parts, tmp_path_factory) -> Path:
+    """A finished ACT run of two steps, with a checkpoint of each."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    train_in_process(tiny_act(parts, output_dir, "--steps=2", "--save_freq=1"))
+    return output_dir
+
+
 @pytest.fixture(scope="session")
 def real() -> Path:
     """The real recording (Unitree G1, 20 episodes, 240x320)."""

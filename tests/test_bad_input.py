@@ -27,14 +27,6 @@ PARQUET = "data/chunk-000/file-000.parquet"
 VIDEO = f"videos/{CAMERA}/chunk-000/file-000.mp4"
 
 
-@pytest.fixture(scope="module")
-def run(parts, tmp_path_factory) -> Path:
-    """A finished ACT run of two steps, with a checkpoint of each."""
-    output_dir = tmp_path_factory.mktemp("finished") / "run"
-    train_in_process(tiny_act(parts, output_dir, "--steps=2", "--save_freq=1"))
-    return output_dir
-
-
 @pytest.fixture
 def act(parts, tmp_path) -> list[str]:
     """A command that is right."""

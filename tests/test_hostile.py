@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import tiny_act, train_in_process
+from conftest import tiny_act
 from safetensors.torch import save_file
 
 from ray_jobs.engine import bucket, loop, preflight, recipe
@@ -38,13 +38,6 @@ class Trap:
 
     def __reduce__(self):
         return builtins.open, (self.file, "w")
-
-
-@pytest.fixture(scope="module")
-def run(parts, tmp_path_factory) -> Path:
-    output_dir = tmp_path_factory.mktemp("finished") / "run"
-    train_in_process(tiny_act(parts, output_dir, "--steps=2", "--save_freq=1"))
-    return output_dir
 
 
 @pytest.fixture

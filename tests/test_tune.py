@@ -332,6 +332,46 @@ def test_time_budget(common, tmp_path, capsys):
 # ---------------------------------------------------------------------- other kinds of search
 
 
+PRUNED = {
+    "hyperband": ["--tune.scheduler=hyperband"],
+    "median": ["--tune.scheduler=median", "--tune.max_concurrent=1"],
+    "two workers": ["--tune.workers_per_trial=2", "--ray.cpus_per_worker=1"],
+    "joined": ["--ray.address"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", PRUNED)
+def test_pruning(common, tmp_path, how):
+    """Other schedulers, trials with a worker group of their own, a cluster that was there before: hopeless trials end
+    early by themselves, with their W&B runs finished, and the published recipe is trained to its end."""
+    rates = {"policy.optimizer_lr": {"choices": [3e-3, 1e-8]}, "policy.kl_weight": {"low": 1.0, "high": 9.0}}
+    baseline = {**ACT["baseline"], "policy.optimizer_lr": 3e-3, "policy.kl_weight": 5.0}
+    file = space_file(tmp_path, {**ACT, "baseline": baseline, "search": rates})
+    output = tmp_path / "run"
+    flags = [*common, f"--space={file}", f"--output_dir={output}", "--tune.num_samples=10", *PRUNED[how]]
+    flags += ["--steps=36", "--tune.sampler=random", "--wandb.enable=true", "--wandb.mode=offline"]
+    cluster = None
+    if how == "joined":
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+        flags = [f"{word}={cluster.address}" if word == "--ray.address" else word for word in flags]
+    try:
+        result = job("ray_jobs.tune", *flags)
+    finally:
+        if cluster:
+            cluster.shutdown()
+    assert result.returncode == 0, result.stdout + result.stderr
+    trials = study_of(output).trials
+    pruned = [t for t in trials if t.state == TrialState.PRUNED]
+    assert pruned and trials[0].state == TrialState.COMPLETE
+    assert all(t.state.is_finished() for t in trials) and len(trials) == 10
+    assert any(t.params["policy.optimizer_lr"] == 1e-8 for t in pruned)
+    for trial in pruned:
+        steps = [r["step"] for r in read_metrics(output / f"trials/{trial.number:04d}") if "val/loss" in r]
+        assert steps == sorted(trial.intermediate_values) and steps[-1] < 36
+    assert all("exit" in wandb_runs(output / f"trials/{t.number:04d}")[0] for t in trials)
+
+
 def test_several_policies_two_workers_and_a_front(common, numbers, tmp_path, capsys):
     """ACT and Diffusion in one search, two data-parallel workers per trial, two metrics: the front is printed."""
     diffusion = {
@@ -421,12 +461,13 @@ def test_postgres(common, postgres, tmp_path):
     assert study.best_value == read_json(tmp_path / "run/summary.json")["best"]["values"]["val/action_error"]
 
 
-def test_shipped_space_of_a_pretrained_policy(parts, models, tmp_path):
-    """`search_spaces/smolvla.yaml` as it is, from a tiny checkpoint with its tokenizer in the assets folder."""
+@pytest.mark.parametrize("name", ["smolvla", pytest.param("smolvla_lora", marks=pytest.mark.slow)])
+def test_shipped_space_of_a_pretrained_policy(parts, models, tmp_path, name):
+    """Spaces as they are, from a tiny checkpoint with its tokenizer in the assets folder."""
     base, output = tmp_path / "base", tmp_path / "run"
     save_base("smolvla", base, parts, models)
     flags = [
-        f"--space={ROOT / 'search_spaces/smolvla.yaml'}",
+        f"--space={ROOT / 'search_spaces' / name}.yaml",
         f"--output_dir={output}",
         f"--assets.dir={models}",
     ]
@@ -437,7 +478,8 @@ def test_shipped_space_of_a_pretrained_policy(parts, models, tmp_path):
     assert search(*flags, "--tune.num_samples=2", "--tune.scheduler=none") == 0
     study = study_of(output)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2, [t.user_attrs for t in study.trials]
-    assert study.trials[0].params["policy.optimizer_lr"] == 1e-4  # the published recipe
+    rate = {"smolvla": 1e-4, "smolvla_lora": 1e-3}[name]
+    assert study.trials[0].params["policy.optimizer_lr"] == rate  # the published recipe
 
 
 def test_finalists_with_several_seeds(common, tmp_path, capsys):

@@ -41,6 +41,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a F
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` must not start another Ray
 
+GPU_DEVICE = Path("/dev/nvidiactl")  # is there where a GPU is
 NODE_GROUP = "ray.io/node-group"  # Ray's label of a node that an autoscaler or launcher has started
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves its file on the head node
 UNLIMITED = 100  # nodes of a group without a limit that are reckoned with
@@ -80,6 +81,10 @@ def start(address: str | None) -> Future:
             "log_to_driver": debug,
             "include_dashboard": False,  # of a cluster that is started; those that are joined have theirs
         }
+        if not GPU_DEVICE.exists():
+            # A cluster that is started here hands it down to all of its processes. Ray Tune has no place for the
+            # environment of those that trials run in.
+            os.environ.update(CPU_WORKER_ENV)
         try:
             try:
                 ray.init(address=address, **how)
@@ -155,6 +160,7 @@ def share(
     *,
     decoders: bool = False,
     at_least: int | None = None,
+    asked: str = "--ray.num_workers",
 ) -> Share:
     """Decide what each worker reserves, and refuse what the cluster can never give.
 
@@ -164,6 +170,7 @@ def share(
         device: The recipe's `--policy.device`, or None.
         at_least: Workers that must find room, if not all.
         decoders: Whether CPUs must be left for tasks that decode: half of them are.
+        asked: The flag that says how many workers.
 
     Raises:
         InputError: Not even an empty cluster has room; lists what there is.
@@ -192,7 +199,7 @@ def share(
         alike = Counter(f"{c} CPUs, {g:g} GPUs" for c, g in zip(node_cpus, node_gpus, strict=True))
         listed = "; ".join(f"{count} x {what}" if count > 1 else what for what, count in alike.items())
         raise InputError(
-            f"--ray.num_workers={num_workers} with {cpus:g} CPUs and {gpus:g} GPUs each: this cluster has room for "
+            f"{asked}={num_workers} with {cpus:g} CPUs and {gpus:g} GPUs each: this cluster has room for "
             f"{room}. It has {len(have)} node(s): {listed}."
         )
     if decoders and sum(node_cpus) - num_workers * cpus < 1 and not may_grow():

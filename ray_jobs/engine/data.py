@@ -226,11 +226,11 @@ def _read(
     if cfg.num_workers == 0:
         yield from map(reader, rows)
         return
-    # Small batches are handed from thread to thread several at a time: that takes longer than to read one.
+    # Small batches are read and handed from thread to thread several at a time: either takes longer to begin than to do.
     together = min(MOST_TOGETHER, max(1, HANDED_OVER_BYTES // reader.bytes_read(cfg.batch_size)))
 
     def read() -> list[dict]:
-        return [reader(some) for some in itertools.islice(rows, together)]
+        return reader.several(list(itertools.islice(rows, together)))
 
     with ThreadPoolExecutor(1, "prefetch", torch.set_num_threads, (1,)) as prefetch:
         ahead = deque(prefetch.submit(read) for _ in range(PREFETCHED))

@@ -1,6 +1,7 @@
 """Batches of a LeRobot data set, read as batches: columns are gathered for all samples at once, camera images come
 out of the frame cache, or are decoded in threads of this process (PyAV releases the GIL)."""
 
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -99,6 +100,17 @@ class FrameReader:
                 batch[key] = batch[key].squeeze(1)
         batch["task"] = tasks
         return batch
+
+    def several(self, batches: list[list[int]]) -> list[dict]:
+        """The batches of several lists of rows, read as one and cut apart: they share memory."""
+        sizes = [len(indices) for indices in batches]
+        whole = self(list(itertools.chain(*batches)))
+        tasks = iter(whole.pop("task"))
+        parts = {key: values.split(sizes) for key, values in whole.items()}
+        return [
+            {key: part[n] for key, part in parts.items()} | {"task": list(itertools.islice(tasks, size))}
+            for n, size in enumerate(sizes)
+        ]
 
     def __getitems__(self, indices: list[int]) -> dict:
         """The same batch with the data set's random image transforms, for a worker process of torch's DataLoader.

@@ -143,14 +143,8 @@ def train(
         batches = streamed_batches(cfg, dataset, accelerator, stream, **where)
     validation = None
     if eval_dataset is not None and recipe.eval_steps > 0:
-        validation = Validation(
-            eval_dataset,
-            cfg.policy,
-            horizon=options.data.eval_horizon,
-            max_frames=cfg.max_eval_samples,
-            threads=cfg.num_workers,
-            timed=options.data.eval_timing,
-            frames=eval_frames,
+        validation = Validation.of(
+            cfg, options.data, eval_dataset, eval_frames, timed=options.data.eval_timing
         )
     closed_loop = ClosedLoop(cfg) if cfg.env is not None and cfg.env_eval_freq > 0 else None
 

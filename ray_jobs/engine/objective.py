@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from accelerate import Accelerator
+from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import LeRobotDataset
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
@@ -25,6 +26,7 @@ from ray_jobs.engine.data import FrameReader, to_device
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import FrameSource
+from ray_jobs.engine.options import DataOptions
 
 # Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising
 # policy then depends on the group alone.
@@ -90,6 +92,21 @@ class Validation:
             if per_episode is not None and per_episode < len(rows):
                 rows = rows[torch.linspace(0, len(rows) - 1, per_episode).round().long()]
             self.groups += [(position, group.tolist()) for group in rows.split(GROUP)]
+
+    @classmethod
+    def of(
+        cls, cfg: TrainPipelineConfig, options: DataOptions, dataset: LeRobotDataset, frames, **how
+    ) -> "Validation":
+        """As a command line wants it; `how` is what else the constructor takes."""
+        return cls(
+            dataset,
+            cfg.policy,
+            horizon=options.eval_horizon,
+            max_frames=cfg.max_eval_samples,
+            threads=cfg.num_workers,
+            frames=frames,
+            **how,
+        )
 
     def __call__(
         self, policy: PreTrainedPolicy, preprocessor, postprocessor, accelerator: Accelerator

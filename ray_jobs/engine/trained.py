@@ -195,15 +195,7 @@ def score(
         frames = open_frames(
             eval_dataset, options.data, reads=cfg.max_eval_samples or eval_dataset.num_frames
         )
-    validation = Validation(
-        eval_dataset,
-        cfg.policy,
-        horizon=options.data.eval_horizon,
-        max_frames=cfg.max_eval_samples,
-        threads=cfg.num_workers,
-        frames=frames,
-        detailed=True,
-    )
+    validation = Validation.of(cfg, options.data, eval_dataset, frames, detailed=True)
     with _threads(trained.threads if accelerator.device.type == "cpu" else None):
         values = validation(policy, before, after, accelerator)
     raw, grown = values.pop("val/action_error_raw"), values.pop("val/action_error_over_horizon")

@@ -62,11 +62,10 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
     trial_s = cost["step_s"] * plan.steps + cost["eval_s"] * plan.steps / plan.recipe.eval_steps
     share = expected_share(plan)
     search_s = trial_s * (1 + (tune.num_samples - 1) * share) / at_once(plan, slot)
-    stopped = (
-        f" ({share:.0%} of the steps, if {plan.scheduler} stops as many as it usually does)"
-        if share < 1
-        else ""
-    )
+    stopped = {
+        "none": "",
+        "asha": f" ({share:.0%} of the steps, if asha stops as many as it usually does)",
+    }.get(plan.scheduler, f" at most: {plan.scheduler} will stop some of its trials")
     say(
         f"\ncost, timed on {cost['device']}: {cost['step_s']:.3g} s per step of the published recipe, "
         f"{cost['eval_s']:.3g} s per validation;\n"
@@ -75,8 +74,9 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
 
 
 def expected_share(plan: Plan) -> float:
-    """Share of a whole trial's steps that the average trial gets: one in `reduction_factor` passes each rung."""
-    if plan.scheduler == "none":
+    """Share of a whole trial's steps that the average trial gets: with asha one in `reduction_factor` passes each rung;
+    what others stop depends on the values, and all is reckoned with."""
+    if plan.scheduler != "asha":
         return 1.0
     spent, alive, before, rung = 0.0, 1.0, 0, plan.grace_steps
     while rung < plan.steps:

@@ -34,7 +34,7 @@ class TuneOptions:
     reduction_factor: int = 3
     """asha and hyperband let one of so many trials go on at each rung."""
     max_concurrent: int | None = None
-    """Trials at a time. Default: what the cluster holds, and more when nodes join (not with several workers each)."""
+    """Trials at a time. Default: what the cluster holds, and more when nodes join."""
     gpus_per_trial: float | None = None
     """GPUs of each trial; 0.25 packs four on one card. Default: 1 where there are GPUs."""
     workers_per_trial: int = 1

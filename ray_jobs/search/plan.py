@@ -52,7 +52,8 @@ NOT_COMPARED = (
     "save_freq",
     "prefetch_factor",
     "data.cache",
-    "assets.",  # where they lie, not what they are
+    "dataset.root",  # where it lies, not what it is
+    "assets.",
 )
 # Flags that are decided for each trial, and why nobody else can.
 NOT_TYPED = {
@@ -78,6 +79,8 @@ class Plan:
     typed: dict[str, str]
     base: list[str]
     recipe: Recipe
+    frames: int
+    """Of the data set."""
     horizon: int
     resume: bool
     notices: list[str]
@@ -99,9 +102,10 @@ class Plan:
 
     @property
     def terms(self) -> dict[str, str]:
-        """What must be the same for trials to be compared: flags and their values."""
-        words = (word[2:].partition("=") for word in self.base)
-        return {flag: value for flag, _, value in words if not flag.startswith(NOT_COMPARED)}
+        """What must be the same for trials to be compared, and its value."""
+        words = (word.partition("=") for word in self.base)
+        same = {flag: value for flag, _, value in words if not flag[2:].startswith(NOT_COMPARED)}
+        return {**same, "the data set's frames": str(self.frames)}
 
     @property
     def scheduler(self) -> str:
@@ -217,6 +221,7 @@ def make_plan(
             raise _in_file(s, "baseline", {}, error) from None
         meta = open_dataset(published.lerobot.dataset)
         recipe = recipe or published
+        notices += [notice for notice in published.notices if notice not in notices]
         shortest = min(shortest, chunk_length(published.lerobot.policy))
         for blamed, config in s.corners(fixed):
             if s.violated(config) is None:
@@ -232,8 +237,7 @@ def make_plan(
                 shortest = min(shortest, chunk_length(resolve(arguments(config)).lerobot.policy))
     horizon = recipe.options.data.eval_horizon or int(shortest)
     base.append(f"--data.eval_horizon={horizon}")
-    recipe.notices.clear()
-    return Plan(output_dir, options, space, typed, base, recipe, horizon, resume, notices)
+    return Plan(output_dir, options, space, typed, base, recipe, meta.total_frames, horizon, resume, notices)
 
 
 def _read(file: Path) -> Space:

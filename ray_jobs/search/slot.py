@@ -43,7 +43,8 @@ def decide(plan: Plan) -> Slot:
             f"--tune.gpus_per_trial={gpus:g}: no node of this cluster has more than {most:g} GPUs."
         )
     if workers > 1:
-        each = cluster.share(workers, cpus, None if gpus is None else gpus / workers, plan.recipe.device)
+        of_each = None if gpus is None else gpus / workers
+        each = cluster.share(workers, cpus, of_each, plan.recipe.device, asked="--tune.workers_per_trial")
         room = min(total_cpus // each.cpus, total_gpus // each.gpus if each.gpus else total_cpus) // workers
         return Slot(WATCHER, each, max(1, int(room)))
     gpus = gpus or 0.0

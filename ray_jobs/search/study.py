@@ -82,8 +82,8 @@ def open_study(plan: Plan, seed: int) -> Study:
         for k, v in {**saved[TERMS], **plan.terms}.items()
         if saved[TERMS].get(k) != v or plan.terms.get(k) != v
     ):
-        flag = changed[0]
-        fault = f"was begun with --{flag}={saved[TERMS].get(flag)}, the command has {plan.terms.get(flag)}: not comparable"
+        term = changed[0]
+        fault = f"was begun with {term}={saved[TERMS].get(term)}, the command has {plan.terms.get(term)}: not comparable"
     elif not plan.resume:
         fault = "has been begun already; in its own folder, --resume=true goes on with it"
     if fault:
