@@ -1,6 +1,6 @@
 """The first five minutes: record a small simulated part-sorting task and search for a good ACT, on any machine.
 
-    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=270] [--rollouts=50]
+    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=540] [--rollouts=50]
 
 The search goes through `ray_jobs.tune`: trial 0 is the published recipe, the last episodes are held out. Ends in
 numbers, pictures and the success rate in the simulator. A recorded data set is used again; every search gets a
@@ -24,7 +24,7 @@ class DemoOptions:
     output_dir: str = "outputs/demo"
     episodes: int = 50
     trials: int = 8
-    steps: int = 270
+    steps: int = 540
     rollouts: int = 50  # episodes in the simulator, of the published recipe and of the best policy
 
 
@@ -108,13 +108,14 @@ def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int])
         "--policy.dim_model=128",
         "--policy.dim_feedforward=512",
         "--policy.n_encoder_layers=2",
+        "--policy.n_action_steps=10",  # a second of this simulator's, before the policy looks again
         "--policy.n_vae_encoder_layers=2",
         f"--output_dir={run}",
         "--batch_size=8",
         "--num_workers=1",
         f"--steps={options.steps}",
         f"--tune.num_samples={options.trials}",
-        "--tune.final_steps=3000",
+        "--tune.final_steps=6000",
         f"--tune.keep_trials={options.trials}",
         f"--data.eval_episodes={held_out}",
         "--max_eval_samples=100",

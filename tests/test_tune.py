@@ -261,11 +261,12 @@ def test_lost_node(common, tmp_path):
         cluster.shutdown()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_driver(common, tmp_path, kills):
-    """SIGKILL to the driver at random moments, resumed each time: twelve trials, all different, none RUNNING."""
+@pytest.mark.parametrize(("kills", "trials"), [(1, 8), pytest.param(3, 12, marks=pytest.mark.slow)])
+def test_killed_driver(common, tmp_path, kills, trials):
+    """SIGKILL to the driver at random moments, resumed each time: as many trials as asked for, all different, none RUNNING."""
     output = tmp_path / "run"
-    flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=12"]
+    flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}"]
+    flags += [f"--tune.num_samples={trials}"]
     for number in range(kills):
         run = Run([*flags, *(["--resume=true"] if number else [])], job="ray_jobs.tune")
         run.wait_for(" at step")
@@ -280,13 +281,11 @@ def test_killed_driver(common, tmp_path, kills):
     result = job("ray_jobs.tune", f"--output_dir={output}", "--resume=true")
     assert result.returncode == 0, result.stdout + result.stderr
     study = study_of(output)
-    trials = [
-        t for t in study.trials if "config" in t.user_attrs
-    ]  # the others are drawings that were known already
-    assert len(trials) == 12 and all(t.state.is_finished() for t in study.trials)
+    drawn = [t for t in study.trials if "config" in t.user_attrs]  # the others were known already
+    assert len(drawn) == trials and all(t.state.is_finished() for t in study.trials)
     assert {number: study.trials[number].value for number in ended} == ended
-    assert len({json.dumps(t.user_attrs["config"]) for t in trials}) == 12
-    for trial in trials:  # none began anew: every validation stands there once
+    assert len({json.dumps(t.user_attrs["config"]) for t in drawn}) == trials
+    for trial in drawn:  # none began anew: every validation stands there once
         steps = [r["step"] for r in read_metrics(output / f"trials/{trial.number:04d}") if "val/loss" in r]
         assert steps == sorted(trial.intermediate_values) == list(range(2, steps[-1] + 1, 2))
 
@@ -294,7 +293,7 @@ def test_killed_driver(common, tmp_path, kills):
 def test_ctrl_c_and_a_longer_search(common, tmp_path):
     """Ctrl-C: status 130, checkpoints, no process left, how to go on. Then more trials than were asked for first."""
     output = tmp_path / "run"
-    flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=8"]
+    flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=4"]
     flags += ["--steps=180"]  # else all is over before the signal comes
     run = Run(flags, job="ray_jobs.tune")
     run.wait_for(" at step")
@@ -304,8 +303,8 @@ def test_ctrl_c_and_a_longer_search(common, tmp_path):
     assert "--resume=true" in run.printed and "Traceback" not in run.printed
     _, left = psutil.wait_procs(family, timeout=30)
     assert alive(left) == []
-    assert search(f"--output_dir={output}", "--resume=true", "--tune.num_samples=10") == 0
-    assert [t.state.is_finished() for t in study_of(output).trials] == [True] * 10
+    assert search(f"--output_dir={output}", "--resume=true", "--tune.num_samples=5") == 0
+    assert [t.state.is_finished() for t in study_of(output).trials] == [True] * 5
 
 
 def test_time_budget(common, tmp_path, capsys):

@@ -61,7 +61,7 @@ def open_study(plan: Plan, seed: int) -> Study:
             load_if_exists=True,
         )
     except Exception as error:
-        hint = " PostgreSQL needs `pip install psycopg2-binary`." if url.startswith("postgres") else ""
+        hint = " PostgreSQL needs `pip install 'psycopg[binary]'`." if url.startswith("postgres") else ""
         raise InputError(f"--tune.storage={url} cannot be opened: {first_line(error)}{hint}") from None
     saved, fault = study.user_attrs, None
     if METRIC not in saved and study.get_trials(deepcopy=False):
