@@ -10,6 +10,7 @@ search's winner is than the best of all trained in full.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ import time
 from pathlib import Path
 
 import optuna
+
+from ray_jobs.engine.console import quiet
 
 SIZE = (96, 128)
 SMALL = ["--policy.dim_model=128", "--policy.dim_feedforward=512", "--policy.n_encoder_layers=2"]
@@ -75,6 +78,8 @@ def main() -> None:
         "--skip-full", action="store_true", help="leave out the trainings in full by our loop"
     )
     args = parser.parse_args()
+    quiet()
+    os.environ["SVT_LOG"] = "1"  # the AV1 encoder: errors only
     folder = Path(tempfile.mkdtemp())
     root = args.copy or folder / "copy"
     if not root.exists():
