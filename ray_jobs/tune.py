@@ -105,7 +105,6 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     from ray_jobs.search import answer, dry_run
     from ray_jobs.search.options import MORE_IS_BETTER
     from ray_jobs.search.progress import Progress
-    from ray_jobs.search.slot import decide
     from ray_jobs.search.study import DEATHS, StudyScheduler, StudySearch, finished, trial_name, trials_of
     from ray_jobs.search.trial import run_trial
 
@@ -132,6 +131,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
             group=plan.study_name,
             metrics=options.metrics,
             each=slot.each,
+            trials=options.num_samples,
             line=line,
         ),
         tune.PlacementGroupFactory([slot.bundle]),
@@ -185,8 +185,8 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
                     progress.show(told.get())
                 progress.refresh()
                 if counted:
-                    with contextlib.suppress(InputError):  # nodes were lost: what runs now ends or fails
-                        options.max_concurrent = decide(plan).at_once
+                    room = cluster.room_for(slot.each) // options.workers_per_trial
+                    options.max_concurrent = max(1, room)
                 if (
                     options.time_budget_s
                     and status == DONE

@@ -367,8 +367,31 @@ def test_pruning(common, tmp_path, how):
     assert any(t.params["policy.optimizer_lr"] == 1e-8 for t in pruned)
     for trial in pruned:
         steps = [r["step"] for r in read_metrics(output / f"trials/{trial.number:04d}") if "val/loss" in r]
-        assert steps == sorted(trial.intermediate_values) and steps[-1] < 36
+        judged = sorted(trial.intermediate_values)
+        assert steps[: len(judged)] == judged and steps[-1] < 36
+        # Workers of a group may be past the next validation when they hear of it.
+        assert len(steps) - len(judged) <= (1 if how == "two workers" else 0)
     assert all("exit" in wandb_runs(output / f"trials/{t.number:04d}")[0] for t in trials)
+
+
+@pytest.mark.slow
+def test_a_node_joins(common, tmp_path):
+    """Trials with two workers each, one at a time where there are two CPUs; two at a time once a second node is there."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        output = tmp_path / "run"
+        flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=4"]
+        flags += ["--steps=300", "--tune.scheduler=none", "--tune.workers_per_trial=2"]
+        run = Run([*flags, f"--ray.address={cluster.address}"], job="ray_jobs.tune")
+        run.wait_for(" at step")
+        cluster.add_node(num_cpus=2)
+        assert run.end() == 0, run.printed
+        assert "1 at a time" in run.printed
+        times = [t.user_attrs["times"] for t in study_of(output).trials]
+        busy = sorted([(t["begun"], 1) for t in times] + [(t["end"], -1) for t in times])
+        assert max(sum(change for _, change in busy[: n + 1]) for n in range(len(busy))) == 2
+    finally:
+        cluster.shutdown()
 
 
 def test_several_policies_two_workers_and_a_front(common, numbers, tmp_path, capsys):
@@ -477,6 +500,11 @@ def test_shipped_space_of_a_pretrained_policy(parts, models, tmp_path, name):
     assert search(*flags, "--tune.num_samples=2", "--tune.scheduler=none") == 0
     study = study_of(output)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2, [t.user_attrs for t in study.trials]
+    if name == "smolvla_lora":
+        for trial in study.trials:
+            adapters = next((output / f"trials/{trial.number:04d}").rglob("adapter_config.json"))
+            rank = trial.params["peft.r"]
+            assert (read_json(adapters)["r"], read_json(adapters)["lora_alpha"]) == (rank, rank)
     rate = {"smolvla": 1e-4, "smolvla_lora": 1e-3}[name]
     assert study.trials[0].params["policy.optimizer_lr"] == rate  # the published recipe
 

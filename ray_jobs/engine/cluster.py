@@ -23,7 +23,7 @@ TRAIN_ENV = {
 }
 # Nobody preempts the one node of a cluster of our own, and nobody watches its dashboard: eleven processes less.
 OWN_CLUSTER_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-# For workers that train on CPUs. glibc gives large blocks back at every free and the kernel must clear them again
+# For processes that train on CPUs. glibc gives large blocks back at every free and the kernel must clear them again
 # for the next step: of an ACT step on two cores, keeping them saves 10 % in float32 and 15 % in bfloat16.
 CPU_WORKER_ENV = {
     "MALLOC_ARENA_MAX": "1",
@@ -82,9 +82,10 @@ def start(address: str | None) -> Future:
             "include_dashboard": False,  # of a cluster that is started; those that are joined have theirs
         }
         if not GPU_DEVICE.exists():
-            # A cluster that is started here hands it down to all of its processes. Ray Tune has no place for the
-            # environment of those that trials run in.
-            os.environ.update(CPU_WORKER_ENV)
+            # A cluster that is started here hands it down to all of its processes: Ray Tune has no place for the
+            # environment of those that trials run in. (On a cluster that is joined, trainings have it, trials not.)
+            for name, value in CPU_WORKER_ENV.items():
+                os.environ.setdefault(name, value)
         try:
             try:
                 ray.init(address=address, **how)
@@ -191,10 +192,7 @@ def share(
             cpus = fewest // (2 * per_host) or 0.5
         if gpus:
             cpus = min(cpus, 8)
-    room = sum(
-        int(min(c // cpus, g // gpus if gpus else math.inf))
-        for c, g in zip(node_cpus, node_gpus, strict=True)
-    )
+    room = room_for(Share(cpus, gpus))
     if room < (at_least or num_workers) and not may_grow():
         alike = Counter(f"{c} CPUs, {g:g} GPUs" for c, g in zip(node_cpus, node_gpus, strict=True))
         listed = "; ".join(f"{count} x {what}" if count > 1 else what for what, count in alike.items())
@@ -208,6 +206,17 @@ def share(
             f"{sum(node_cpus)} to decode. Fewer workers, or --ray.cpus_per_worker={max(1, int(cpus) // 2)}."
         )
     return Share(cpus, gpus)
+
+
+def room_for(each: Share) -> int:
+    """How many processes with such a share the cluster's nodes hold."""
+    room = 0
+    for node in nodes():
+        cpus, gpus = int(node.get("CPU", 0)) // each.cpus, math.inf
+        if each.gpus:
+            gpus = node.get("GPU", 0) / each.gpus + 1e-9  # three thirds are one
+        room += int(min(cpus, gpus))
+    return room
 
 
 def nodes() -> list[dict[str, float]]:

@@ -1,6 +1,5 @@
 """What training on a data set will cost on this machine, measured on one of its episodes: seconds, not promises."""
 
-import shutil
 import statistics
 import tempfile
 import time
@@ -11,7 +10,7 @@ import numpy as np
 
 from ray_jobs.engine import loop
 from ray_jobs.engine.dataset_options import DatasetOptions
-from ray_jobs.engine.frame_cache import FrameCache, default_folder
+from ray_jobs.engine.frame_cache import FrameCache, default_folder, free_bytes
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.recipe import Recipe
@@ -34,9 +33,11 @@ def measure(asked: DatasetOptions, recipe: Recipe) -> dict:
     facts = {"batch_size": recipe.lerobot.batch_size, "policy": recipe.lerobot.policy.type}
     with tempfile.TemporaryDirectory(prefix="ray_jobs_doctor_") as folder:
         if dataset.meta.camera_keys and FrameReader.can_read(dataset):
-            whole = FrameCache(FrameSource(dataset, asked.data.resize), default_folder())
+            chosen = asked.data.cache
+            keeps = default_folder() if chosen in ("auto", "off") else Path(chosen)
+            whole = FrameCache(FrameSource(dataset, asked.data.resize), keeps)
             facts |= {"cache_bytes": whole.bytes(), "to_decode_bytes": whole.missing_bytes()}
-            facts["free_disk_bytes"] = shutil.disk_usage(Path(folder)).free
+            facts["free_disk_bytes"] = free_bytes(keeps)
             one = FrameCache(FrameSource(asked.open(), asked.data.resize), Path(folder) / "cache")
             begin = time.perf_counter()
             one.fill()

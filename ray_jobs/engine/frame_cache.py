@@ -193,7 +193,7 @@ def open_frames(
 
     Args:
         options: `cache` is `off`, a folder, or `auto`, which looks whether it is worth it and there is room.
-        reads: How many frames will be read in all.
+        reads: How many samples will be read in all.
         say: Takes the lines in which the user hears what was chosen and why.
     """
     source = FrameSource(dataset, options.resize)
@@ -226,14 +226,21 @@ def open_frames(
 def _why_not(cache: FrameCache, need: int, reads: int | None) -> str | None:
     """Why frames had better not be kept; None if they had."""
     missing = need // max(entry.frame_bytes for entry in cache.entries.values())
+    if reads is not None:
+        deltas = cache.source.dataset.reader.delta_indices or {}
+        reads *= sum(len(deltas.get(key, (0,))) for key in cache.entries)
     # Measured: decoding a data set from front to back costs as much as a fifth of an epoch of single frames.
     if reads is not None and 5 * reads < missing:
         return f"the run reads {reads} frames and {missing} would have to be decoded (--data.cache=FOLDER does it)"
-    place = next(path for path in (cache.folder, *cache.folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(cache.folder)
     if need > 0.9 * free:
         return f"the frames need {gigabytes(need)} and {gigabytes(free)} are free in {cache.folder} (--data.resize helps)"
     return None
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that a folder lies on, or would."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
 
 
 def _free_memory() -> int:

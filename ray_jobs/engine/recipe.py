@@ -57,6 +57,7 @@ class Recipe:
     options: Options
     device: str | None = None
     eval_steps: int = 0
+    trainings: int = 1  # that will read the same data
     notices: list[str] = field(default_factory=list)
     memory: Memory | None = None
     remote: str | None = None

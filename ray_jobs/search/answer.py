@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import duration
+from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.tracking import SUMMARY_FILE, write_json
 from ray_jobs.search import card
@@ -38,7 +39,7 @@ from ray_jobs.search.study import (
     trial_name,
     trials_of,
 )
-from ray_jobs.search.trial import METRIC, trial_dir
+from ray_jobs.search.trial import trial_dir
 
 TRIALS_FILE, BEST_DIR, COMMAND_FILE = "trials.csv", "best", "command.sh"
 OF_THE_SEARCH = (
@@ -286,7 +287,11 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
                 gain = f"best is {100 * (ours - theirs):.1f} points higher"
             else:
                 gain = f"best is {1 - ours / theirs if theirs else 0.0:.1%} lower"
-            say(f"published   {_values(published)} (trial {published['trial']}, as many steps){_spread(published)}; "
+            batches = [row["config"].get("batch_size") for row in (best, published)]
+            equal = "as many steps" + (
+                f" of {batches[1]} samples, not {batches[0]}" if batches[0] != batches[1] else ""
+            )
+            say(f"published   {_values(published)} (trial {published['trial']}, {equal}){_spread(published)}; "
                 f"{gain}")  # fmt: skip
     if summary["importances"]:
         top = list(summary["importances"].items())[:3]

@@ -58,17 +58,20 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
             + "  ".join(w[2:] for w in flags({k: v for k, v in config.items() if k in searched}))
         )
     run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus)(time_steps)
-    cost = ray.get(run.remote([*plan.base, *flags(spaces[0].published(plan.space.fixed))]))
-    trial_s = cost["step_s"] * plan.steps + cost["eval_s"] * plan.steps / plan.recipe.eval_steps
+    costs = [ray.get(run.remote([*plan.base, *flags(s.published(plan.space.fixed))])) for s in spaces]
+    step_s, eval_s = (statistics.mean(cost[name] for cost in costs) for name in ("step_s", "eval_s"))
+    trial_s = step_s * plan.steps + eval_s * plan.steps / plan.recipe.eval_steps
     share = expected_share(plan)
-    search_s = trial_s * (1 + (tune.num_samples - 1) * share) / at_once(plan, slot)
+    repeats = (tune.seeds - 1) * (tune.finalists + len(spaces))
+    trials = len(spaces) + max(0, tune.num_samples - len(spaces)) * share + repeats
+    search_s = trial_s * trials / at_once(plan, slot)
     stopped = {
         "none": "",
         "asha": f" ({share:.0%} of the steps, if asha stops as many as it usually does)",
     }.get(plan.scheduler, f" at most: {plan.scheduler} will stop some of its trials")
     say(
-        f"\ncost, timed on {cost['device']}: {cost['step_s']:.3g} s per step of the published recipe, "
-        f"{cost['eval_s']:.3g} s per validation;\n"
+        f"\ncost, timed on {costs[0]['device']}: {step_s:.3g} s per step of the published recipe"
+        f"{' (their mean)' if len(spaces) > 1 else ''}, {eval_s:.3g} s per validation;\n"
         f"a whole trial {duration(trial_s)}, the search about {duration(search_s)}{stopped}"
     )
 
@@ -93,7 +96,8 @@ def time_steps(flags: list[str]) -> dict:
         flags: The command line of a trial, without its folder.
 
     Returns:
-        `step_s` and `eval_s`, in seconds, and the `device`.
+        `step_s` (without waiting for data: what is timed here may have no frame cache yet) and `eval_s`, in seconds, and
+        the `device`.
     """
     quiet()
     from ray_jobs.engine import preflight
@@ -102,18 +106,20 @@ def time_steps(flags: list[str]) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         more = [f"--output_dir={Path(folder) / 'run'}", "--save_checkpoint=false", "--wandb.enable=false"]
-        more += [f"--steps={TIMED_STEPS}", f"--eval_steps={TIMED_STEPS}", "--ray.num_workers=1"]
+        more += [
+            f"--steps={TIMED_STEPS}",
+            f"--eval_steps={TIMED_STEPS}",
+            "--log_freq=1",
+            "--ray.num_workers=1",
+        ]
         recipe = resolve([*flags, *more])
         preflight.check(recipe)
-        at: dict[tuple, float] = {}
-        summary = train_here(
-            recipe,
-            lambda event: at.setdefault((event["kind"], event.get("step")), time.monotonic()),
-            lambda: "",
-        )
-    steps = [at["step", n + 1] - at["step", n] for n in range(WARM_UP, TIMED_STEPS)]
+        told: list[tuple[float, dict]] = []
+        summary = train_here(recipe, lambda event: told.append((time.monotonic(), event)), lambda: "")
+    logs = [event for _, event in told if event["kind"] == "log"]
+    at = {event["kind"]: when for when, event in told}  # the last of each kind
     return {
-        "step_s": statistics.median(steps),
-        "eval_s": at["eval", TIMED_STEPS] - at["log", TIMED_STEPS],
+        "step_s": statistics.median(log["train/step_s"] - log["train/data_s"] for log in logs[WARM_UP:]),
+        "eval_s": at["eval"] - at["log"],
         "device": summary["device"],
     }

@@ -37,7 +37,8 @@ from ray_jobs.search.space_file import read_space
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
 RUNGS = 9  # validations of a trial, unless told otherwise: with asha, one in three goes on at 1/9 and at 1/3
-EVAL_FRAMES = 256
+FEWEST_FRAMES, MOST_FRAMES = 64, 256  # of a validation
+FRAMES = "the data set's frames"  # a term that is no flag
 EPISODES = 20  # in a simulator, at every validation
 FOLDERS = {"dataset.root", "policy.path", "policy.pretrained_path", "data.cache"}
 NOT_COMPARED = (
@@ -103,9 +104,9 @@ class Plan:
     @property
     def terms(self) -> dict[str, str]:
         """What must be the same for trials to be compared, and its value."""
-        words = (word.partition("=") for word in self.base)
-        same = {flag: value for flag, _, value in words if not flag[2:].startswith(NOT_COMPARED)}
-        return {**same, "the data set's frames": str(self.frames)}
+        words = (word[2:].partition("=") for word in self.base)
+        same = {flag: value for flag, _, value in words if not flag.startswith(NOT_COMPARED)}
+        return {**same, FRAMES: str(self.frames)}
 
     @property
     def scheduler(self) -> str:
@@ -260,7 +261,8 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     every = max(1, math.ceil(int(steps) / RUNGS))
     defaults = {
         "eval_steps": str(every),
-        "max_eval_samples": str(EVAL_FRAMES),
+        # Four for each step in between: with batches of 8, trials spend more time on training than on validating.
+        "max_eval_samples": str(min(MOST_FRAMES, max(FEWEST_FRAMES, 4 * every))),
         "log_freq": str(max(1, every // 2)),
         "save_freq": steps,
         "env_eval_freq": "0",

@@ -21,7 +21,7 @@ class Slot:
     each: cluster.Share
     """Of each worker, where a trial has several."""
     at_once: int
-    """Trials that the cluster holds now."""
+    """Trials that the cluster holds, with the nodes that its autoscaler may add."""
 
 
 def decide(plan: Plan) -> Slot:
@@ -32,7 +32,7 @@ def decide(plan: Plan) -> Slot:
     """
     tune, options = plan.options.tune, plan.recipe.options.ray
     nodes = cluster.nodes()
-    total_cpus, total_gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
+    total_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     gpus, cpus = tune.gpus_per_trial, options.cpus_per_worker
     workers = tune.workers_per_trial
     if gpus is None and workers == 1 and total_gpus and (plan.recipe.device or "cuda").startswith("cuda"):
@@ -45,8 +45,7 @@ def decide(plan: Plan) -> Slot:
     if workers > 1:
         of_each = None if gpus is None else gpus / workers
         each = cluster.share(workers, cpus, of_each, plan.recipe.device, asked="--tune.workers_per_trial")
-        room = min(total_cpus // each.cpus, total_gpus // each.gpus if each.gpus else total_cpus) // workers
-        return Slot(WATCHER, each, max(1, int(room)))
+        return Slot(WATCHER, each, max(1, cluster.room_for(each) // workers))
     gpus = gpus or 0.0
     hosts = [node for node in nodes if node.get("GPU", 0) >= gpus]
     if cpus is None:
@@ -55,10 +54,7 @@ def decide(plan: Plan) -> Slot:
         near = sum(int(node.get("CPU", 0)) for node in hosts)  # a head without GPUs lends none
         cpus = max(1, min(near // max(1, at_once), largest, 8 if gpus else largest))
     each = cluster.Share(cpus, gpus)
-    room = sum(
-        int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) / gpus if gpus else node.get("CPU", 0)))
-        for node in hosts
-    )
+    room = cluster.room_for(each)
     if not room and not cluster.may_grow():
         raise InputError(f"--ray.cpus_per_worker={cpus}: no node of this cluster has {each}.")
     return Slot(each.resources, each, max(1, room))

@@ -24,14 +24,14 @@ from ray.tune.search import Searcher
 from ray_jobs.engine.errors import INTERRUPTED, InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.search.options import TuneOptions
-from ray_jobs.search.plan import Plan
+from ray_jobs.search.plan import FRAMES, NOT_COMPARED, Plan
 from ray_jobs.search.space import SearchSpace, flags
 from ray_jobs.search.trial import ENDED
 
 CONFIG, POLICY, BASELINE, SKIPPED, REASON, STEPS, BEST_STEP, WALL_S, TIMES = (  # user attributes of trials
     "config", "policy", "baseline", "skipped", "reason", "steps", "best_step", "wall_s", "times",
 )  # fmt: skip
-SPACE, METRIC, TERMS, REPEATS, WALL = (
+SPACE, OPTIMIZED, TERMS, REPEATS, WALL = (
     "space",
     "metric",
     "terms",
@@ -64,26 +64,25 @@ def open_study(plan: Plan, seed: int) -> Study:
         hint = " PostgreSQL needs `pip install 'psycopg[binary]'`." if url.startswith("postgres") else ""
         raise InputError(f"--tune.storage={url} cannot be opened: {first_line(error)}{hint}") from None
     saved, fault = study.user_attrs, None
-    if METRIC not in saved and study.get_trials(deepcopy=False):
+    if OPTIMIZED not in saved and study.get_trials(deepcopy=False):
         fault = "is not one of ray_jobs.tune"
     elif SPACE not in saved:
-        study.set_user_attr(METRIC, options.metric)
+        study.set_user_attr(OPTIMIZED, options.metric)
         study.set_user_attr(TERMS, plan.terms)
         if not study.get_trials(deepcopy=False):  # else a kill came in between
             for params in plan.space.baselines():
                 study.enqueue_trial(params, user_attrs={BASELINE: True})
         study.set_user_attr(SPACE, plan.space.fingerprint())
-    elif saved[METRIC] != options.metric:
-        fault = f"optimizes {saved[METRIC]}, the command {options.metric}"
+    elif saved[OPTIMIZED] != options.metric:
+        fault = f"optimizes {saved[OPTIMIZED]}, the command {options.metric}"
     elif saved[SPACE] != plan.space.fingerprint():
         fault = "searches another space"
-    elif changed := sorted(
-        k
-        for k, v in {**saved[TERMS], **plan.terms}.items()
-        if saved[TERMS].get(k) != v or plan.terms.get(k) != v
-    ):
+    elif changed := [
+        term for term in sorted(saved[TERMS] | plan.terms) if _differs(term, saved[TERMS], plan.terms)
+    ]:
         term = changed[0]
-        fault = f"was begun with {term}={saved[TERMS].get(term)}, the command has {plan.terms.get(term)}: not comparable"
+        name = term if term == FRAMES else f"--{term}"
+        fault = f"was begun with {name}={saved[TERMS].get(term)}, the command has {plan.terms.get(term)}: not comparable"
     elif not plan.resume:
         fault = "has been begun already; in its own folder, --resume=true goes on with it"
     if fault:
@@ -94,6 +93,14 @@ def open_study(plan: Plan, seed: int) -> Study:
     study.sampler = make_sampler(options, seed + len(study.get_trials(deepcopy=False)))
     study.pruner = _pruner(plan)
     return study
+
+
+def _differs(term: str, before: dict, now: dict) -> bool:
+    if term.startswith(NOT_COMPARED) or (
+        term == FRAMES and term not in before
+    ):  # begun with an older version
+        return False
+    return before.get(term) != now.get(term)
 
 
 def _storage(url: str) -> BaseStorage:

@@ -17,11 +17,11 @@ from pathlib import Path
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.errors import PRUNED, InputError, RunError
+from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.workers import ERROR_LOG
 
 TRIALS_DIR = "trials"
-METRIC = "val/action_error"
 ENDED = ("finished", "stopped early")  # how a run ends that was trained as far as it was to be
 
 
@@ -51,7 +51,15 @@ def trial_flags(base: list[str], config: dict, output_dir: Path) -> list[str]:
 
 
 def run_trial(
-    config: dict, *, base: list[str], output_dir: Path, group: str, metrics: list[str], each: Share, line
+    config: dict,
+    *,
+    base: list[str],
+    output_dir: Path,
+    group: str,
+    metrics: list[str],
+    each: Share,
+    trials: int,
+    line,
 ) -> None:
     """Train one configuration; reports to Ray Tune at every validation, and how it ended.
 
@@ -61,6 +69,7 @@ def run_trial(
         group: The study's name, for W&B.
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
+        trials: How many will read the data: whether to keep its frames depends on it.
         line: Handle of the search's `cluster.Line`.
     """
     quiet()
@@ -96,6 +105,7 @@ def run_trial(
         if ended := _ended(folder):  # its slot died before it could tell
             return tune.report({**ended, **best_values(folder, metrics)})
         recipe = resolve(trial_flags(base, config, output_dir))
+        recipe.trainings = trials
         preflight.check(recipe)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         if recipe.options.ray.num_workers > 1:

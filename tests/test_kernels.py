@@ -1,0 +1,52 @@
+"""Faster kernels: the same mathematics."""
+
+import copy
+
+import torch
+from torch.nn.functional import mse_loss
+from torchvision.models import resnet18
+from torchvision.ops import FrozenBatchNorm2d
+
+from ray_jobs.engine.kernels import fuse, speed_up
+
+
+def backbone() -> torch.nn.Module:
+    """ACT's, with norms as a trained one has them."""
+    torch.manual_seed(0)
+    model = resnet18(norm_layer=FrozenBatchNorm2d)
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for name, low, high in (
+                ("weight", 0.5, 1.5),
+                ("bias", -1, 1),
+                ("running_mean", -1, 1),
+                ("running_var", 0.5, 2),
+            ):
+                getattr(module, name).uniform_(low, high)
+    return model
+
+
+def test_frozen_norms_in_their_convolutions():
+    """Outputs, gradients, names and three steps of Adam as torchvision's own modules and torch's plain Adam have them."""
+    plain = backbone()
+    fast = copy.deepcopy(plain)
+    speed_up(fast)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert sum(type(m) is FrozenBatchNorm2d for m in fast.modules()) == 0
+    images, wanted = torch.rand(2, 3, 64, 64), torch.rand(2, 1000)
+    adams = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (plain, fast)]
+    for step in range(3):
+        losses = []
+        for model, adam in zip((plain, fast), adams, strict=True):
+            if model is fast and step == 1:
+                fuse(adam)  # as after a resume: its moments are those of the plain one
+            loss = mse_loss(model(images), wanted)
+            adam.zero_grad()
+            loss.backward()
+            losses.append(loss.item())
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+        for (name, theirs), ours in zip(plain.named_parameters(), fast.parameters(), strict=True):
+            difference = (ours.grad - theirs.grad).norm() / theirs.grad.norm()
+            assert difference < 1e-4, name
+        for adam in adams:
+            adam.step()
