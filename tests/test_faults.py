@@ -27,7 +27,7 @@ OPTIMIZER = "checkpoints/000040/training_state/optimizer_state.safetensors"
 @pytest.fixture(scope="module")
 def undisturbed(parts, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    result = job("ray_jobs.train", *tiny_act(parts, output_dir, *STEPS))
+    result = job("ray_jobs.train", *tiny_act(parts, output_dir, *STEPS, "--ray.num_workers=0"))
     assert result.returncode == 0, result.stderr
     return output_dir
 
@@ -92,6 +92,18 @@ def test_killed_worker_is_replaced(parts, undisturbed, tmp_path):
     assert_same_end(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
+def test_killed_controller_is_replaced(parts, undisturbed, tmp_path):
+    """SIGKILL to Ray Train's controller, which its workers die with: the same."""
+    run = Run(tiny_act(parts, tmp_path / "run", *STEPS))
+    run.wait_for("step 15/40")
+    (controller,) = [p for p in run.family() if "TrainController" in " ".join(p.cmdline())]
+    controller.kill()
+    assert run.end() == 0, run.printed
+    assert "the run's controller was lost; the run goes on from step" in run.printed
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
 def test_killed_driver_resumes(parts, undisturbed, tmp_path):
     """SIGKILL to the driver takes its workers along; the same command with --resume=true goes on."""
     flags = tiny_act(parts, tmp_path / "run", *STEPS)
@@ -127,7 +139,7 @@ def test_killed_while_saving(parts, undisturbed, tmp_path):
     assert not list((output_dir / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_leaves_a_checkpoint(parts, tmp_path, workers):
     """Ctrl-C stops within seconds with a usable checkpoint and no process left, and says how to go on."""
     output_dir = tmp_path / "run"

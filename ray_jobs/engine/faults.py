@@ -69,7 +69,7 @@ def without_line() -> Iterator[None]:
 
 def _reason(error: Exception) -> tuple[int, str]:
     """How telling an error is, the lowest first, and what it says."""
-    error = getattr(error, "health_check_failure", error)
+    error = getattr(error, "health_check_failure", getattr(error, "controller_failure", error))
     text = str(error)
     if getattr(error, "preempted", False):
         return 0, "its node is being taken away, as was announced"
