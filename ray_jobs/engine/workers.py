@@ -52,8 +52,8 @@ def make_trainer(recipe: "Recipe", each: Share, line):
         each: What each worker reserves.
         line: Handle of a `cluster.Line`, which will carry the run's events and the wish to stop it.
     """
-    from ray.exceptions import RayActorError, RayTaskError
-    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+    from ray.exceptions import RayActorError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from ray_jobs.engine import faults
@@ -61,24 +61,19 @@ def make_trainer(recipe: "Recipe", each: Share, line):
     options = recipe.options.ray
 
     class Trainer(TorchTrainer):
-        """Takes up again what Ray Train 2.60 gives up: a run whose controller was lost, or workers that lost one of them while
-        they were connecting. Counted in `--ray.max_failures` like what Ray Train itself takes up."""
+        """Takes up again what Ray Train 2.60 gives up: a run whose controller was lost, and its workers with it. Counted in
+        `--ray.max_failures`, apart from what Ray Train itself takes up."""
 
         def fit(self):
             failures = 0
             while True:
                 try:
                     return super().fit()
-                except (RayActorError, ControllerError) as error:
-                    cause = getattr(error, "controller_failure", error)
+                except RayActorError:
                     failures += 1
-                    if not isinstance(cause, RayActorError | RayTaskError):
-                        raise
                     if 0 <= options.max_failures < failures:
                         raise
-                    lost = cause is error and "the run's controller was lost"
-                    text = lost or faults.describe({0: cause})
-                    line.tell.remote({"kind": "fault", "text": text})
+                    line.tell.remote({"kind": "fault", "text": "the run's controller was lost"})
 
     if not recipe.remote:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
