@@ -66,6 +66,7 @@ def test_a_worker_tells_where_it_is(monkeypatch):
     import ray
 
     monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
     monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
 
     def training() -> None:

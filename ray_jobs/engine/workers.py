@@ -24,7 +24,7 @@ ERROR_LOG = "error.log"
 LOCK_FILE = ".lock"
 MARK_FILE = ".driver"  # what tells workers that they see the driver's folder
 LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
-CUT_OFF_S = 300  # on a node that is cut off Ray ends it after a minute, and NFS frees its lock after two
+CUT_OFF_S = 300  # on a node that is cut off it ends itself after two minutes (see `watchdog`); NFS then frees its lock
 HANDED_ON = ("WANDB_RUN_GROUP",)  # from the process that starts the workers
 TELL_EVERY_S = 0.5  # how often the driver hears of steps
 
