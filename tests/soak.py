@@ -178,7 +178,8 @@ def main(argv: list[str]) -> int:
             faults.append("a step is missing in metrics.jsonl, or stands there twice")
         if asked.workers == 1:
             calm = folder / "calm"
-            more = (f"--steps={asked.steps}", f"--save_freq={asked.steps}", "--ray.address=local")
+            more = (f"--steps={asked.steps}", f"--save_freq={asked.steps}")
+            more += ("--ray.address=local", "--ray.cpus_per_worker=1")  # as many threads
             assert job("ray_jobs.train", *tiny_act(root, calm, *more), timeout=3600).returncode == 0
             file = "checkpoints/last/pretrained_model/model.safetensors"
             if (soak.run / file).read_bytes() != (calm / file).read_bytes():
