@@ -27,6 +27,9 @@ from test_faults import Run
 from ray_jobs.engine import checkpoint
 
 pytestmark = pytest.mark.slow
+NOT_RUN = pytest.mark.xfail(
+    reason="never run to its end: it needs a machine that nobody else uses", strict=False
+)
 
 
 @pytest.fixture
@@ -111,6 +114,7 @@ def test_lost_node(cluster, parts, tmp_path, workers):
     print(f"lost {summary['lost_steps']} steps")
 
 
+@NOT_RUN
 def test_one_of_two_workers_killed(cluster, parts, tmp_path):
     """SIGKILL to a worker: both go on from the last checkpoint; what is told is the killed one, not that the other lost it."""
     run = tmp_path / "run"
@@ -205,7 +209,7 @@ class Network:
         self.ip("netns", "del", self.name)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=NOT_RUN)])
 def test_cut_off_node(head, parts, tmp_path, workers):
     """The network to a node fails, its worker lives on there, holding the run's folder: the run goes on elsewhere from the
     last checkpoint, and never are there two that write."""
@@ -246,7 +250,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.xfail(reason="not run to its end yet: it needs a machine that nobody else uses", strict=False)
+@NOT_RUN
 def test_node_runs_out_of_memory(head, parts, tmp_path):
     """Something else takes a node's memory: Ray ends the worker before Linux does, the reason is told, the run goes on."""
     memory = psutil.virtual_memory()

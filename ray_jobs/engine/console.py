@@ -108,8 +108,6 @@ class Display:
     def _fault(self, event: dict) -> None:
         """Something for which the workers are about to be started again."""
         self.why_again = event["text"]
-        if not self.facts:  # they had not begun
-            self.say(f"{event['text']}; trying again")
 
     def _start(self, event: dict) -> None:
         if self.facts:

@@ -52,29 +52,12 @@ def make_trainer(recipe: "Recipe", each: Share, line):
         each: What each worker reserves.
         line: Handle of a `cluster.Line`, which will carry the run's events and the wish to stop it.
     """
-    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from ray_jobs.engine import faults
+    from ray_jobs.engine.faults import Witness
 
     options = recipe.options.ray
-
-    class Trainer(TorchTrainer):
-        """Takes up again what Ray Train 2.60 gives up: a run whose controller was lost, and its workers with it. Counted in
-        `--ray.max_failures`, apart from what Ray Train itself takes up."""
-
-        def fit(self):
-            failures = 0
-            while True:
-                try:
-                    return super().fit()
-                except RayActorError:
-                    failures += 1
-                    if 0 <= options.max_failures < failures:
-                        raise
-                    line.tell.remote({"kind": "fault", "text": "the run's controller was lost"})
-
     if not recipe.remote:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
         mark = recipe.output_dir / MARK_FILE
@@ -86,7 +69,7 @@ def make_trainer(recipe: "Recipe", each: Share, line):
         from ray_jobs.engine import stream_reader
 
         datasets["train"] = stream_reader.source_of(recipe)
-    return Trainer(
+    return TorchTrainer(
         _worker,
         datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
@@ -104,7 +87,7 @@ def make_trainer(recipe: "Recipe", each: Share, line):
             storage_path=str(recipe.output_dir),
             # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
             failure_config=FailureConfig(max_failures=options.max_failures),
-            callbacks=[faults.Witness(line)],
+            callbacks=[Witness(line)],
             worker_runtime_env={
                 "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
             },
