@@ -27,7 +27,7 @@ OPTIMIZER = "checkpoints/000040/training_state/optimizer_state.safetensors"
 @pytest.fixture(scope="module")
 def undisturbed(parts, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    result = job("ray_jobs.train", *tiny_act(parts, output_dir, *STEPS, "--ray.num_workers=0"))
+    result = job("ray_jobs.train", *tiny_act(parts, output_dir, *STEPS))
     assert result.returncode == 0, result.stderr
     return output_dir
 
