@@ -42,7 +42,7 @@ class Soak:
             initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
         )
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
-        self.driver = None
+        self.driver = self.failed_at = None
 
     def flags(self, steps: int) -> list[str]:
         from conftest import tiny_act
@@ -83,15 +83,35 @@ class Soak:
                 log.write(self.driver.process.stdout.read() or "")
                 if self.driver.process.returncode == 0:
                     return
+                if self.failed_at == sum(self.kills.values()):
+                    raise SystemExit(f"the driver failed twice without a kill, see {log.name}")
+                self.failed_at = sum(self.kills.values())
                 self.start(steps)
                 os.set_blocking(self.driver.process.stdout.fileno(), False)
             with suppress(TypeError, OSError):
                 log.write(self.driver.process.stdout.read() or "")
-            time.sleep(self.random.uniform(1, 8))
             if sum(self.kills.values()) < kills:
+                if self.random.random() < 0.7:  # the other kills hit what is only being started
+                    self.wait_for_a_step()
+                time.sleep(self.random.uniform(0, 5))
                 self.kill()
-                self.look()
+            else:
+                time.sleep(2)
+            self.look()
         raise SystemExit(f"not finished after {LONGEST_S} s, {self.kills}")
+
+    def wait_for_a_step(self) -> None:
+        """Return once the training, or one of the trials, has done a step."""
+
+        def reached() -> dict[Path, str]:
+            return {
+                path: path.read_text()
+                for path in [*self.run.glob(".progress"), *self.run.glob("trials/*/.progress")]
+            }
+
+        before, give_up = reached(), time.monotonic() + 90
+        while self.driver.process.poll() is None and time.monotonic() < give_up and reached() == before:
+            time.sleep(0.2)
 
     def kill(self) -> None:
         kind = self.random.choices(["worker", "controller", "raylet"], [6, 2, 2])[0]
@@ -158,7 +178,8 @@ def main(argv: list[str]) -> int:
             faults.append("a step is missing in metrics.jsonl, or stands there twice")
         if asked.workers == 1:
             calm = folder / "calm"
-            more = (f"--steps={asked.steps}", f"--save_freq={asked.steps}", "--ray.address=local")
+            more = (f"--steps={asked.steps}", f"--save_freq={asked.steps}")
+            more += ("--ray.address=local", "--ray.cpus_per_worker=1")  # as many threads
             assert job("ray_jobs.train", *tiny_act(root, calm, *more), timeout=3600).returncode == 0
             file = "checkpoints/last/pretrained_model/model.safetensors"
             if (soak.run / file).read_bytes() != (calm / file).read_bytes():

@@ -127,7 +127,7 @@ def test_killed_while_saving(parts, undisturbed, tmp_path):
     assert not list((output_dir / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_leaves_a_checkpoint(parts, tmp_path, workers):
     """Ctrl-C stops within seconds with a usable checkpoint and no process left, and says how to go on."""
     output_dir = tmp_path / "run"

@@ -1,5 +1,7 @@
 """What is said about a fault: which worker the others wait for, why one was lost, what to change when memory runs out."""
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from ray_jobs.engine import faults, loop, preflight, watchdog
+from ray_jobs.engine import checkpoint, faults, loop, patience, preflight, watchdog
 from ray_jobs.engine.console import Display
 from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.faults import in_plain_words
@@ -64,6 +66,7 @@ def test_a_worker_tells_where_it_is(monkeypatch):
     import ray
 
     monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
     monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
 
     def training() -> None:
@@ -96,6 +99,7 @@ def test_why_a_worker_was_lost():
         ({0: lost("The actor died because its node has died.")}, "its node is gone"),
         ({0: reset, 1: faults.Preempted()}, "rank 1: its node is being taken away, as was announced"),
         ({0: reset, 1: ValueError("no such thing")}, "rank 1: ValueError: no such thing"),
+        ({0: RuntimeError("Gloo connectFullMesh failed with Connection refused")}, "NCCL_SOCKET_IFNAME"),
     ):
         assert told in faults.describe(errors)
 
@@ -136,6 +140,45 @@ def test_out_of_gpu_memory(parts, tmp_path, monkeypatch):
     assert "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB." in message
     assert "--batch_size=2 --ray.grad_accumulation=2" in message and "GB per worker" in message
     assert len(message.splitlines()) == 2
+
+
+def test_storage_that_fails(parts, tmp_path, monkeypatch):
+    """The kernel's error of a mount whose server is away, raised where it would be: for a while, it costs a line; for ever,
+    the run, but not the last checkpoint."""
+    real, away_at = os.fsync, set()
+    flags = tiny_act(parts, tmp_path / "run", "--steps=6", "--save_freq=2", "--ray.num_workers=0")
+    events: list[dict] = []
+
+    def fsync(descriptor: int) -> None:
+        if step() in away_at:
+            if len(away_at) == 1:
+                away_at.clear()
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    def step() -> int:
+        return next((event["step"] for event in reversed(events) if event["kind"] == "step"), 0)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    away_at.add(2)
+    recipe = resolve(flags)
+    preflight.check(recipe)
+    assert loop.train(recipe, device="cpu", report=events.append)["status"] == "finished"
+    told = [event["text"] for event in events if event["kind"] == "notice"]
+    assert any("checkpoint of step 2 cannot be written, trying again: OSError: [Errno 5]" in t for t in told)
+    assert any("the checkpoint of step 2 is written: storage is back after 1 s" in t for t in told)
+    assert checkpoint.fault(tmp_path / "run/checkpoints/000002") is None
+
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
+    away_at |= {8, 10}
+    recipe = resolve([*flags, "--resume=true", "--steps=12"])
+    with pytest.raises(
+        RunError, match="checkpoint of step 8 could not be written for 0.5 s: OSError"
+    ) as failed:
+        loop.train(recipe, device="cpu", report=events.append)
+    assert len(str(failed.value).splitlines()) == 2
+    assert checkpoint.last_checkpoint(tmp_path / "run").name == "000006"
+    assert not list((tmp_path / "run/checkpoints").glob(".0*"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 Minutes long, so `-m slow`. Its findings are the fault table in the README.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,9 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, tiny_act
+from conftest import ROOT, tiny_act, train_in_process
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
@@ -25,28 +27,47 @@ from test_faults import Run
 from ray_jobs.engine import checkpoint
 
 pytestmark = pytest.mark.slow
+NOT_RUN = pytest.mark.xfail(
+    reason="never run to its end: it needs a machine that nobody else uses", strict=False
+)
 
 
 @pytest.fixture
-def cluster(monkeypatch):
-    """A head without room for workers, where the driver is, and two nodes with room for one each."""
+def head(monkeypatch):
+    """Starts a head without room for workers, where the driver is."""
     scratch = tempfile.mkdtemp(prefix="rj_")  # short: sockets lie in it; its own: nobody else shall join
     monkeypatch.setenv("RAY_TMPDIR", scratch)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        made.first, made.second = made.add_node(num_cpus=1), made.add_node(num_cpus=1)
-        yield made
-    finally:
-        made.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+    made = []
+
+    def start(**more) -> Cluster:
+        how = {"num_cpus": 0, "include_dashboard": False, **more}
+        made.append(Cluster(initialize_head=True, head_node_args=how))
+        made[0].drivers = []
+        return made[0]
+
+    yield start
+    for cluster in made:
+        for driver in cluster.drivers:
+            driver.process.kill()
+        cluster.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(head):
+    """The head, and two nodes with room for one worker each."""
+    made = head()
+    made.first, made.second = made.add_node(num_cpus=1), made.add_node(num_cpus=1)
+    return made
 
 
 def train(cluster, root: Path, run: Path, *flags: str) -> Run:
     more = ("--ray.cpus_per_worker=1", f"--ray.address={cluster.address}", "--save_freq=20", *flags)
-    return Run(tiny_act(root, run, *more), RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5")
+    cluster.drivers.append(Run(tiny_act(root, run, *more), RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5"))
+    return cluster.drivers[-1]
 
 
 def workers_of(node) -> list[psutil.Process]:
@@ -93,6 +114,20 @@ def test_lost_node(cluster, parts, tmp_path, workers):
     print(f"lost {summary['lost_steps']} steps")
 
 
+@NOT_RUN
+def test_one_of_two_workers_killed(cluster, parts, tmp_path):
+    """SIGKILL to a worker: both go on from the last checkpoint; what is told is the killed one, not that the other lost it."""
+    run = tmp_path / "run"
+    process = train(cluster, parts, run, "--steps=120", "--ray.num_workers=2")
+    wait_for_step(run, 30)
+    workers_of(cluster.second)[0].kill()
+    assert process.end(300) == 0, process.printed
+    assert "its process was killed" in process.printed, process.printed
+    summary = summary_of(run)
+    assert summary["restarts"] == 1 and 0 < summary["lost_steps"] <= 20
+    print(f"lost {summary['lost_steps']} steps")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_announced_preemption_loses_nothing(cluster, parts, tmp_path, workers):
     """A node is about to be taken away: a checkpoint of that very step, and the run goes on elsewhere at once,
@@ -131,25 +166,147 @@ def test_hung_worker_is_named_and_replaced(cluster, parts, tmp_path, hung):
     assert 0 < summary_of(run)["lost_steps"] <= 20
 
 
+class Network:
+    """This machine, and a namespace of Linux's that is another one as far as the network goes, with a cable between."""
+
+    def __init__(self):
+        self.name = f"rj{os.getpid()}"
+        self.here, self.there = "10.231.7.1", "10.231.7.2"
+        # Both have other networks, too, of which Gloo would take one.
+        self.ours, self.theirs = ({"GLOO_SOCKET_IFNAME": f"{self.name}{end}"} for end in "ab")
+
+    def ip(self, *words: str, inside: bool = False) -> None:
+        where = ["ip", "-n", self.name] if inside else ["ip"]
+        subprocess.run([*where, *words], check=True, capture_output=True)
+
+    def __enter__(self):
+        self.ip("netns", "add", self.name)
+        self.ip("link", "add", f"{self.name}a", "type", "veth", "peer", "name", f"{self.name}b")
+        self.ip("link", "set", f"{self.name}b", "netns", self.name)
+        self.ip("addr", "add", f"{self.here}/24", "dev", f"{self.name}a")
+        self.ip("link", "set", f"{self.name}a", "up")
+        self.ip("addr", "add", f"{self.there}/24", "dev", f"{self.name}b", inside=True)
+        for device in ("lo", f"{self.name}b"):
+            self.ip("link", "set", device, "up", inside=True)
+        return self
+
+    def start_node(self, address: str) -> None:
+        ray = [Path(sys.executable).with_name("ray"), "start", f"--address={address}", "--num-cpus=1"]
+        more = [f"--node-ip-address={self.there}", "--include-log-monitor=false"]
+        command = ["ip", "netns", "exec", self.name, *ray, *more]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.theirs)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    def cut(self) -> None:
+        self.ip("link", "set", f"{self.name}b", "down", inside=True)
+
+    def __exit__(self, *failure) -> None:
+        pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True).stdout
+        for pid in map(int, pids.split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.ip("link", "del", f"{self.name}a")
+        self.ip("netns", "del", self.name)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=NOT_RUN)])
+def test_cut_off_node(head, parts, tmp_path, workers):
+    """The network to a node fails, its worker lives on there, holding the run's folder: the run goes on elsewhere from the
+    last checkpoint, and never are there two that write."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("only root can cut networks")
+    run = tmp_path / "run"
+    with Network() as network:
+        cluster = head(node_ip_address=network.here)
+        network.start_node(cluster.address)
+        if workers == 2:
+            cluster.add_node(num_cpus=2, node_ip_address=network.here, env_vars=network.ours)
+        flags = ("--steps=20000", f"--ray.num_workers={workers}", "--ray.placement=spread")
+        process = train(cluster, parts, run, *flags)
+        wait_for_step(run, 30)
+        network.cut()
+        begin = time.monotonic()
+        if workers == 1:
+            cluster.add_node(num_cpus=1, node_ip_address=network.here, env_vars=network.ours)
+        process.wait_for("the run goes on from step")
+        print(f"{process.printed.splitlines()[-1]}, {time.monotonic() - begin:.0f} s after the cut")
+        wait_for_step(run, step_of(run) + 30)
+        os.killpg(process.process.pid, signal.SIGINT)
+        assert process.end(100) == 130, process.printed
+    assert "a worker was lost" in process.printed, process.printed
+    summary = summary_of(run)
+    assert summary["restarts"] == 1 and summary["lost_steps"] <= 20
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, summary["step"] + 1))
+
+
+HOG = """
+import sys, time
+import psutil
+held = []
+while psutil.virtual_memory().percent < float(sys.argv[1]):
+    held.append(bytearray(b"x") * 2**26)
+time.sleep(600)
+"""
+
+
+@NOT_RUN
+def test_node_runs_out_of_memory(head, parts, tmp_path):
+    """Something else takes a node's memory: Ray ends the worker before Linux does, the reason is told, the run goes on."""
+    memory = psutil.virtual_memory()
+    limit = (memory.total - memory.available + 5 * 2**30) / memory.total
+    if limit > 0.95:
+        pytest.skip("too little memory is free")
+    run, cluster = tmp_path / "run", head()
+    node = cluster.add_node(num_cpus=1, env_vars={"RAY_memory_usage_threshold": f"{limit:.3f}"})
+    process = train(cluster, parts, run, "--steps=200")
+    wait_for_step(run, 30)
+    hog = subprocess.Popen([sys.executable, "-c", HOG, str(100 * limit + 1)])
+    try:
+        _, left = psutil.wait_procs(workers_of(node), timeout=60)
+    finally:
+        hog.kill()
+    assert not left and process.end(300) == 0, process.printed
+    assert "its node ran out of memory" in process.printed, process.printed
+    summary = summary_of(run)
+    assert summary["restarts"] == 1 and summary["lost_steps"] <= 20
+    print(f"lost {summary['lost_steps']} steps")
+
+
 def test_elastic(cluster, parts, tmp_path):
     """Two workers, one node lost: on with one, and with two again when there is a node; the same global batch in every
-    step, each step logged once."""
+    step, each step logged once, and the loss stays within the spread of four seeds of an undisturbed worker."""
     run = tmp_path / "run"
     process = train(cluster, parts, run, "--steps=2500", "--ray.num_workers=1:2", "--save_freq=50")
     wait_for_step(run, 70)
     cluster.remove_node(cluster.second, allow_graceful=False)
     process.wait_for("with 1 worker(s)")
-    process.wait_for("step ")
+    wait_for_step(run, 150)
     cluster.add_node(num_cpus=1)
     process.wait_for("with 2 worker(s)")
-    time.sleep(10)
+    wait_for_step(run, step_of(run) + 100)
     os.killpg(process.process.pid, signal.SIGINT)
     assert process.end(300) == 130, process.printed
     summary = summary_of(run)
     assert summary["restarts"] == 2 and summary["global_batch_size"] == 8
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(1, summary["step"] + 1))
-    print(process.printed)
+
+    def fifths(records: list[dict]) -> np.ndarray:
+        losses = np.array([record["train/loss"] for record in records])
+        return np.array([part.mean() for part in np.array_split(losses, 5)])
+
+    undisturbed = []
+    for seed in range(4):
+        alone = (f"--steps={summary['step']}", f"--seed={seed}", "--ray.grad_accumulation=2")
+        flags = tiny_act(parts, tmp_path / f"seed{seed}", *alone, "--save_checkpoint=false")
+        _, events = train_in_process(flags)
+        undisturbed.append(fifths([event for event in events if event["kind"] == "log"]))
+    least, most, ours = np.min(undisturbed, 0), np.max(undisturbed, 0), fifths(records)
+    print(f"{summary['step']} steps, {summary['lost_steps']} of them twice")
+    print(f"{ours=}\n{least=}\n{most=}")
+    spread = most - least
+    assert (least - spread <= ours).all() and (ours <= most + spread).all()
 
 
 def test_full_disk(parts, tmp_path):

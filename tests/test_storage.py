@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import fsspec
@@ -13,7 +14,7 @@ from conftest import job, tiny_act
 from ray.cluster_utils import Cluster
 from test_faults import Run
 
-from ray_jobs.engine import bucket, checkpoint, mirror, preflight, workers
+from ray_jobs.engine import bucket, bucket_lock, checkpoint, mirror, preflight, workers
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, InputError, RunError
 from ray_jobs.engine.recipe import resolve
 
@@ -202,6 +203,37 @@ def test_bucket_fails_for_ever(parts, s3, monkeypatch):
     mirror.pull(s3.address, folder)
     newest = checkpoint.last_checkpoint(folder)
     assert int(newest.name) >= 2 and checkpoint.fault(newest) is None
+
+
+def test_two_runs_never_share_an_address(s3, tmp_path, monkeypatch):
+    """A second one is refused while the first lives, and waits a while for one that was killed; one that was taken for dead
+    stops once it is back."""
+    for name, seconds in (("RENEWED_EVERY_S", 0.3), ("LOOK_EVERY_S", 0.1), ("OVER_AFTER_S", 1.5)):
+        monkeypatch.setattr(bucket_lock, name, seconds)
+    told: list[dict] = []
+
+    def run(name: str):
+        return mirror.mirrored(s3.address, tmp_path / name, told.append, run=name)
+
+    with (
+        run("first"),
+        pytest.raises(RunError, match="another run is writing into s3://.*, on "),
+        run("second"),
+    ):
+        pass
+    assert ".writer" not in s3.find() and "was written to on" in told.pop()["text"]
+    with run("third"), run("third"):  # the process that takes a killed worker's place
+        pass
+    assert not told
+    note = {"run": "killed", "host": "a-node", "at": time.time()}
+    s3.system.pipe_file(f"{s3.address}/.writer", json.dumps(note).encode())
+    begin = time.monotonic()
+    with pytest.raises(RunError, match="another run is writing into"), run("fourth") as send:
+        assert time.monotonic() - begin > 1.5
+        s3.system.pipe_file(f"{s3.address}/.writer", json.dumps(note).encode())
+        while time.monotonic() - begin < 20:
+            send({"kind": "checkpoint", "step": 1})
+            time.sleep(0.1)
 
 
 def test_bucket_that_cannot_be_written(parts, s3):

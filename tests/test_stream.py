@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import fsspec
 import numpy as np
 import pytest
-import ray
 import torch
 from conftest import job, tiny_act, tiny_diffusion
 from lerobot.policies.act.modeling_act import ACTPolicy
@@ -21,7 +20,9 @@ from test_data import make
 from test_faults import Run
 from torch.utils.data import default_collate
 
+from ray_jobs import train
 from ray_jobs.engine import bucket, preflight, stream_reader
+from ray_jobs.engine import cluster as our_cluster
 from ray_jobs.engine.data import make_datasets, to_device
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.frame_reader import FrameReader
@@ -32,13 +33,6 @@ from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.search.plan import make_plan, read_command
 
 STREAM = "--data.source=stream"
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="CRITICAL")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +55,12 @@ def s3(parts):
         system.put(str(parts), "bucket/sets/parts", recursive=True)
         yield "s3://bucket/sets/parts"
     server.communicate()
+
+
+@pytest.fixture(scope="module")
+def cluster(s3):
+    """A Ray of this process, whose workers know the bucket; `train.main` joins it."""
+    our_cluster.start("local").result()
 
 
 SERVER = """
@@ -165,14 +165,13 @@ def test_two_workers_share_epochs_of_resized_frames(parts, tmp_path, cluster):
     assert len(set(seen)) == len(seen) == len(dataset) // 2 * 2
 
 
-def test_trains_from_a_bucket(s3, parts, tmp_path):
+def test_trains_from_a_bucket(s3, cluster, parts, tmp_path, capsys):
     """Two workers, fed by CPU tasks, with held-out episodes; stock LeRobot opens the result, and acts."""
     out = tmp_path / "run"
-    flags = tiny_act(s3, out, STREAM, "--ray.address=local", "--ray.num_workers=2")
+    flags = tiny_act(s3, out, STREAM, "--ray.num_workers=2")
     more = ["--data.eval_episodes=[3]", "--eval_steps=4", "--save_freq=4"]
-    first = job("ray_jobs.train", *flags, *more, "--steps=4")
-    assert first.returncode == 0, first.stderr + first.stdout
-    assert "val/action_error" in first.stdout
+    assert train.main([*flags, *more, "--steps=4"]) == 0
+    assert "val/action_error" in capsys.readouterr().out
     saved = out / "checkpoints" / "000004" / "pretrained_model"
     policy = ACTPolicy.from_pretrained(saved).eval()
     before, after = make_pre_post_processors(policy.config, pretrained_path=str(saved))

@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
 OUT_OF_MEMORY = ("memory pressure", "low on memory", "(OOM)", "memory usage threshold")  # as Ray has it
+# Of workers that do not find each other: NCCL's words, and Gloo's.
+NOT_CONNECTED = (
+    "onnection refused",
+    "Unable to find address for",
+    "connectFullMesh",
+    "no socket interface",
+    "No route to host",
+)
+NETWORK = (
+    "; where nodes have several networks, NCCL_SOCKET_IFNAME (on CPUs GLOO_SOCKET_IFNAME) says which one is theirs, "
+    "set on every node before `ray start`"
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -69,7 +81,7 @@ def without_line() -> Iterator[None]:
 
 def _reason(error: Exception) -> tuple[int, str]:
     """How telling an error is, the lowest first, and what it says."""
-    error = getattr(error, "health_check_failure", error)
+    error = getattr(error, "health_check_failure", getattr(error, "controller_failure", error))
     text = str(error)
     if getattr(error, "preempted", False):
         return 0, "its node is being taken away, as was announced"
@@ -87,7 +99,8 @@ def _reason(error: Exception) -> tuple[int, str]:
         return 3, "its process was killed"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     collateral = any(sign in text for sign in ("onnection closed by peer", "onnection reset", "NCCL", "gloo"))
-    return (5 if collateral else 4), f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+    told = f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+    return (5 if collateral else 4), told + (NETWORK if any(sign in text for sign in NOT_CONNECTED) else "")
 
 
 @contextmanager

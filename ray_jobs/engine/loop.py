@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
+from ray_jobs.engine.patience import patiently
 from ray_jobs.engine.policy import build, make_processors
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import ClosedLoop
@@ -151,7 +153,7 @@ def train(
     # ------------------------------------------------------------------ tell
     if main:
         checkpoint.sweep(recipe.output_dir)
-        tracker = Tracker(recipe.lerobot, step)
+        tracker = Tracker(recipe.lerobot, step, tell)
     lost = {"lost_steps": tracker.lost_steps, "restarts": tracker.restarts} if main else {}
     learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
@@ -199,7 +201,8 @@ def train(
         window.check_finite(accelerator)
         weights, moments = parallel.whole_state(accelerator, model, optimizer.optimizer)
         if main:
-            checkpoint.save(
+            write = partial(
+                checkpoint.save,
                 step,
                 cfg=recipe.lerobot,
                 policy=model,
@@ -212,6 +215,7 @@ def train(
                 postprocessor=postprocessor,
                 shards=shards.count,
             )
+            patiently(write, f"the checkpoint of step {step}", tell)
             scores.keep(recipe.output_dir, step, options.checkpoint, only_best=only_best)
         accelerator.wait_for_everyone()
         report({"kind": "checkpoint", "step": step})

@@ -17,18 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ray_jobs.engine.bucket import check_address, open_root
+from ray_jobs.engine.bucket_lock import BucketLock
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
+from ray_jobs.engine.patience import LONGEST_WAIT_S, PATIENCE_S
 from ray_jobs.engine.trust import check_name
 
 CHECKPOINTS = "checkpoints"
 EVERY_S = 30  # between looks for what has changed
-PATIENCE_S = (
-    900  # how long a bucket may fail, with ever longer waits between tries, before the run is given up
-)
-LONGEST_WAIT_S = 30
 FILES = ("summary.json", "metrics.jsonl", "options.json", ".progress", "error.log")
 
 
@@ -118,7 +116,7 @@ def read_file(address: str, name: str) -> bytes:
 def _told(address: str) -> Iterator[None]:
     try:
         yield
-    except InputError:
+    except (InputError, RunError):
         raise
     except Exception as error:
         raise InputError(
@@ -127,28 +125,43 @@ def _told(address: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mirrored(address: str, here: Path, report: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
-    """Within, this process keeps the copy of its run in the bucket up to date, beginning with what is here now.
+def mirrored(
+    address: str, here: Path, report: Callable[[dict], None], run: str
+) -> Iterator[Callable[[dict], None]]:
+    """Within, this process alone keeps the copy of its run in the bucket up to date, beginning with what is here now.
 
     Args:
         here: The run's folder on this node.
         report: Hears when the bucket fails, and when it is back.
+        run: Tells this run from others that would go there.
 
     Yields:
         What to report to instead.
+
+    Raises:
+        RunError: Another run writes there, or the bucket has failed for too long.
     """
-    mirror = Mirror(address, here, lambda text: report({"kind": "notice", "text": text}))
-    try:
-        mirror.flush()
 
-        def report_and_send(event: dict) -> None:
-            report(event)
-            if event["kind"] == "checkpoint":
-                mirror.changed()
+    def tell(text: str) -> None:
+        report({"kind": "notice", "text": text})
 
-        yield report_and_send
-    finally:
-        mirror.close()
+    system, place = open_root(address, patient=True, flag="output_dir")
+    lock = BucketLock(system, place, address, run)
+    with _told(address):
+        lock.take(tell)
+    with lock.held():
+        mirror = Mirror(address, here, tell, lock)
+        try:
+            mirror.flush()
+
+            def report_and_send(event: dict) -> None:
+                report(event)
+                if event["kind"] == "checkpoint":
+                    mirror.changed()
+
+            yield report_and_send
+        finally:
+            mirror.close()
 
 
 class Mirror:
@@ -158,10 +171,11 @@ class Mirror:
         address: Where to, an address such as `s3://bucket/run`.
         here: The run's folder on this node.
         tell: Called with a line of text when the bucket fails, and when it is back.
+        lock: Ours, as long as nobody has taken it.
     """
 
-    def __init__(self, address: str, here: Path, tell: Callable[[str], None]):
-        self.address, self.here, self.tell = address, here, tell
+    def __init__(self, address: str, here: Path, tell: Callable[[str], None], lock: BucketLock):
+        self.address, self.here, self.tell, self.lock = address, here, tell, lock
         self.system, self.place = open_root(address, patient=True, flag="output_dir")
         self.sent: dict[str, tuple] = {}  # small files: size and time of change when they were sent
         self.known: set[str] = set()  # checkpoints that this process has seen here
@@ -176,7 +190,7 @@ class Mirror:
         """There is a new checkpoint.
 
         Raises:
-            RunError: The bucket has failed for too long.
+            RunError: The bucket has failed for too long, or another run writes there.
         """
         if self.failure:
             raise RunError(self.failure)
@@ -216,7 +230,11 @@ class Mirror:
                 time.sleep(wait)
             closing = self.closing
             try:
+                self.lock.check()
                 self._send()
+            except RunError as error:
+                self.failure = str(error)
+                return
             except Exception as error:
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 if self.failing_since is None:

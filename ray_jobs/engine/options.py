@@ -36,6 +36,8 @@ class RayOptions:
     """CPUs each worker reserves. Default: its share of the machine, at most 8 beside a GPU."""
     gpus_per_worker: float | None = None
     """GPUs each worker reserves. Default: 1 where the cluster has GPUs and the recipe allows them."""
+    placement: str = "pack"
+    """`pack`: workers on as few nodes as hold them. `spread`: on as many as there are."""
     address: str | None = None
     """`local` starts a cluster, `auto` or an address joins one. Default: join if there is one."""
     max_failures: int = 3
@@ -69,6 +71,8 @@ class RayOptions:
         at_least("ray.early_stopping", self.early_stopping, 0)
         if self.parallelism not in ("ddp", "fsdp"):
             raise InputError(f"--ray.parallelism={self.parallelism}: must be ddp or fsdp.")
+        if self.placement not in ("pack", "spread"):
+            raise InputError(f"--ray.placement={self.placement}: must be pack or spread.")
         if self.parallelism == "fsdp" and self.ema:
             raise InputError(
                 "--ray.parallelism=fsdp: --ray.ema needs the whole policy on every worker (ddp)."

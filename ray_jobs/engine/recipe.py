@@ -8,6 +8,7 @@ re-reads `sys.argv`, which a worker does not share.
 import contextlib
 import json
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,8 @@ class Recipe:
 
     mark: str = ""
     """What the driver has found in the run's folder, by which workers know that they see the same one."""
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells this driver's run from others: a worker may take the place of one that is not dead yet."""
 
     @property
     def output_dir(self) -> Path:

@@ -6,9 +6,11 @@ values under the same names; W&B in one run with one id however often the traini
 far the run had come, written in every step, so that after a kill of whatever is counted what it has cost.
 """
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from lerobot.common.wandb_utils import cfg_to_group, get_safe_wandb_artifact_nam
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from tensorboardX import SummaryWriter
+
+from ray_jobs.engine.patience import patiently
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -62,10 +66,13 @@ class Tracker:
     Args:
         cfg: LeRobot's training config; `cfg.wandb.run_id` must be set when W&B is enabled.
         start_step: Training step the run goes on from; later lines are dropped.
+        tell: Called with a line of text when storage fails, and when it is back.
     """
 
-    def __init__(self, cfg: TrainPipelineConfig, start_step: int):
-        self.cfg = cfg
+    def __init__(
+        self, cfg: TrainPipelineConfig, start_step: int, tell: Callable[[str], None] = lambda text: None
+    ):
+        self.cfg, self.tell = cfg, tell
         self.output_dir = Path(cfg.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(self.output_dir) if record["step"] <= start_step]
@@ -79,19 +86,21 @@ class Tracker:
             self.restarts += 1
         self.progress = os.open(self.output_dir / PROGRESS_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
         self.reached(start_step)
-        self.file = (self.output_dir / METRICS_FILE).open("a", buffering=1)
+        self.file = (self.output_dir / METRICS_FILE).open("a")
         # Of an earlier session, TensorBoard leaves out what lies behind the checkpoint.
         self.board = SummaryWriter(str(self.output_dir), purge_step=start_step + 1, flush_secs=10)
         self.wandb = _init_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
 
     def reached(self, step: int) -> None:
         """Note that a step is done: in place, a microsecond's work."""
-        os.pwrite(self.progress, b"%-12d %-12d %-12d\n" % (step, self.lost_steps, self.restarts), 0)
+        with contextlib.suppress(OSError):  # the next one will
+            os.pwrite(self.progress, b"%-12d %-12d %-12d\n" % (step, self.lost_steps, self.restarts), 0)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         record = {"step": step, **metrics}
         self.history.append(record)
         self.file.write(json.dumps(record) + "\n")
+        patiently(self.file.flush, METRICS_FILE, self.tell)  # what could not be written stays in its buffer
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)

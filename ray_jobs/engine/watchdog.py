@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 BEAT_S = 2.0
+CUT_OFF_S = 120  # Ray itself takes up to eight minutes to notice, on the side that is cut off
 SLOW = ("objective.py", "checkpoint.py", "tracking.py", "bucket.py")  # no hang while the training is in there
 WAITING = (
     "backward",
@@ -64,7 +65,9 @@ def beat(line, rank: int) -> Callable[[dict], None]:
             slow = any(file.partition(":")[0] in SLOW for file in files)
             waits = any(word in name for name in names[:6] for word in WAITING)
             where = ", called from ".join(f"{n} ({f})" for n, f in list(zip(names, files, strict=True))[:3])
-            line.beat.remote(Beat(rank, node, address, pid, step, where, slow, waits))
+            told = line.beat.remote(Beat(rank, node, address, pid, step, where, slow, waits))
+            if not ray.wait([told], timeout=CUT_OFF_S)[0]:
+                os._exit(1)  # this node is cut off, and another worker waits to write into the run's folder
             time.sleep(BEAT_S)
 
     def hear(event: dict) -> None:

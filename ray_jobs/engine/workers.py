@@ -24,6 +24,7 @@ ERROR_LOG = "error.log"
 LOCK_FILE = ".lock"
 MARK_FILE = ".driver"  # what tells workers that they see the driver's folder
 LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
+CUT_OFF_S = 300  # on a node that is cut off it ends itself after two minutes (see `watchdog`); NFS then frees its lock
 HANDED_ON = ("WANDB_RUN_GROUP",)  # from the process that starts the workers
 TELL_EVERY_S = 0.5  # how often the driver hears of steps
 
@@ -79,6 +80,7 @@ def make_trainer(recipe: "Recipe", each: Share, line):
             else options.num_workers,
             use_gpu=each.gpus > 0,
             resources_per_worker=each.resources,
+            placement_strategy=options.placement.upper(),
         ),
         run_config=RunConfig(
             name=".ray",
@@ -265,10 +267,11 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
                 _all_ranks()  # until rank 0 has sent what its node alone had
             pull(recipe.remote, recipe.output_dir)
         if main:
-            run.enter_context(lock(recipe.output_dir))
+            run.enter_context(lock(recipe.output_dir, run=recipe.run))
             recipe.save_options()
             if recipe.remote:
-                how["report"] = run.enter_context(mirrored(recipe.remote, recipe.output_dir, how["report"]))
+                copied = mirrored(recipe.remote, recipe.output_dir, how["report"], run=recipe.run)
+                how["report"] = run.enter_context(copied)
                 _all_ranks()
         return loop.train(recipe, **how)
 
@@ -284,23 +287,31 @@ def _all_ranks() -> None:
 
 
 @contextlib.contextmanager
-def lock(output_dir: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+def lock(output_dir: Path, wait_s: float = LOCK_WAIT_S, run: str = "") -> Iterator[None]:
     """Hold a run's folder: two runs must never write into one. Ends with the process, however it ends.
+
+    Args:
+        run: Tells this run from others. For a worker of the same run, on a node that was cut off, is waited longer.
 
     Raises:
         RunError: Somebody else holds it, after `wait_s` seconds still.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / LOCK_FILE).open("w") as file:
-        give_up = time.monotonic() + wait_s
+    with (output_dir / LOCK_FILE).open("a+") as file:
+        begin = time.monotonic()
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > give_up:
+                file.seek(0)
+                wait = CUT_OFF_S if run and file.read() == run else wait_s
+                if time.monotonic() - begin > wait:
                     raise RunError(f"another run is writing into {output_dir}.") from None
                 time.sleep(0.2)
+        file.truncate(0)
+        file.write(run)
+        file.flush()
         yield
 
 

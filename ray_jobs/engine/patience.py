@@ -1,0 +1,58 @@
+"""Storage that fails for a while, a mount whose server is away: what is to be written is tried again, with ever longer waits,
+before the run is given up with its last checkpoint intact. (Mounts that block meanwhile, as NFS does by default, need none
+of it.) The same for a bucket is in `mirror`.
+"""
+
+import errno
+import re
+import time
+from collections.abc import Callable
+
+from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.explain import first_line
+
+PATIENCE_S = 900
+LONGEST_WAIT_S = 30
+# What may pass by itself. A full disk does not.
+PASSING = {getattr(errno, name) for name in ("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EHOSTDOWN",
+           "EHOSTUNREACH", "ENOTCONN", "ESHUTDOWN", "ECONNRESET", "EROFS")}  # fmt: skip
+IN_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors tells of an errno
+
+
+def patiently[Result](write: Callable[[], Result], what: object, tell: Callable[[str], None]) -> Result:
+    """Call `write` until it succeeds; it must be one that can be repeated.
+
+    Args:
+        what: Is written, for the messages.
+        tell: Called with a line of text when storage fails, and when it is back.
+
+    Raises:
+        RunError: It has failed for PATIENCE_S.
+    """
+    failing_since, wait = None, 1.0
+    while True:
+        try:
+            result = write()
+        except Exception as error:
+            if _number(error) not in PASSING:
+                raise
+            reason, now = f"{type(error).__name__}: {first_line(error)}", time.monotonic()
+            if failing_since is None:
+                failing_since = now
+                tell(f"{what} cannot be written, trying again: {reason}")
+            if now - failing_since > PATIENCE_S:
+                raise RunError(
+                    f"{what} could not be written for {PATIENCE_S:g} s: {reason}\n"
+                    "The last checkpoint is intact; --resume=true goes on from it."
+                ) from error
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT_S)
+        else:
+            if failing_since is not None:
+                tell(f"{what} is written: storage is back after {time.monotonic() - failing_since:.0f} s.")
+            return result
+
+
+def _number(error: Exception) -> int | None:
+    told = IN_RUST.search(str(error))
+    return int(told[1]) if told else getattr(error, "errno", None)
