@@ -66,7 +66,8 @@ def beat(line, rank: int) -> Callable[[dict], None]:
             waits = any(word in name for name in names[:6] for word in WAITING)
             where = ", called from ".join(f"{n} ({f})" for n, f in list(zip(names, files, strict=True))[:3])
             told = line.beat.remote(Beat(rank, node, address, pid, step, where, slow, waits))
-            if not ray.wait([told], timeout=CUT_OFF_S)[0]:
+            # Asked twice: whoever was suspended wakes up with the time over and the answer on its way.
+            if not any(ray.wait([told], timeout=seconds)[0] for seconds in (CUT_OFF_S, 5 * BEAT_S)):
                 os._exit(1)  # this node is cut off, and another worker waits to write into the run's folder
             time.sleep(BEAT_S)
 
