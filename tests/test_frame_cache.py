@@ -258,7 +258,7 @@ def test_auto_looks_at_the_disk_and_at_the_run(pictures, tiny_disk, monkeypatch)
     monkeypatch.setenv("RAY_JOBS_CACHE", str(tiny_disk))
     dataset = opened(pictures, "none")
     assert "the frames need 0.000203 GB and 6.14e-05 GB are free" in said_by(dataset, "auto")[0]
-    assert "the run reads 2 frames and 66 would have to be decoded" in said_by(dataset, "auto", reads=2)[0]
+    assert "the run reads 4 frames and 66 would have to be decoded" in said_by(dataset, "auto", reads=2)[0]
 
 
 def test_training_tells_and_goes_on(pictures, tmp_path):

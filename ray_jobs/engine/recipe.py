@@ -58,7 +58,6 @@ class Recipe:
     options: Options
     device: str | None = None
     eval_steps: int = 0
-    trainings: int = 1  # that will read the same data
     notices: list[str] = field(default_factory=list)
     memory: Memory | None = None
     remote: str | None = None
@@ -70,6 +69,8 @@ class Recipe:
     """What the driver has found in the run's folder, by which workers know that they see the same one."""
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Tells this driver's run from others: a worker may take the place of one that is not dead yet."""
+    trainings: int = 1
+    """That will read the same data."""
 
     @property
     def output_dir(self) -> Path:
