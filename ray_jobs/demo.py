@@ -1,6 +1,6 @@
 """The first five minutes: record a small simulated part-sorting task and search for a good ACT, on any machine.
 
-    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=540] [--rollouts=50]
+    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=400] [--rollouts=50]
 
 The search goes through `ray_jobs.tune`: trial 0 is the published recipe, the last episodes are held out. Ends in
 numbers, pictures and the success rate in the simulator. A recorded data set is used again; every search gets a
@@ -24,7 +24,7 @@ class DemoOptions:
     output_dir: str = "outputs/demo"
     episodes: int = 50
     trials: int = 8
-    steps: int = 540
+    steps: int = 400
     rollouts: int = 50  # episodes in the simulator, of the published recipe and of the best policy
 
 
