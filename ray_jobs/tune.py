@@ -33,6 +33,7 @@ TUNE_ENV = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 DONE = "done"
+LOOK_EVERY_S = 3  # between looks for nodes that have joined
 
 
 def main(argv: list[str]) -> int:
@@ -170,6 +171,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     progress.say(dry_run.intro(plan, slot))
     fitting, outcome = start_fit(tuner)
     status, started = DONE, time.monotonic()
+    looked = started
 
     def stop(reason: str) -> None:
         nonlocal status
@@ -184,7 +186,8 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
                 while not told.empty():
                     progress.show(told.get())
                 progress.refresh()
-                if counted:
+                if counted and time.monotonic() - looked > LOOK_EVERY_S:
+                    looked = time.monotonic()
                     room = cluster.room_for(slot.each) // options.workers_per_trial
                     options.max_concurrent = max(1, room)
                 if (

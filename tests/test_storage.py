@@ -14,7 +14,7 @@ from conftest import job, tiny_act
 from ray.cluster_utils import Cluster
 from test_faults import Run
 
-from ray_jobs.engine import bucket, bucket_lock, checkpoint, mirror, preflight, workers
+from ray_jobs.engine import bucket, bucket_lock, checkpoint, mirror, patience, preflight, workers
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, InputError, RunError
 from ray_jobs.engine.recipe import resolve
 
@@ -172,14 +172,14 @@ def test_bucket_fails_for_a_while(parts, s3, monkeypatch):
     summary = workers.run_loop(recipe, main=True, device="cpu", report=report, should_stop=lambda: GO_ON)
     assert summary["status"] == "finished"
     told = [event["text"] for event in events if event["kind"] == "notice" and s3.address in event["text"]]
-    assert ["trying again" in told[0], "is back" in told[1]] == [True, True], told
+    assert ["trying again" in told[0], "storage is back" in told[1]] == [True, True], told
     assert [f"checkpoints/{step:06d}.json" in s3.find() for step in (2, 4, 6, 8)] == [True] * 4
 
 
 @pytest.mark.slow
 def test_bucket_fails_for_ever(parts, s3, monkeypatch):
     """One error that says what is where; what is whole there stays so."""
-    monkeypatch.setattr(mirror, "PATIENCE_S", 1)
+    monkeypatch.setattr(patience, "PATIENCE_S", 1)
     recipe = resolve(flags(parts, s3.address, "--steps=400", "--save_freq=2"))
     preflight.check(recipe)
     stopped = False

@@ -30,7 +30,8 @@ class BucketLock:
     """
 
     def __init__(self, system, place: str, address: str, run: str):
-        self.system, self.note, self.address, self.run = system, f"{place}/{NOTE}", address, run
+        self.system, self.place, self.address, self.run = system, place, address, run
+        self.note = f"{place}/{NOTE}"
         self.lost: str | None = None
         self.ended = threading.Event()
 

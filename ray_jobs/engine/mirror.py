@@ -22,7 +22,7 @@ from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
-from ray_jobs.engine.patience import LONGEST_WAIT_S, PATIENCE_S
+from ray_jobs.engine.patience import patiently
 from ray_jobs.engine.trust import check_name
 
 CHECKPOINTS = "checkpoints"
@@ -176,10 +176,9 @@ class Mirror:
 
     def __init__(self, address: str, here: Path, tell: Callable[[str], None], lock: BucketLock):
         self.address, self.here, self.tell, self.lock = address, here, tell, lock
-        self.system, self.place = open_root(address, patient=True, flag="output_dir")
+        self.system, self.place = lock.system, lock.place
         self.sent: dict[str, tuple] = {}  # small files: size and time of change when they were sent
         self.known: set[str] = set()  # checkpoints that this process has seen here
-        self.failing_since: float | None = None
         self.failure: str | None = None
         self.rounds = 0  # of sending that have succeeded
         self.wake, self.closing = threading.Event(), False
@@ -221,44 +220,34 @@ class Mirror:
             raise RunError(self.failure)
 
     def _run(self) -> None:
-        wait = 1.0
-        while not self.failure:
-            self.wake.wait(EVERY_S if self.failing_since is None else wait)
-            if self.failing_since is None:
+        try:
+            closing = False
+            while not closing:
+                self.wake.wait(EVERY_S)
                 self.wake.clear()
-            elif not self.closing:
-                time.sleep(wait)
-            closing = self.closing
-            try:
-                self.lock.check()
-                self._send()
-            except RunError as error:
-                self.failure = str(error)
-                return
-            except Exception as error:
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                if self.failing_since is None:
-                    self.failing_since = time.monotonic()
-                    self.tell(f"{self.address} cannot be written, trying again: {reason}")
-                if time.monotonic() - self.failing_since > PATIENCE_S:
-                    kept = sorted(p.name for p in (self.here / CHECKPOINTS).glob("[0-9]*"))
-                    self.failure = (
-                        f"{self.address} could not be written for {PATIENCE_S:g} s: {reason}\n"
-                        f"What is whole there is intact; the checkpoints {', '.join(kept[-3:])} are in {self.here}."
-                    )
-                if closing:
-                    time.sleep(min(wait, LONGEST_WAIT_S))
-                wait = min(2 * wait, LONGEST_WAIT_S)
-                continue
-            self.rounds += 1
-            if self.failing_since is not None:
-                self.tell(f"{self.address} is back, and has everything.")
-                self.failing_since, wait = None, 1.0
-            if closing:
-                return
+                closing = self.closing
+                patiently(
+                    self._send,
+                    self.address,
+                    self.tell,
+                    passing=lambda e: not isinstance(e, RunError),
+                    kept=self._kept,
+                )
+                self.rounds += 1
+        except RunError as error:
+            self.failure = str(error)
+
+    def _kept(self) -> str:
+        here = sorted(p.name for p in (self.here / CHECKPOINTS).glob("[0-9]*"))
+        return f"What is whole there is intact; the checkpoints {', '.join(here[-3:])} are in {self.here}."
 
     def _send(self) -> None:
-        """Send new checkpoints, remove those that were removed here, then send small files that have changed."""
+        """Send new checkpoints, remove those that were removed here, then send small files that have changed.
+
+        Raises:
+            RunError: Another run writes there.
+        """
+        self.lock.check()
         folder = self.here / CHECKPOINTS
         here = {path.name for path in folder.glob("[0-9]*") if path.is_dir()} if folder.is_dir() else set()
         self.system.invalidate_cache()

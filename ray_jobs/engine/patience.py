@@ -1,6 +1,6 @@
-"""Storage that fails for a while, a mount whose server is away: what is to be written is tried again, with ever longer waits,
-before the run is given up with its last checkpoint intact. (Mounts that block meanwhile, as NFS does by default, need none
-of it.) The same for a bucket is in `mirror`.
+"""Storage that fails for a while, a mount whose server is away or a bucket: what is to be written is tried again, with ever
+longer waits, before the run is given up with its last checkpoint intact. (Mounts that block meanwhile, as NFS does by
+default, need none of it.)
 """
 
 import errno
@@ -17,14 +17,30 @@ LONGEST_WAIT_S = 30
 PASSING = {getattr(errno, name) for name in ("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EHOSTDOWN",
            "EHOSTUNREACH", "ENOTCONN", "ESHUTDOWN", "ECONNRESET", "EROFS")}  # fmt: skip
 IN_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors tells of an errno
+INTACT = "The last checkpoint is intact; --resume=true goes on from it."
 
 
-def patiently[Result](write: Callable[[], Result], what: object, tell: Callable[[str], None]) -> Result:
+def may_pass(error: Exception) -> bool:
+    """Whether a mount that reports this may be well again later."""
+    told = IN_RUST.search(str(error))
+    return (int(told[1]) if told else getattr(error, "errno", None)) in PASSING
+
+
+def patiently[Result](
+    write: Callable[[], Result],
+    what: object,
+    tell: Callable[[str], None],
+    *,
+    passing: Callable[[Exception], bool] = may_pass,
+    kept: Callable[[], str] = lambda: INTACT,
+) -> Result:
     """Call `write` until it succeeds; it must be one that can be repeated.
 
     Args:
         what: Is written, for the messages.
         tell: Called with a line of text when storage fails, and when it is back.
+        passing: Whether to try again after this error.
+        kept: Says what is not lost, at the end of patience.
 
     Raises:
         RunError: It has failed for PATIENCE_S.
@@ -34,7 +50,7 @@ def patiently[Result](write: Callable[[], Result], what: object, tell: Callable[
         try:
             result = write()
         except Exception as error:
-            if _number(error) not in PASSING:
+            if not passing(error):
                 raise
             reason, now = f"{type(error).__name__}: {first_line(error)}", time.monotonic()
             if failing_since is None:
@@ -42,8 +58,7 @@ def patiently[Result](write: Callable[[], Result], what: object, tell: Callable[
                 tell(f"{what} cannot be written, trying again: {reason}")
             if now - failing_since > PATIENCE_S:
                 raise RunError(
-                    f"{what} could not be written for {PATIENCE_S:g} s: {reason}\n"
-                    "The last checkpoint is intact; --resume=true goes on from it."
+                    f"{what} could not be written for {PATIENCE_S:g} s: {reason}\n{kept()}"
                 ) from error
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_S)
@@ -51,8 +66,3 @@ def patiently[Result](write: Callable[[], Result], what: object, tell: Callable[
             if failing_since is not None:
                 tell(f"{what} is written: storage is back after {time.monotonic() - failing_since:.0f} s.")
             return result
-
-
-def _number(error: Exception) -> int | None:
-    told = IN_RUST.search(str(error))
-    return int(told[1]) if told else getattr(error, "errno", None)

@@ -96,11 +96,9 @@ def open_study(plan: Plan, seed: int) -> Study:
 
 
 def _differs(term: str, before: dict, now: dict) -> bool:
-    if term.startswith(NOT_COMPARED) or (
-        term == FRAMES and term not in before
-    ):  # begun with an older version
-        return False
-    return before.get(term) != now.get(term)
+    """Whether a term has changed. Studies that were begun with an older version know nothing of frames."""
+    new = term == FRAMES and term not in before
+    return not new and not term.startswith(NOT_COMPARED) and before.get(term) != now.get(term)
 
 
 def _storage(url: str) -> BaseStorage:

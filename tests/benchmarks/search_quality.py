@@ -35,6 +35,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from ray_jobs.search.options import TuneOptions
+from ray_jobs.search.plan import VALIDATIONS
 from ray_jobs.search.space import SearchSpace
 from ray_jobs.search.space_file import read_space
 from ray_jobs.search.study import make_sampler
@@ -54,6 +55,9 @@ class Table:
         self.parameters = [p for p in self.space.spaces[0].parameters if p.distribution is not None]
         self.points = [self._point(row["params"]) for row in self.rows]
         self.steps = sorted(int(step) for step in self.rows[0]["values"])
+        self.first = next(
+            s for s in self.steps if s >= self.steps[-1] / VALIDATIONS
+        )  # where trials are judged
         self.best = min(min(row["values"].values()) for row in self.rows)
 
     def _point(self, params: dict) -> dict:
@@ -95,7 +99,7 @@ class Search:
 
     def __init__(self, table: Table, seed: int, *, sampler: str, asha: bool):
         options = TuneOptions(num_samples=len(table.rows), sampler=sampler)
-        pruner = SuccessiveHalvingPruner(table.steps[0], REDUCTION) if asha else optuna.pruners.NopPruner()
+        pruner = SuccessiveHalvingPruner(table.first, REDUCTION) if asha else optuna.pruners.NopPruner()
         chosen = RandomSampler(seed=seed) if sampler == "random" else make_sampler(options, seed)
         self.study = optuna.create_study(sampler=chosen, pruner=pruner)
         self.space = table.space
@@ -127,7 +131,7 @@ class RaysOwn:
         self.search = OptunaSearch(self._define, metric=METRIC, mode="min", seed=seed)
         self.scheduler = ASHAScheduler(
             time_attr="step", metric=METRIC, mode="min",
-            grace_period=table.steps[0], max_t=self.last, reduction_factor=REDUCTION,
+            grace_period=table.first, max_t=self.last, reduction_factor=REDUCTION,
         )  # fmt: skip
 
     def _define(self, trial) -> None:

@@ -1,6 +1,6 @@
 """A search of ours against stock `lerobot-train` runs of the same configurations, one after the other.
 
-    uv run python tests/benchmarks/tune_vs_loop.py --root=DATASET [--trials=16] [--steps=120]
+    uv run python tests/benchmarks/tune_vs_loop.py --root=DATASET [--trials=16] [--steps=150]
 
 The data set is first copied at 96x128, so that both sides do the same work. Then: the search (ASHA), whole, as a user
 starts it; every one of its configurations with `lerobot-train`, whole; and every one trained to its end by our loop,
@@ -72,7 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, required=True, help="a LeRobot v3.0 data set with a camera")
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--copy", type=Path, help="where the resized copy is, or shall be")
     parser.add_argument(
         "--skip-full", action="store_true", help="leave out the trainings in full by our loop"
@@ -100,6 +100,9 @@ def main() -> None:
     states = [t.state.name for t in trials]
     print(f"search: {search_s:.0f} s, {states.count('COMPLETE')} trained in full, {states.count('PRUNED')} pruned, "
           f"best {study.best_value:.4f}", flush=True)  # fmt: skip
+    searched = json.loads((output / "best" / "train_config.json").read_text())
+    validations = [f"--{name}={searched[name]}" for name in ("eval_steps", "max_eval_samples")]
+    validations.append(f"--data.eval_horizon={json.loads((output / 'summary.json').read_text())['horizon']}")
     episodes = f"--dataset.episodes={[e for e in range(20) if e not in HELD_OUT]}"
     stock_s, full = 0.0, {}
     for t in trials:
@@ -114,11 +117,9 @@ def main() -> None:
         print(f"lerobot-train, configuration {t.number}: {seconds:.0f} s", flush=True)
         if not args.skip_full and t.state.name == "PRUNED":
             out = folder / f"full-{t.number}"
-            rung = -(-args.steps // 9)
             run(
                 "ray_jobs.train", *common, *config, f"--output_dir={out}", f"--data.eval_episodes={HELD_OUT}",
-                f"--eval_steps={rung}", "--max_eval_samples=256", "--save_checkpoint=false", "--ray.num_workers=0",
-                f"--data.eval_horizon={json.loads((output / 'summary.json').read_text())['horizon']}",
+                *validations, "--save_checkpoint=false", "--ray.num_workers=0",
             )  # fmt: skip
             full[t.number] = json.loads((out / "summary.json").read_text())["best"]["val/action_error"]
         elif t.state.name == "COMPLETE":
