@@ -110,10 +110,15 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     from ray_jobs.search.trial import run_trial
 
     options = plan.options.tune
-    # Trials with workers of their own would start where those find no room: they are counted, here and below.
-    counted = options.workers_per_trial > 1 and options.max_concurrent is None
+    # As many as there is room for, counted here and below, and one that waits: its slot is warm when another trial ends,
+    # and an autoscaler hears of it. None that waits for workers of its own, which would have begun without them.
+    counted = options.max_concurrent is None
+    waiting = int(options.workers_per_trial == 1)
     if counted:
-        options.max_concurrent = slot.at_once
+        options.max_concurrent = slot.at_once + waiting
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(
+        slot.at_once + waiting
+    )  # else slots start one after the other
     told: queue.SimpleQueue = queue.SimpleQueue()
 
     def tell(event: dict) -> None:
@@ -189,7 +194,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
                 if counted and time.monotonic() - looked > LOOK_EVERY_S:
                     looked = time.monotonic()
                     room = cluster.room_for(slot.each) // options.workers_per_trial
-                    options.max_concurrent = max(1, room)
+                    options.max_concurrent = max(1, room) + waiting
                 if (
                     options.time_budget_s
                     and status == DONE

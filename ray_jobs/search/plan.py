@@ -38,7 +38,7 @@ SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
 # Of a trial, unless told otherwise. With asha one in three goes on at the first and at the third. Much earlier, short
 # trainings have not learned anything yet, and lots would be drawn.
-VALIDATIONS = 5
+VALIDATIONS = 6
 FEWEST_FRAMES, MOST_FRAMES = 64, 256  # of a validation
 FRAMES = "the data set's frames"  # a term that is no flag
 EPISODES = 20  # in a simulator, at every validation
@@ -256,7 +256,7 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     steps = theirs.get("steps")
     if steps is None:
         raise InputError(
-            "--steps is missing: how long is a trial? With asha most trials get a fifth or three fifths of it."
+            "--steps is missing: how long is a trial? With asha most trials get a sixth or a half of it."
         )
     if not steps.isdigit() or int(steps) < 2:
         raise InputError(f"--steps={steps}: must be a whole number, at least 2.")

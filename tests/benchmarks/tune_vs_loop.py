@@ -1,6 +1,6 @@
 """A search of ours against stock `lerobot-train` runs of the same configurations, one after the other.
 
-    uv run python tests/benchmarks/tune_vs_loop.py --root=DATASET [--trials=16] [--steps=150]
+    uv run python tests/benchmarks/tune_vs_loop.py --root=DATASET [--trials=16] [--steps=180]
 
 The data set is first copied at 96x128, so that both sides do the same work. Then: the search (ASHA), whole, as a user
 starts it; every one of its configurations with `lerobot-train`, whole; and every one trained to its end by our loop,
@@ -72,7 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, required=True, help="a LeRobot v3.0 data set with a camera")
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=180)
     parser.add_argument("--copy", type=Path, help="where the resized copy is, or shall be")
     parser.add_argument(
         "--skip-full", action="store_true", help="leave out the trainings in full by our loop"
