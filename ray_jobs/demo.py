@@ -1,6 +1,6 @@
 """The first five minutes: record a small simulated part-sorting task and search for a good ACT, on any machine.
 
-    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=50] [--trials=8] [--steps=400] [--rollouts=50]
+    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=200] [--trials=8] [--steps=400] [--rollouts=50]
 
 The search goes through `ray_jobs.tune`: trial 0 is the published recipe, the last episodes are held out. Ends in
 numbers, pictures and the success rate in the simulator. A recorded data set is used again; every search gets a
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import duration, quiet, run_job
+from ray_jobs.engine.console import OUTPUT_EVERY_S, duration, quiet, run_job
 from ray_jobs.engine.errors import InputError
 
 IMAGE_SIZE = 64  # pixels
@@ -22,7 +22,7 @@ SPACE = Path(__file__).parent.parent / "search_spaces" / "act.yaml"
 @dataclass
 class DemoOptions:
     output_dir: str = "outputs/demo"
-    episodes: int = 50
+    episodes: int = 200
     trials: int = 8
     steps: int = 400
     rollouts: int = 50  # episodes in the simulator, of the published recipe and of the best policy
@@ -93,8 +93,16 @@ def _dataset(root: Path, episodes: int) -> Path:
         return root
     from ray_jobs.part_sorting.record import record
 
+    said = time.monotonic()
+
+    def progress(done: int, episodes: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > OUTPUT_EVERY_S:
+            said = time.monotonic()
+            print(f"  {done}/{episodes} episodes", flush=True)
+
     print(f"recording {episodes} episodes of part sorting into {root}")
-    return record(root, episodes, image_size=IMAGE_SIZE)
+    return record(root, episodes, image_size=IMAGE_SIZE, progress=progress)
 
 
 def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int]) -> list[str]:
@@ -115,7 +123,7 @@ def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int])
         "--num_workers=1",
         f"--steps={options.steps}",
         f"--tune.num_samples={options.trials}",
-        "--tune.final_steps=6000",
+        "--tune.final_steps=4000",
         f"--tune.keep_trials={options.trials}",
         f"--data.eval_episodes={held_out}",
         "--max_eval_samples=100",

@@ -36,9 +36,12 @@ from ray_jobs.search.space_file import read_space
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
-# Of a trial, unless told otherwise. With asha one in three goes on at the first and at the third. Much earlier, short
-# trainings have not learned anything yet, and lots would be drawn.
-VALIDATIONS = 6
+VALIDATIONS = (
+    8  # of a trial, unless told otherwise; with asha one in three goes on at the first and at the third
+)
+FEWEST_STEPS = (
+    25  # before the first: a training from scratch has not learned anything yet, and lots would be drawn
+)
 FEWEST_FRAMES, MOST_FRAMES = 64, 256  # of a validation
 FRAMES = "the data set's frames"  # a term that is no flag
 EPISODES = 20  # in a simulator, at every validation
@@ -251,16 +254,21 @@ def _read(file: Path) -> Space:
     return read_space(file)
 
 
+def steps_between(steps: int) -> int:
+    """Training steps from one validation of a trial to the next, of which it has `steps` in all."""
+    return max(math.ceil(steps / VALIDATIONS), min(FEWEST_STEPS, math.ceil(steps / 4)))
+
+
 def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     """The arguments that all trials share: the user's, and what a search needs where the user is silent."""
     steps = theirs.get("steps")
     if steps is None:
         raise InputError(
-            "--steps is missing: how long is a trial? With asha most trials get a sixth or a half of it."
+            "--steps is missing: how long is a trial? With asha most trials get an eighth or three eighths of it."
         )
     if not steps.isdigit() or int(steps) < 2:
         raise InputError(f"--steps={steps}: must be a whole number, at least 2.")
-    every = max(1, math.ceil(int(steps) / VALIDATIONS))
+    every = steps_between(int(steps))
     defaults = {
         "eval_steps": str(every),
         # Two for each step in between: with batches of 8, a tenth of a trial's time.

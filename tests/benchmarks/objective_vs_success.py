@@ -1,12 +1,13 @@
 """Is `val/action_error` worth optimising? Its rank correlation with success in the demo's simulator, over many policies.
 
     uv run python tests/benchmarks/objective_vs_success.py CHECKPOINT [CHECKPOINT ...] [--episodes=50] [--horizon=10]
+        [evaluate's flags]
 
 A checkpoint is anything that `ray_jobs.evaluate --checkpoint` takes; a run stands for all of its checkpoints. Policies
 should differ in how well they do: other learning rates, other lengths, several checkpoints of one training. All are
-scored on the same held-out episodes, over the same horizon, and act in the same unseen episodes. Printed are both
-values of each policy, the best by the error first, and Spearman's correlation with its 95 % interval (of 1,000 drawings
-of policies, with replacement).
+scored over the same horizon, on the same episodes if `--dataset.root` and `--data.eval_episodes` name them, and act in
+the same unseen ones. Printed are both values of each policy, the best by the error first, and Spearman's correlation with
+its 95 % interval (of 1,000 drawings of policies, with replacement).
 """
 
 import argparse
@@ -36,15 +37,13 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, nargs="+")
     parser.add_argument("--episodes", type=int, default=50, help="in the simulator, for each policy")
     parser.add_argument("--horizon", type=int, default=10, help="actions that are compared")
-    parser.add_argument("--held-out", default="[45,46,47,48,49]", help="the data set's episodes to score on")
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
     quiet()
     folder = Path(tempfile.mkdtemp()) / "evaluation"
     evaluate.main(
         [
             f"--checkpoint={','.join(str(one) for path in args.checkpoint for one in checkpoints_of(path))}",
             f"--output_dir={folder}",
-            f"--data.eval_episodes={args.held_out}",
             f"--data.eval_horizon={args.horizon}",
             "--max_eval_samples=0",
             "--env.type=part_sorting",
@@ -52,6 +51,7 @@ def main() -> None:
             f"--eval.n_episodes={args.episodes}",
             "--eval.batch_size=1",
             "--ray.num_workers=0",
+            *others,
         ]
     )
     results = json.loads((folder / evaluate.RESULTS).read_text())["results"]

@@ -35,7 +35,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from ray_jobs.search.options import TuneOptions
-from ray_jobs.search.plan import VALIDATIONS
+from ray_jobs.search.plan import steps_between
 from ray_jobs.search.space import SearchSpace
 from ray_jobs.search.space_file import read_space
 from ray_jobs.search.study import make_sampler
@@ -55,9 +55,8 @@ class Table:
         self.parameters = [p for p in self.space.spaces[0].parameters if p.distribution is not None]
         self.points = [self._point(row["params"]) for row in self.rows]
         self.steps = sorted(int(step) for step in self.rows[0]["values"])
-        self.first = next(
-            s for s in self.steps if s >= self.steps[-1] / VALIDATIONS
-        )  # where trials are judged
+        wanted = steps_between(self.steps[-1])
+        self.first = min(self.steps, key=lambda step: abs(step - wanted))  # where trials are judged
         self.best = min(min(row["values"].values()) for row in self.rows)
 
     def _point(self, params: dict) -> dict:

@@ -1,6 +1,6 @@
 """A search of ours against stock `lerobot-train` runs of the same configurations, one after the other.
 
-    uv run python tests/benchmarks/tune_vs_loop.py --root=DATASET [--trials=16] [--steps=180]
+    uv run python tests/benchmarks/tune_vs_loop.py --root=DATASET [--trials=16] [--steps=220]
 
 The data set is first copied at 96x128, so that both sides do the same work. Then: the search (ASHA), whole, as a user
 starts it; every one of its configurations with `lerobot-train`, whole; and every one trained to its end by our loop,
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -72,7 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, required=True, help="a LeRobot v3.0 data set with a camera")
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=180)
+    parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--copy", type=Path, help="where the resized copy is, or shall be")
     parser.add_argument(
         "--skip-full", action="store_true", help="leave out the trainings in full by our loop"
@@ -104,30 +105,40 @@ def main() -> None:
     validations = [f"--{name}={searched[name]}" for name in ("eval_steps", "max_eval_samples")]
     validations.append(f"--data.eval_horizon={json.loads((output / 'summary.json').read_text())['horizon']}")
     episodes = f"--dataset.episodes={[e for e in range(20) if e not in HELD_OUT]}"
-    stock_s, full = 0.0, {}
-    for t in trials:
-        config = [
+    configs = {
+        t.number: [
             f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in t.user_attrs["config"].items()
         ]
+        for t in trials
+    }
+    stock_s = 0.0
+    for number, config in configs.items():
         seconds = run(
-            "lerobot.scripts.lerobot_train", *common, *config, episodes, f"--output_dir={folder}/stock-{t.number}",
+            "lerobot.scripts.lerobot_train", *common, *config, episodes, f"--output_dir={folder}/stock-{number}",
             f"--save_freq={args.steps}",
         )  # fmt: skip
         stock_s += seconds
-        print(f"lerobot-train, configuration {t.number}: {seconds:.0f} s", flush=True)
-        if not args.skip_full and t.state.name == "PRUNED":
-            out = folder / f"full-{t.number}"
-            run(
-                "ray_jobs.train", *common, *config, f"--output_dir={out}", f"--data.eval_episodes={HELD_OUT}",
-                *validations, "--save_checkpoint=false", "--ray.num_workers=0",
-            )  # fmt: skip
-            full[t.number] = json.loads((out / "summary.json").read_text())["best"]["val/action_error"]
-        elif t.state.name == "COMPLETE":
-            full[t.number] = t.value
+        print(f"lerobot-train, configuration {number}: {seconds:.0f} s", flush=True)
     print(f"\nlerobot-train, {len(trials)} runs      {stock_s:8.0f} s")
     print(f"ray_jobs.tune, the same         {search_s:8.0f} s")
     print(f"ratio                           {stock_s / search_s:8.1f}")
     if not args.skip_full:
+
+        def in_full(number: int) -> float:
+            out = folder / f"full-{number}"
+            run(
+                "ray_jobs.train", *common, *configs[number], *validations, f"--output_dir={out}",
+                f"--data.eval_episodes={HELD_OUT}", "--save_checkpoint=false", "--ray.num_workers=0",
+            )  # fmt: skip
+            return json.loads((out / "summary.json").read_text())["best"]["val/action_error"]
+
+        os.environ["OMP_NUM_THREADS"] = "1"  # as a trial has
+        pruned = [t.number for t in trials if t.state.name == "PRUNED"]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            full = dict(zip(pruned, pool.map(in_full, pruned), strict=True))
+        full |= {t.number: t.value for t in trials if t.state.name == "COMPLETE"}
+        for number, value in sorted(full.items()):
+            print(f"trained in full, configuration {number}: {value:.4f}")
         best = min(full.values())
         print(f"best of all trained in full     {best:8.4f}")
         print(
