@@ -88,7 +88,9 @@ def _dataset(root: Path, episodes: int) -> Path:
 
         recorded = LeRobotDatasetMetadata("local/part_sorting", root=root).total_episodes
         if recorded != episodes:
-            raise InputError(f"{root} holds {recorded} episodes, not {episodes}; give another --output_dir.")
+            raise InputError(
+                f"{root} holds {recorded} episodes, not {episodes}: --episodes={recorded}, or another --output_dir."
+            )
         print(f"using the {recorded} recorded episodes in {root}")
         return root
     from ray_jobs.part_sorting.record import record

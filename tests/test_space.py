@@ -11,6 +11,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flags import check_flags
 from ray_jobs.search import constraints
 from ray_jobs.search.options import SAMPLERS, TuneOptions
+from ray_jobs.search.plan import steps_between
 from ray_jobs.search.space import SearchSpace, flags
 from ray_jobs.search.space_file import read_space
 from ray_jobs.search.study import StudySearch, make_sampler
@@ -216,3 +217,8 @@ def test_constraints():
     for text in ("__import__('os').x < 1", "a.x", "a.x < f(1)", "[1] < [2]", "a.x <", "lambda: 1 < 2"):
         with pytest.raises((ValueError, SyntaxError)):
             constraints.names(text)
+
+
+def test_steps_before_the_first_verdict():
+    """An eighth of a trial, but not less than 25 steps where a quarter has as many."""
+    assert [steps_between(steps) for steps in (2000, 220, 120, 40, 2)] == [250, 28, 25, 10, 1]

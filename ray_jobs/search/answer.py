@@ -298,7 +298,8 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
         say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top))
     changed = {k: v for k, v in best["config"].items() if not published or published["config"].get(k) != v}
     say("            " + ", ".join(word[2:] for word in flags(changed)) if changed else "")
-    say(f"left        {plan.output_dir}/{{trials.csv,summary.json,study.db,best}}")
+    study = "" if plan.options.tune.storage else "study.db,"
+    say(f"left        {plan.output_dir}/{{trials.csv,summary.json,{study}best}}")
     say(f"train it    {summary['command']}")
     policy = plan.output_dir / BEST_DIR / "checkpoint" / "pretrained_model"
     if policy.is_dir():

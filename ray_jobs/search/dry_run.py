@@ -67,7 +67,7 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
     search_s = trial_s * trials / at_once(plan, slot)
     stopped = {
         "none": "",
-        "asha": f" ({share:.0%} of the steps, if asha stops as many as it usually does)",
+        "asha": f" ({share:.0%} of the steps; asha stops fewer where one trial after the other is the best so far)",
     }.get(plan.scheduler, f" at most: {plan.scheduler} will stop some of its trials")
     say(
         f"\ncost, timed on {costs[0]['device']}: {step_s:.3g} s per step of the published recipe"

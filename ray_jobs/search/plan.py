@@ -44,6 +44,8 @@ FEWEST_STEPS = (
 )
 FEWEST_FRAMES, MOST_FRAMES = 64, 256  # of a validation
 FRAMES = "the data set's frames"  # a term that is no flag
+# What is decided here where the user is silent and must not change with our version: kept with the search.
+DECIDED = ("eval_steps", "max_eval_samples", "env_eval_freq")
 EPISODES = 20  # in a simulator, at every validation
 FOLDERS = {"dataset.root", "policy.path", "policy.pretrained_path", "data.cache"}
 NOT_COMPARED = (
@@ -126,8 +128,9 @@ class Plan:
             target = self.output_dir / SPACES_DIR / f"{space.policy}.yaml"
             if not target.exists():
                 shutil.copyfile(space.file, target)
+        kept = {**{flag: self.terms[flag] for flag in DECIDED}, **self.typed}
         scratch = self.output_dir / f".{SEARCH_FILE}.tmp"
-        scratch.write_text(json.dumps({"flags": self.typed, "policies": policies}, indent=2) + "\n")
+        scratch.write_text(json.dumps({"flags": kept, "policies": policies}, indent=2) + "\n")
         scratch.replace(self.output_dir / SEARCH_FILE)
 
 

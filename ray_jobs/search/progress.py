@@ -80,10 +80,10 @@ class Progress:
         status, value = event["status"], event["value"]
         self.counts[status] = self.counts.get(status, 0) + 1
         text = f"trial {name} {status}"
-        if event["step"]:
-            text += f" at step {event['step']}"
         if value is not None:
             text += f": {self.metric} {value:.4g}"
+        if event["step"]:
+            text += f" at step {event['step']}"
         if event["reason"]:
             text += f" ({event['reason']})"
         if not event["repeat"] and status != "interrupted":

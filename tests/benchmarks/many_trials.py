@@ -1,4 +1,4 @@
-"""Two hundred trials in two slots: what a trial costs the driver, and that nothing is left behind.
+"""Two hundred trials in as many slots as there are CPUs: what a trial costs the driver, and that nothing is left behind.
 
     uv run python tests/benchmarks/many_trials.py [--trials=200]
 

@@ -13,9 +13,9 @@ and the mean:
     random + asha, random
 
 The table is made by
-    uv run python -m ray_jobs.demo; uv run python -m ray_jobs.tune --space=tests/benchmarks/table_space.yaml
+    uv run python -m ray_jobs.demo --episodes=50; uv run python -m ray_jobs.tune --space=tests/benchmarks/table_space.yaml
       --dataset.repo_id=local/parts --dataset.root=outputs/demo/dataset --data.eval_episodes='[45,46,47,48,49]'
-      --batch_size=4 --steps=90 --max_eval_samples=96 --tune.sampler=random --tune.scheduler=none
+      --batch_size=4 --steps=90 --eval_steps=10 --max_eval_samples=96 --tune.sampler=random --tune.scheduler=none
       --tune.num_samples=104 --ray.cpus_per_worker=1 --output_dir=outputs/table
     uv run python tests/benchmarks/search_quality.py --record=outputs/table
 """

@@ -3,7 +3,7 @@
     uv run python tests/benchmarks/trial_overhead.py [--trials=8] [--documented=3]
 
 Ours is timed from the end of one trial to the end of the next one's first step, in a search of real ACT trainings,
-minus what building the model and one step take. The documented pattern (a Tune function that runs
+minus what building the model takes. The documented pattern (a Tune function that runs
 `TorchTrainer(...).fit()`) is timed from the end of one trial to the first line of the next one's training function,
 which does nothing at all and imports nothing. Both on one Ray, one trial at a time, interleaved; medians.
 """
@@ -47,7 +47,7 @@ def ours(folder: Path, dataset: Path, trials: int) -> list[dict]:
 
 
 def building(dataset: Path) -> float:
-    """Seconds that the model alone takes in a warm process, and one step."""
+    """Seconds that building the model alone takes in a warm process."""
     from conftest import tiny_act
     from lerobot.datasets import LeRobotDatasetMetadata
     from lerobot.policies import make_policy

@@ -21,6 +21,7 @@ from pathlib import Path
 import optuna
 
 from ray_jobs.engine.console import quiet
+from ray_jobs.search.plan import steps_between
 
 SIZE = (96, 128)
 SMALL = ["--policy.dim_model=128", "--policy.dim_feedforward=512", "--policy.n_encoder_layers=2"]
@@ -102,7 +103,10 @@ def main() -> None:
     print(f"search: {search_s:.0f} s, {states.count('COMPLETE')} trained in full, {states.count('PRUNED')} pruned, "
           f"best {study.best_value:.4f}", flush=True)  # fmt: skip
     searched = json.loads((output / "best" / "train_config.json").read_text())
-    validations = [f"--{name}={searched[name]}" for name in ("eval_steps", "max_eval_samples")]
+    validations = [
+        f"--eval_steps={steps_between(args.steps)}",
+        f"--max_eval_samples={searched['max_eval_samples']}",
+    ]
     validations.append(f"--data.eval_horizon={json.loads((output / 'summary.json').read_text())['horizon']}")
     episodes = f"--dataset.episodes={[e for e in range(20) if e not in HELD_OUT]}"
     configs = {
