@@ -30,7 +30,7 @@ from ray.cluster_utils import Cluster
 from test_data import make
 from test_faults import Run, alive
 from test_loop import wandb_runs
-from vla import save_base
+from vla import save_base, tiny
 
 from ray_jobs import tune
 from ray_jobs.engine.errors import InputError
@@ -501,20 +501,24 @@ def test_postgres(common, postgres, tmp_path):
     assert study.best_value == read_json(tmp_path / "run/summary.json")["best"]["values"]["val/action_error"]
 
 
-@pytest.mark.parametrize("name", ["smolvla", pytest.param("smolvla_lora", marks=pytest.mark.slow)])
-def test_shipped_space_of_a_pretrained_policy(parts, models, tmp_path, name):
-    """Spaces as they are, from a tiny checkpoint with its tokenizer in the assets folder."""
-    base, output = tmp_path / "base", tmp_path / "run"
-    save_base("smolvla", base, parts, models)
-    flags = [
+RATES = {"smolvla": 1e-4, "smolvla_lora": 1e-3, "diffusion": 1e-4, "pi0": 2.5e-5, "pi05": 2.5e-5}
+SLOW_ONES = [pytest.param(name, marks=pytest.mark.slow) for name in RATES if name != "smolvla"]
+
+
+@pytest.mark.parametrize("name", ["smolvla", *SLOW_ONES])
+def test_shipped_space(parts, models, tmp_path, name):
+    """Spaces as they are, but for the policies' size; pretrained ones from a checkpoint of LeRobot's in a folder."""
+    policy, base, output = name.partition("_")[0], tmp_path / "base", tmp_path / "run"
+    flags = [word for word in tiny(policy, parts, output, models) if not word.startswith("--policy.type")]
+    if policy != "diffusion":
+        save_base(policy, base, parts, models)
+        flags.append(f"--policy.pretrained_path={base}")
+    flags += [
         f"--space={ROOT / 'search_spaces' / name}.yaml",
-        f"--output_dir={output}",
-        f"--assets.dir={models}",
+        "--data.eval_episodes=[11]",
+        "--max_eval_samples=4",
     ]
-    flags += ["--dataset.repo_id=local/parts", f"--dataset.root={parts}", "--data.eval_episodes=[11]"]
-    flags += ["--max_eval_samples=4", "--batch_size=2", "--num_workers=0", "--steps=2", "--policy.device=cpu"]
-    flags += [f"--policy.pretrained_path={base}", "--policy.chunk_size=8", "--policy.n_action_steps=8"]
-    flags += ["--policy.resize_imgs_with_padding=[32,32]", "--policy.tokenizer_max_length=24"]
+    flags += ["--batch_size=2", "--num_workers=0", "--steps=2"]
     assert search(*flags, "--tune.num_samples=2", "--tune.scheduler=none") == 0
     study = study_of(output)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2, [t.user_attrs for t in study.trials]
@@ -523,8 +527,7 @@ def test_shipped_space_of_a_pretrained_policy(parts, models, tmp_path, name):
             adapters = next((output / f"trials/{trial.number:04d}").rglob("adapter_config.json"))
             rank = trial.params["peft.r"]
             assert (read_json(adapters)["r"], read_json(adapters)["lora_alpha"]) == (rank, rank)
-    rate = {"smolvla": 1e-4, "smolvla_lora": 1e-3}[name]
-    assert study.trials[0].params["policy.optimizer_lr"] == rate  # the published recipe
+    assert study.trials[0].params["policy.optimizer_lr"] == RATES[name]  # the published recipe
 
 
 def test_finalists_with_several_seeds(common, tmp_path, capsys):
