@@ -118,7 +118,8 @@ def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int])
         "--policy.dim_model=128",
         "--policy.dim_feedforward=512",
         "--policy.n_encoder_layers=2",
-        "--policy.n_action_steps=10",  # a second of this simulator's, before the policy looks again
+        "--policy.chunk_size=20",  # two seconds of this simulator's, as the published 50 are at 30 fps
+        "--policy.n_action_steps=10",  # one, before the policy looks again
         "--policy.n_vae_encoder_layers=2",
         f"--output_dir={run}",
         "--batch_size=8",
