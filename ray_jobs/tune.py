@@ -100,6 +100,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     """Run Ray Tune until the study has all its trials; returns how it ended, and why if it failed."""
     import ray
     from ray import tune
+    from ray.exceptions import RayActorError
     from ray.tune import FailureConfig, RunConfig, TuneConfig
 
     from ray_jobs.engine.workers import start_fit
@@ -209,6 +210,10 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
                 stop(INTERRUPTED)
         while not told.empty():
             progress.show(told.get())
+    except RayActorError as error:
+        raise RunError(
+            f"the Ray cluster that the search ran on is gone ({type(error).__name__}); --resume=true goes on, on another."
+        ) from error
     finally:
         progress.close()
         ray.kill(line)  # Tune's registry would keep it as long as this process lives

@@ -387,23 +387,24 @@ def test_pruning(common, tmp_path, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_node_joins(common, tmp_path, workers):
+# A slot takes some ten seconds to start, a group of workers takes them for every trial.
+@pytest.mark.parametrize(("workers", "steps"), [(1, 6000), (2, 300)])
+def test_a_node_joins(common, tmp_path, workers, steps):
     """Trials with as many workers as there are CPUs, one at a time; two at a time once a second such node is there."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": workers})
     try:
         output = tmp_path / "run"
         flags = [*common, f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=4"]
         flags += [
-            "--steps=300",
-            "--eval_steps=60",
+            f"--steps={steps}",
+            f"--eval_steps={steps // 3}",
             "--tune.scheduler=none",
             f"--tune.workers_per_trial={workers}",
         ]
         run = Run([*flags, f"--ray.address={cluster.address}"], job="ray_jobs.tune")
         run.wait_for(" at step")
         cluster.add_node(num_cpus=workers)
-        assert run.end() == 0, run.printed
+        assert run.end(timeout=300) == 0, run.printed
         assert "1 at a time" in run.printed
         times = [t.user_attrs["times"] for t in study_of(output).trials]
         busy = sorted([(t["begun"], 1) for t in times] + [(t["end"], -1) for t in times])
