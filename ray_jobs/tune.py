@@ -117,9 +117,8 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     waiting = int(options.workers_per_trial == 1)
     if counted:
         options.max_concurrent = slot.at_once + waiting
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(
-        slot.at_once + waiting
-    )  # else slots start one after the other
+    # Else slots would start one after the other.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slot.at_once + waiting)
     told: queue.SimpleQueue = queue.SimpleQueue()
 
     def tell(event: dict) -> None:

@@ -36,12 +36,10 @@ from ray_jobs.search.space_file import read_space
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
-VALIDATIONS = (
-    8  # of a trial, unless told otherwise; with asha one in three goes on at the first and at the third
-)
-FEWEST_STEPS = (
-    25  # before the first: a training from scratch has not learned anything yet, and lots would be drawn
-)
+# Validations of a trial, unless told otherwise; with asha one in three goes on at the first and at the third.
+VALIDATIONS = 8
+# Before the first one. Earlier, a training from scratch has not learned anything yet, and lots would be drawn.
+FEWEST_STEPS = 25
 FEWEST_FRAMES, MOST_FRAMES = 64, 256  # of a validation
 FRAMES = "the data set's frames"  # a term that is no flag
 # What is decided here where the user is silent and must not change with our version: kept with the search.
@@ -128,7 +126,8 @@ class Plan:
             target = self.output_dir / SPACES_DIR / f"{space.policy}.yaml"
             if not target.exists():
                 shutil.copyfile(space.file, target)
-        kept = {**{flag: self.terms[flag] for flag in DECIDED}, **self.typed}
+        terms = self.terms
+        kept = {**{flag: terms[flag] for flag in DECIDED}, **self.typed}
         scratch = self.output_dir / f".{SEARCH_FILE}.tmp"
         scratch.write_text(json.dumps({"flags": kept, "policies": policies}, indent=2) + "\n")
         scratch.replace(self.output_dir / SEARCH_FILE)

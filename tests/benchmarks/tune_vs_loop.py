@@ -21,7 +21,8 @@ from pathlib import Path
 import optuna
 
 from ray_jobs.engine.console import quiet
-from ray_jobs.search.plan import steps_between
+from ray_jobs.search.plan import SEARCH_FILE
+from ray_jobs.search.space import flags
 
 SIZE = (96, 128)
 SMALL = ["--policy.dim_model=128", "--policy.dim_feedforward=512", "--policy.n_encoder_layers=2"]
@@ -102,19 +103,11 @@ def main() -> None:
     states = [t.state.name for t in trials]
     print(f"search: {search_s:.0f} s, {states.count('COMPLETE')} trained in full, {states.count('PRUNED')} pruned, "
           f"best {study.best_value:.4f}", flush=True)  # fmt: skip
-    searched = json.loads((output / "best" / "train_config.json").read_text())
-    validations = [
-        f"--eval_steps={steps_between(args.steps)}",
-        f"--max_eval_samples={searched['max_eval_samples']}",
-    ]
+    decided = json.loads((output / SEARCH_FILE).read_text())["flags"]
+    validations = [f"--{name}={decided[name]}" for name in ("eval_steps", "max_eval_samples")]
     validations.append(f"--data.eval_horizon={json.loads((output / 'summary.json').read_text())['horizon']}")
     episodes = f"--dataset.episodes={[e for e in range(20) if e not in HELD_OUT]}"
-    configs = {
-        t.number: [
-            f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in t.user_attrs["config"].items()
-        ]
-        for t in trials
-    }
+    configs = {t.number: flags(t.user_attrs["config"]) for t in trials}
     stock_s = 0.0
     for number, config in configs.items():
         seconds = run(
