@@ -2,6 +2,9 @@
 
 Most tests run on data the project makes itself: the part-sorting task, recorded once per session. Tests that
 need the real recording look for it at `../shared/datasets` and are skipped where it is not there.
+
+On a machine with a GPU, `RAY_JOBS_TEST_DEVICE=cuda NVIDIA_TF32_OVERRIDE=0` compares the bare loop with LeRobot there:
+`pytest tests/test_parity.py tests/test_policies.py -k "not two and not sharded and not sharding"`.
 """
 
 import os
@@ -30,6 +33,7 @@ os.environ["PYTHONPATH"] = str(
     ROOT / "tests"
 )  # where Ray's workers and other processes find the tests' plugins
 REAL = ROOT.parent / "shared" / "datasets" / "g1_yellow_bottle"
+DEVICE = os.environ.get("RAY_JOBS_TEST_DEVICE", "cpu")  # of the bare loop
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,7 +100,7 @@ def _common(root: Path, output_dir: Path) -> list[str]:
         "--dataset.repo_id=local/parts",
         f"--dataset.root={root}",
         "--dataset.video_backend=pyav",
-        "--policy.device=cpu",
+        f"--policy.device={DEVICE}",
         "--policy.push_to_hub=false",
         "--policy.pretrained_backbone_weights=null",
         f"--output_dir={output_dir}",
@@ -148,7 +152,7 @@ def train_in_process(flags: list[str]) -> tuple[dict, list[dict]]:
     recipe = resolve(flags)
     preflight.check(recipe)
     events: list[dict] = []
-    return loop.train(recipe, device="cpu", report=events.append), events
+    return loop.train(recipe, device=DEVICE, report=events.append), events
 
 
 def job(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
