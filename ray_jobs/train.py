@@ -111,7 +111,9 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
                     display.say(hung)
                 if not display.facts and time.monotonic() - waiting_since > 60:
                     free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-                    display.say(f"waiting for {options.num_workers} worker(s) with {each}; free now: {free}")
+                    display.say(
+                        f"waiting for {options.num_workers} worker(s) with {each} to start; not in use now: {free}"
+                    )
                     waiting_since = time.monotonic()
             except KeyboardInterrupt:
                 interrupts += 1

@@ -24,7 +24,8 @@ def act(checkpoint: str, frames: dict[str, np.ndarray], task: str, load=from_pre
     config = PreTrainedConfig.from_pretrained(checkpoint)
     config.device = "cpu"
     policy = load(get_policy_class(config.type), config, checkpoint).eval()
-    before, after = make_pre_post_processors(config, pretrained_path=checkpoint)
+    on_cpu = {"preprocessor_overrides": {"device_processor": {"device": "cpu"}}}  # wherever it was trained
+    before, after = make_pre_post_processors(config, pretrained_path=checkpoint, **on_cpu)
     actions = []
     for number in range(len(next(iter(frames.values())))):
         frame = {key: torch.from_numpy(values[number]) for key, values in frames.items()}

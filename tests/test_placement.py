@@ -10,6 +10,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.engine import cluster as our_cluster
 from ray_jobs.engine import workers
+from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.recipe import resolve
 
 pytestmark = pytest.mark.slow
@@ -92,3 +93,10 @@ def test_spread(cluster, parts, tmp_path):
     """`--ray.placement=spread`: a worker on each node, where one would hold both."""
     (places,) = places_of(parts, tmp_path, 1, 2, "--ray.placement=spread")
     assert len(set(places)) == 2
+
+
+def test_workers_that_train_together_need_whole_gpus(cluster):
+    """NCCL refuses two ranks on one GPU, after a minute; those of a simulator may share one."""
+    with pytest.raises(InputError, match="--ray.num_workers=2 with 0.5 GPUs each: NCCL takes a GPU once"):
+        our_cluster.share(2, 1, 0.5, None)
+    assert str(our_cluster.share(2, 1, 0.5, None, alone=True)) == "1 CPUs, 0.5 GPUs"

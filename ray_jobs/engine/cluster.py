@@ -161,6 +161,7 @@ def share(
     *,
     decoders: bool = False,
     at_least: int | None = None,
+    alone: bool = False,
     asked: str = "--ray.num_workers",
 ) -> Share:
     """Decide what each worker reserves, and refuse what the cluster can never give.
@@ -171,6 +172,7 @@ def share(
         device: The recipe's `--policy.device`, or None.
         at_least: Workers that must find room, if not all.
         decoders: Whether CPUs must be left for tasks that decode: half of them are.
+        alone: Whether each works by itself; several may then share a GPU.
         asked: The flag that says how many workers.
 
     Raises:
@@ -183,6 +185,11 @@ def share(
     if gpus is None:
         allowed = device is None or device.startswith("cuda")
         gpus = 1.0 if allowed and sum(node_gpus) else 0.0
+    if 0 < gpus < 1 < num_workers and not alone:
+        raise InputError(
+            f"{asked}={num_workers} with {gpus:g} GPUs each: NCCL takes a GPU once, so workers that train together "
+            "need whole ones. On one GPU, one worker with a larger --batch_size does the same."
+        )
     if cpus is None:
         hosts = [n for n, held in enumerate(node_gpus) if held >= gpus] or list(range(len(have)))
         per_host = math.ceil(num_workers / len(hosts))

@@ -70,7 +70,7 @@ def _on_workers(
     gpus = asked.gpus_per_worker
     if gpus is None and (trained.recipe.device or "cuda").startswith("cuda"):
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)  # several share one
-    each = cluster.share(workers, cpus, gpus or 0.0, trained.recipe.device)
+    each = cluster.share(workers, cpus, gpus or 0.0, trained.recipe.device, alone=True)
     task = ray.remote(
         num_cpus=each.cpus, num_gpus=each.gpus, num_returns="streaming", runtime_env={"env_vars": each.env}
     )(_worker)
