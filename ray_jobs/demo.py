@@ -1,6 +1,6 @@
 """The first five minutes: record a small simulated part-sorting task and search for a good ACT, on any machine.
 
-    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=200] [--trials=8] [--steps=400] [--rollouts=50]
+    python -m ray_jobs.demo [--output_dir=outputs/demo] [--episodes=200] [--trials=8] [--steps=500] [--rollouts=50]
 
 The search goes through `ray_jobs.tune`: trial 0 is the published recipe, the last episodes are held out. Ends in
 numbers, pictures and the success rate in the simulator. A recorded data set is used again; every search gets a
@@ -16,7 +16,7 @@ from ray_jobs.engine.console import OUTPUT_EVERY_S, duration, quiet, run_job
 from ray_jobs.engine.errors import InputError
 
 IMAGE_SIZE = 64  # pixels
-SPACE = Path(__file__).parent.parent / "search_spaces" / "act.yaml"
+SPACE = Path(__file__).parent.parent / "search_spaces" / "act_demo.yaml"
 
 
 @dataclass
@@ -24,7 +24,7 @@ class DemoOptions:
     output_dir: str = "outputs/demo"
     episodes: int = 200
     trials: int = 8
-    steps: int = 400
+    steps: int = 500
     rollouts: int = 50  # episodes in the simulator, of the published recipe and of the best policy
 
 
@@ -108,21 +108,12 @@ def _dataset(root: Path, episodes: int) -> Path:
 
 
 def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int]) -> list[str]:
-    """The search's flags: an ACT that a CPU trains in a minute."""
     return [
         f"--space={SPACE}",
         "--dataset.repo_id=local/part_sorting",
         f"--dataset.root={dataset}",
         "--dataset.video_backend=pyav",
-        "--policy.pretrained_backbone_weights=null",
-        "--policy.dim_model=128",
-        "--policy.dim_feedforward=512",
-        "--policy.n_encoder_layers=2",
-        "--policy.chunk_size=20",  # two seconds of this simulator's, as the published 50 are at 30 fps
-        "--policy.n_action_steps=10",  # one, before the policy looks again
-        "--policy.n_vae_encoder_layers=2",
         f"--output_dir={run}",
-        "--batch_size=8",
         "--num_workers=1",
         f"--steps={options.steps}",
         f"--tune.num_samples={options.trials}",

@@ -208,9 +208,9 @@ def open_frames(
         if options.cache == "auto" and need and (reason := _why_not(cache, need, reads)):
             say(f"frame cache: none, {reason}")
             return source
-        frames = f"{gigabytes(cache.bytes())} of {len(cache.entries)} camera(s) in {folder}"
+        decoding = ", decoding once for all workers and runs" if need else ""
         say(
-            f"frame cache: {f'decoding {gigabytes(need)}, once for all workers and runs; ' if need else ''}{frames}"
+            f"frame cache: {gigabytes(cache.bytes())} of {len(cache.entries)} camera(s) in {folder}{decoding}"
         )
         if cache.bytes() > _free_memory():
             say("frame cache: larger than the free memory, so frames come from the disk; --data.resize helps")

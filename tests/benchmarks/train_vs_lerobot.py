@@ -161,6 +161,10 @@ def run_in_turns(
     return {side: job.result() for side, job in runs.items()}
 
 
+def show(number: int, side: str, figures: dict[str, float]) -> None:
+    print(f"round {number + 1} {side:15}", {k: round(v, 2) for k, v in figures.items()}, flush=True)
+
+
 def _watch(pid: int, peak: list[int]) -> None:
     while True:
         total = 0
@@ -205,15 +209,17 @@ def main() -> None:
             found = run_in_turns(
                 {side: [*flags, *ours[side]] for side in MODULE}, args.steps, cache, args.turns
             )
+            for side, figures in found.items():
+                show(number, side, figures)
         else:
             found = {}
             for side in sorted(MODULE, reverse=number % 2 == 1):
                 if args.cold:
                     shutil.rmtree(cache, ignore_errors=True)
                 found[side] = run_alone(side, [*flags, *ours[side]], args.steps, cache)
+                show(number, side, found[side])
         for side, figures in found.items():
             results[side].append(figures)
-            print(f"round {number + 1} {side:15}", {k: round(v, 2) for k, v in figures.items()}, flush=True)
     shutil.rmtree(cache, ignore_errors=True)
     print(f"\n{'median of ' + str(args.rounds):18} {'lerobot-train':>14} {'ray_jobs.train':>15} {'ratio':>7}")
     for key in results["lerobot-train"][0]:
