@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import duration
@@ -42,6 +42,10 @@ from ray_jobs.search.study import (
 from ray_jobs.search.trial import trial_dir
 
 TRIALS_FILE, BEST_DIR, COMMAND_FILE = "trials.csv", "best", "command.sh"
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+SURE_OF_IMPORTANCES = (
+    30  # trials: with 16 every other first place is another than after hundred (tests/benchmarks)
+)
 OF_THE_SEARCH = (
     "eval_steps",
     "log_freq",
@@ -106,7 +110,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> 
         "trained_share": round(trained / full, 3) if full else None,
         "wall_s": round(wall_s, 1),
         "each_trial": {"cpus": each.cpus * workers, "gpus": each.gpus * workers},
-        "importances": importances(study, plan.grace_steps),
+        "importances": importances(study),
         "baseline": _described(plan, study, published),
         "best": _described(plan, study, ranked[0] if ranked else None),
     }
@@ -176,26 +180,27 @@ def _seconds(trial: FrozenTrial) -> float | None:
     return round(times["end"] - times["begun"], 1) if {"begun", "end"} <= times.keys() else None
 
 
-def importances(study: Study, step: int) -> dict[str, float]:
+def importances(study: Study) -> dict[str, float]:
     """How much each parameter mattered (PED-ANOVA), the most important first; {} if too little was tried.
 
-    Trials that were stopped early count as well: all are compared at their first validation from `step` on, which
-    every one of them has reached.
+    PED-ANOVA asks how the best fifth differ from the rest. Trials that were stopped early count as well: one that
+    got further is better. (On the recorded trainings of tests/benchmarks, that is nearer to what mattered after full
+    trainings than a comparison at the first validation, which all have.)
     """
     if len(study.directions) > 1:
         return {}
-    compared = optuna.create_study(direction=study.direction)
-    for trial in trials_of(study):
-        values = {s: v for s, v in trial.intermediate_values.items() if s >= step}
-        if values and trial.params:
-            with contextlib.suppress(ValueError):  # a baseline off its range's grid
-                compared.add_trial(
-                    optuna.create_trial(
-                        params=trial.params, distributions=trial.distributions, value=values[min(values)]
-                    )
-                )
+    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+    ended = [t for t in trials_of(study) if t.state in ENDED and t.params and t.intermediate_values]
+    ended.sort(key=lambda t: (-t.last_step, sign * t.intermediate_values[t.last_step]))
+    ranked = optuna.create_study()
+    for rank, trial in enumerate(ended):
+        with contextlib.suppress(ValueError):  # a baseline off its range's grid
+            ranked.add_trial(
+                optuna.create_trial(params=trial.params, distributions=trial.distributions, value=rank)
+            )
     try:
-        return optuna.importance.get_param_importances(compared, evaluator=PedAnovaImportanceEvaluator())
+        evaluator = PedAnovaImportanceEvaluator(target_quantile=0.2)
+        return optuna.importance.get_param_importances(ranked, evaluator=evaluator)
     except (ValueError, RuntimeError):
         return {}
 
@@ -295,7 +300,9 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
                 f"{gain}")  # fmt: skip
     if summary["importances"]:
         top = list(summary["importances"].items())[:3]
-        say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top))
+        ended = summary["complete"] + summary["pruned"]
+        guess = f" (a rough guess, of {ended} trials)" if ended < SURE_OF_IMPORTANCES else ""
+        say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top) + guess)
     changed = {k: v for k, v in best["config"].items() if not published or published["config"].get(k) != v}
     say("            " + ", ".join(word[2:] for word in flags(changed)) if changed else "")
     study = "" if plan.options.tune.storage else "study.db,"

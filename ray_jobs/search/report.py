@@ -223,8 +223,8 @@ def _importances(found: Found) -> Section | None:
     if not shares:
         return None
     text = (
-        "Optuna's PED-ANOVA over all trials, pruned ones too, compared at their first validation. It tells what mattered "
-        "among good trials within these ranges, and with few trials it is a rough guess."
+        "Optuna's PED-ANOVA: how the best fifth of the trials differ from the rest within these ranges. A pruned trial "
+        "is worse than all that got further. With few trials it is a rough guess."
     )
     return Section("What mattered", [text], figures=[bars(shares, "share of the importance")])
 
