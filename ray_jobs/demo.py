@@ -117,7 +117,7 @@ def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int])
         "--num_workers=1",
         f"--steps={options.steps}",
         f"--tune.num_samples={options.trials}",
-        "--tune.final_steps=4000",
+        "--tune.final_steps=2000",
         f"--tune.keep_trials={options.trials}",
         f"--data.eval_episodes={held_out}",
         "--max_eval_samples=100",

@@ -35,6 +35,8 @@ from vla import save_base, tiny
 from ray_jobs import tune
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.tracking import read_json, read_metrics
+from ray_jobs.search.answer import importances
+from ray_jobs.search.study import BASELINE
 
 ACT = {
     "policy": "act",
@@ -529,6 +531,28 @@ def test_shipped_space(parts, models, tmp_path, name):
             rank = trial.params["peft.r"]
             assert (read_json(adapters)["r"], read_json(adapters)["lora_alpha"]) == (rank, rank)
     assert study.trials[0].params["policy.optimizer_lr"] == RATES[name]  # the published recipe
+
+
+def test_importances_of_pruned_trials():
+    """One parameter decides, the other does not. Pruned trials show it as well; the published recipe is no drawing."""
+    study = optuna.create_study()
+    distributions = {name: optuna.distributions.FloatDistribution(0, 1) for name in ("lr", "dropout")}
+    points = [(n / 20, n * 7 % 20 / 20) for n in range(20)]
+    for number, (lr, dropout) in enumerate([(1.0, 0.5), *points]):
+        state = TrialState.COMPLETE if number < 5 else TrialState.PRUNED
+        study.add_trial(
+            optuna.create_trial(
+                params={"lr": lr, "dropout": dropout},
+                distributions=distributions,
+                # At their last validations pruned trials look better: they were judged earlier.
+                intermediate_values={90: lr} if number < 5 else {10: lr / 100},
+                value=lr if number < 5 else lr / 100,
+                state=state,
+                user_attrs={} if number else {BASELINE: True},
+            )
+        )
+    found = importances(study)
+    assert list(found) == ["lr", "dropout"] and found["lr"] > 0.8
 
 
 def test_finalists_with_several_seeds(common, tmp_path, capsys):

@@ -185,7 +185,7 @@ def share(
     if gpus is None:
         allowed = device is None or device.startswith("cuda")
         gpus = 1.0 if allowed and sum(node_gpus) else 0.0
-    if 0 < gpus < 1 < num_workers and not alone:
+    if gpus % 1 and num_workers > 1 and not alone and device != "cpu":
         raise InputError(
             f"{asked}={num_workers} with {gpus:g} GPUs each: NCCL takes a GPU once, so workers that train together "
             "need whole ones. On one GPU, one worker with a larger --batch_size does the same."

@@ -41,8 +41,8 @@ class ConvWithNorm(nn.Conv2d):
     """A convolution and the frozen norm behind it, as one: `s * (w @ x) + b` is `(s * w) @ x + b`.
 
     A frozen norm is two passes over every feature map, and under autocast it makes them float32 again; ACT's
-    ResNet has 20 of them. The scale goes to the weights or to what they make, whichever is less to multiply. Weights
-    are scaled in each step, so that their gradients are those of the weights alone.
+    ResNet has 20 of them. Weights are scaled in each step, so that their gradients are those of the weights alone. On
+    CPUs, where a weight is larger than what it is applied to (the last layers), the output is scaled instead.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: AbsorbedNorm):
@@ -59,7 +59,7 @@ class ConvWithNorm(nn.Conv2d):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale
         if x.device.type == "cpu" and x.numel() < self.weight.numel():
-            # In the last layers: to turn a weight's gradient costs more than channel by channel saves on few pixels.
+            # To turn a weight's gradient costs more than channel by channel saves on few pixels.
             out = self._conv_forward(x.contiguous(), self.weight, None)
             return torch.addcmul(bias[:, None, None], out, scale[:, None, None])
         x = x.contiguous(memory_format=torch.channels_last)

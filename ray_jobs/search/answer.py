@@ -42,10 +42,8 @@ from ray_jobs.search.study import (
 from ray_jobs.search.trial import trial_dir
 
 TRIALS_FILE, BEST_DIR, COMMAND_FILE = "trials.csv", "best", "command.sh"
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
-SURE_OF_IMPORTANCES = (
-    30  # trials: with 16 every other first place is another than after hundred (tests/benchmarks)
-)
+# Trials; with fewer, what mattered most is another in every other search.
+SURE_OF_IMPORTANCES = 30
 OF_THE_SEARCH = (
     "eval_steps",
     "log_freq",
@@ -183,17 +181,23 @@ def _seconds(trial: FrozenTrial) -> float | None:
 def importances(study: Study) -> dict[str, float]:
     """How much each parameter mattered (PED-ANOVA), the most important first; {} if too little was tried.
 
-    PED-ANOVA asks how the best fifth differ from the rest. Trials that were stopped early count as well: one that
-    got further is better. (On the recorded trainings of tests/benchmarks, that is nearer to what mattered after full
-    trainings than a comparison at the first validation, which all have.)
+    PED-ANOVA compares the best fifth with all. Trials that were stopped early count as well: they are worse than those
+    that were not, and of two the one that got further is better. The published recipe was not drawn, and does not count.
     """
     if len(study.directions) > 1:
         return {}
     sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
-    ended = [t for t in trials_of(study) if t.state in ENDED and t.params and t.intermediate_values]
-    ended.sort(key=lambda t: (-t.last_step, sign * t.intermediate_values[t.last_step]))
+
+    def place(trial: FrozenTrial) -> tuple:
+        if trial.state == TrialState.COMPLETE:
+            return 0, 0, sign * trial.value
+        return 1, -trial.last_step, sign * trial.intermediate_values[trial.last_step]
+
+    judged = (TrialState.COMPLETE, TrialState.PRUNED)
+    drawn = [t for t in trials_of(study) if t.state in judged and BASELINE not in t.user_attrs]
+    drawn = sorted((t for t in drawn if t.params and t.intermediate_values), key=place)
     ranked = optuna.create_study()
-    for rank, trial in enumerate(ended):
+    for rank, trial in enumerate(drawn):
         with contextlib.suppress(ValueError):  # a baseline off its range's grid
             ranked.add_trial(
                 optuna.create_trial(params=trial.params, distributions=trial.distributions, value=rank)
@@ -300,7 +304,7 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
                 f"{gain}")  # fmt: skip
     if summary["importances"]:
         top = list(summary["importances"].items())[:3]
-        ended = summary["complete"] + summary["pruned"]
+        ended = summary.get("complete", 0) + summary.get("pruned", 0)
         guess = f" (a rough guess, of {ended} trials)" if ended < SURE_OF_IMPORTANCES else ""
         say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top) + guess)
     changed = {k: v for k, v in best["config"].items() if not published or published["config"].get(k) != v}

@@ -223,8 +223,8 @@ def _importances(found: Found) -> Section | None:
     if not shares:
         return None
     text = (
-        "Optuna's PED-ANOVA: how the best fifth of the trials differ from the rest within these ranges. A pruned trial "
-        "is worse than all that got further. With few trials it is a rough guess."
+        "Optuna's PED-ANOVA: how the best fifth of the trials differ from all within these ranges. Of pruned trials the one "
+        "that got further counts as better. With few trials it is a rough guess."
     )
     return Section("What mattered", [text], figures=[bars(shares, "share of the importance")])
 
