@@ -36,6 +36,10 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     started = time.monotonic()
     folder = Path(options.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir={folder} cannot be created: {error.strerror}.") from None
     dataset = _dataset(folder / "dataset", options.episodes)
 
     from ray_jobs import evaluate, report, tune
@@ -74,7 +78,7 @@ def _parse(argv: list[str]) -> DemoOptions:
         with contextlib.redirect_stderr(printed):
             options = draccus.parse(DemoOptions, args=argv)
     except SystemExit:
-        raise InputError(printed.getvalue().strip().splitlines()[-1]) from None
+        raise InputError(printed.getvalue().strip().rpartition(": error: ")[2]) from None
     except draccus.utils.DraccusException as error:
         raise InputError(str(error).strip()) from None
     if options.episodes < 2 or options.steps < 2 or min(options.trials, options.rollouts) < 1:
