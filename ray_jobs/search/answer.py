@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ray_jobs.engine.cluster import Share
@@ -33,6 +33,7 @@ from ray_jobs.search.study import (
     WALL,
     WALL_S,
     finished,
+    maximizes,
     mean_value,
     ranking,
     repeats_of,
@@ -186,16 +187,12 @@ def importances(study: Study) -> dict[str, float]:
     """
     if len(study.directions) > 1:
         return {}
-    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
-
-    def place(trial: FrozenTrial) -> tuple:
-        if trial.state == TrialState.COMPLETE:
-            return 0, 0, sign * trial.value
-        return 1, -trial.last_step, sign * trial.intermediate_values[trial.last_step]
-
-    judged = (TrialState.COMPLETE, TrialState.PRUNED)
-    drawn = [t for t in trials_of(study) if t.state in judged and BASELINE not in t.user_attrs]
-    drawn = sorted((t for t in drawn if t.params and t.intermediate_values), key=place)
+    sign = -1 if maximizes(study) else 1
+    pruned = sorted(
+        (t for t in trials_of(study) if t.state == TrialState.PRUNED),
+        key=lambda t: (-t.last_step, sign * t.intermediate_values[t.last_step]),
+    )
+    drawn = [t for t in (*finished(study), *pruned) if t.params and BASELINE not in t.user_attrs]
     ranked = optuna.create_study()
     for rank, trial in enumerate(drawn):
         with contextlib.suppress(ValueError):  # a baseline off its range's grid

@@ -159,7 +159,7 @@ def trials_of(study: Study) -> list[FrozenTrial]:
 def finished(study: Study) -> list[FrozenTrial]:
     """Trials trained to the end, the best first (by the first metric)."""
     done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
-    return sorted(done, key=lambda t: t.values[0], reverse=_maximizes(study))
+    return sorted(done, key=lambda t: t.values[0], reverse=maximizes(study))
 
 
 def repeats_of(study: Study) -> dict[str, dict[str, float]]:
@@ -173,14 +173,14 @@ def mean_value(study: Study, trial: FrozenTrial) -> float:
     return sum(values) / len(values)
 
 
-def _maximizes(study: Study) -> bool:
+def maximizes(study: Study) -> bool:
     return study.directions[0] == StudyDirection.MAXIMIZE
 
 
 def ranking(study: Study) -> list[FrozenTrial]:
     """Trials trained to the end, the best first; after --tune.seeds those trained with most seeds go first."""
     repeats = repeats_of(study)
-    sign = -1 if _maximizes(study) else 1
+    sign = -1 if maximizes(study) else 1
     return sorted(
         finished(study), key=lambda t: (-len(repeats.get(str(t.number), {})), sign * mean_value(study, t))
     )
