@@ -204,10 +204,10 @@ def _read(
     frames: FrameCache | FrameSource | None,
 ) -> Iterator[dict]:
     """The batches of `rows`, a few of them read ahead; `start` is the number of the first one."""
-    ours, on_gpu = FrameReader.can_read(dataset), accelerator.device.type == "cuda"
-    if not ours or dataset.image_transforms is not None:
+    on_gpu = accelerator.device.type == "cuda"
+    if not reads_in_a_thread(dataset):
         # In processes: random transforms need a random generator of their own, and time.
-        with_workers = cfg.num_workers > 0
+        ours, with_workers = FrameReader.can_read(dataset), cfg.num_workers > 0
         lerobots = lerobot_collate_fn if dataset.meta.has_language_columns else None
         yield from DataLoader(
             FrameReader(dataset, 0, frames) if ours else dataset,
@@ -229,6 +229,9 @@ def _read(
     # Small batches are read and handed from thread to thread several at a time: either takes longer to begin than to do.
     together = min(MOST_TOGETHER, max(1, HANDED_OVER_BYTES // reader.bytes_read(cfg.batch_size)))
 
+    if on_gpu:  # no thread may pin memory while the kernels of the first step are recorded
+        yield reader(next(rows))
+
     def read() -> list[dict]:
         return reader.several(list(itertools.islice(rows, together)))
 
@@ -243,6 +246,11 @@ def _read(
             for future in ahead:
                 future.cancel()
             reader.close()
+
+
+def reads_in_a_thread(dataset: LeRobotDataset) -> bool:
+    """Whether batches are read ahead by a thread of this process, and not by processes of LeRobot's loader."""
+    return FrameReader.can_read(dataset) and dataset.image_transforms is None
 
 
 def _as_read(batch: dict) -> dict:

@@ -25,7 +25,13 @@ from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
 from ray_jobs.engine import assets, bucket, checkpoint, kernels, parallel, quantiles
-from ray_jobs.engine.data import make_datasets, open_all_frames, to_device, training_batches
+from ray_jobs.engine.data import (
+    make_datasets,
+    open_all_frames,
+    reads_in_a_thread,
+    to_device,
+    training_batches,
+)
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frames import add_resize_step
@@ -134,6 +140,9 @@ def train(
     if not sharded:
         policy, optimizer, scheduler = parallel.prepare(accelerator, policy, optimizer, scheduler)
     policy.train()
+    one_batch = shards.count == options.ray.grad_accumulation == 1
+    if one_batch and not sharded and memory and stream is None and reads_in_a_thread(dataset):
+        kernels.launch_as_one(model, memory.total)
     # LeRobot fills in the features from the data set, and what adapters need; lerobot-train saves both.
     for name in ("input_features", "output_features", "use_peft"):
         setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
