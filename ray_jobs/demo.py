@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
     run = next(path for n in range(1, 10**6) if not (path := folder / f"search-{n}").exists())
     print(f"searching with {options.trials} trials of ACT, at most {options.steps} steps each")
     status = tune.main(_recipe(dataset, run, options, held_out))
-    if status != 0:
-        return status
+    if status != 0 or not (run / "best").exists():  # the search has said why
+        return status or 1
     print("\nthe published recipe and the best policy in the simulator, on seeds that neither has seen")
     evaluate.main(
         [

@@ -73,8 +73,13 @@ def main(argv: list[str]) -> int:
             check(simulator, one.recipe.lerobot.policy, one.recipe.lerobot.rename_map)
     for notice in notices:
         print(notice)
-    results = {one.name: _evaluate(one, flags, simulator, target) for one in policies}
-    _write(target, results, argv)
+    results = {}
+    try:
+        for one in policies:
+            results[one.name] = _evaluate(one, flags, simulator, target)
+    finally:
+        if results:  # what is done stays, whatever became of the next
+            _write(target, results, argv)
     _last_screen(target, results)
     return 0
 
@@ -103,17 +108,22 @@ def _next_folder(parent: Path) -> Path:
 def _find(checkpoint: str) -> dict[str, Path]:
     """`pretrained_model` folders by a short name."""
     from ray_jobs.engine.checkpoint import pretrained_dir
+    from ray_jobs.engine.meters import METRIC
+    from ray_jobs.engine.tracking import read_json
     from ray_jobs.search.plan import SEARCH_FILE
-    from ray_jobs.search.trial import TRIALS_DIR
+    from ray_jobs.search.trial import TRIALS_DIR, ranked_checkpoint
 
     found = {}
-    for word in checkpoint.split(","):
-        path = Path(word.strip())
+    paths = [Path(word.strip()) for word in checkpoint.split(",")]
+    for path in paths:
         if (path / SEARCH_FILE).is_file():
-            kept = sorted(p.parent for p in (path / TRIALS_DIR).glob("*/checkpoints") if any(p.iterdir()))
+            metrics = read_json(path / SEARCH_FILE)["flags"].get("tune.metric", METRIC).split(",")
+            ranked = {t: ranked_checkpoint(t, metrics) for t in sorted((path / TRIALS_DIR).glob("*"))}
+            kept = {trial.name: place for trial, place in ranked.items() if place}
             if not kept:
                 raise InputError(f"--checkpoint={path}: no trial of this search has a checkpoint (yet).")
-            found |= {f"trial {trial.name}": pretrained_dir(trial) for trial in kept}
+            of_which = f"{path} " if len(paths) > 1 else ""
+            found |= {f"{of_which}trial {name}": pretrained_dir(place) for name, place in kept.items()}
         else:
             found[str(path)] = pretrained_dir(path)
     return found
@@ -125,7 +135,7 @@ def _evaluate(one: "Trained", flags: dict, simulator: "SimulatorOptions | None",
     from ray_jobs.engine.trained import score
 
     print(f"{one.name}: {one.recipe.lerobot.policy.type}" + (f", step {one.step}" if one.step else ""))
-    folder = target / one.name.replace("trial ", "trial-").strip("/").replace("/", "_")
+    folder = target / one.name.replace(" ", "-").strip("/").replace("/", "_")
     result: dict = {"checkpoint": str(one.folder), "policy": one.recipe.lerobot.policy.type, "step": one.step}
     if one.recipe.lerobot.dataset.repo_id:
         result, drawn = score(one, say=print)

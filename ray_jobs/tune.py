@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
         return _help()
     _start_ray(argv)
     with no_garbage_collection():
+        from ray_jobs.engine.explain import first_line
         from ray_jobs.engine.workers import lock
         from ray_jobs.search import answer, dry_run, report
         from ray_jobs.search.plan import SEARCH_FILE, make_plan, read_command
@@ -73,11 +74,18 @@ def main(argv: list[str]) -> int:
             raise
         if not new:
             plan.save()
+            answer.reopen(plan)
         started = time.monotonic()
         status, error = _search(plan, study, slot, seed)
         summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)
     answer.last_screen(plan, summary, print)
-    print(f"report      {report.write_search(plan.output_dir)}")
+    if plan.pushes and summary["best"]:
+        print(answer.upload(plan))
+    try:
+        print(f"report      {report.write_search(plan.output_dir)}")
+    except Exception as error:  # out of memory, say; what was found is whole
+        again = f"python -m ray_jobs.report --output_dir={plan.output_dir}"
+        print(f"no report   {type(error).__name__}: {first_line(error)}; once more: {again}")
     if status != DONE:
         print(f"continue    python -m ray_jobs.tune --output_dir={plan.output_dir} --resume=true")
     if error:

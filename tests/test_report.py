@@ -15,9 +15,9 @@ from conftest import tiny_act
 from huggingface_hub import ModelCard
 from tensorboardX.proto.event_pb2 import Event
 from test_evaluate import evaluated, trained
-from test_tune import ACT, search
+from test_tune import ACT, search, study_of
 
-from ray_jobs import report
+from ray_jobs import evaluate, report
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.tracking import read_json, read_metrics
 
@@ -107,7 +107,7 @@ def test_sections(searched):
     """What a search, its best policy and its evaluation have to show."""
     (searched / "evaluation").mkdir()
     rollouts = {"env": "part_sorting", "episodes": 50, "success_rate": 0.5, "low": 0.366, "high": 0.634}
-    content = {"results": {"best": {"simulator": rollouts}}}
+    content = {"results": {f"{searched}/best/checkpoint": {"simulator": rollouts}}}
     (searched / "evaluation" / "evaluation.json").write_text(json.dumps(content))
     assert report.main([f"--output_dir={searched}"]) == 0
     page = Page(searched / "report.html").check()
@@ -115,7 +115,7 @@ def test_sections(searched):
     for title in ("Best against published", "In the simulator", "Learning curves", "What mattered", "Parameter by parameter",
                   "All at once", "Predicted against recorded actions", "Time and cost", "Trials", "How to reproduce"):  # fmt: skip
         assert title in titles
-    assert "36.6% to 63.4%" in page.text and page.images == 6
+    assert "36.6% to 63.4%" in page.text and ">best/checkpoint<" in page.text and page.images == 6
     assert page.text.count('class="line published"') == 2  # of the curves and of the coordinates
     assert "python -m ray_jobs.tune" in page.text and "best/command.sh" in page.text
 
@@ -140,6 +140,38 @@ def test_the_best_policy(searched, tmp_path):
         "12 episodes" in card.text and "episodes [10, 11]" in card.text and "policy.optimizer_lr" in card.text
     )
     assert not list((searched / "trials").rglob("README.md")), "the trial's own checkpoint is left as it was"
+
+
+def test_a_search_that_was_resumed_and_goes_on(searched, tmp_path):
+    """What its summary says is of an earlier session: the page tells what the table does."""
+    copy = shutil.copytree(searched, tmp_path / "run", symlinks=True)
+    summary = read_json(copy / "summary.json")
+    worst = max(
+        (t for t in study_of(searched).trials if t.state.name == "COMPLETE"), key=lambda t: t.value
+    ).number
+    summary["best"]["trial"], summary["status"] = worst, "still going on"
+    (copy / "summary.json").write_text(json.dumps(summary))
+    text = (copy / "trials.csv").read_text()
+    (copy / "trials.csv").write_text(text.replace("PRUNED", "RUNNING", 1))
+    report.main([f"--output_dir={copy}"])
+    page = Page(copy / "report.html").check()
+    assert "still going on" in page.text and 'class="line running"' in page.text
+    best = read_json(searched / "summary.json")["best"]
+    assert f"trial {best['trial']}, the best" in page.text and best["trial"] != worst
+
+
+def test_trials_of_two_searches(searched, tmp_path):
+    """Each has its name, and of each trial the checkpoint that the search ranked it by."""
+    other = shutil.copytree(searched, tmp_path / "other", symlinks=True)
+    search = read_json(other / "search.json")
+    search["flags"]["tune.metric"] = "val/loss"
+    (other / "search.json").write_text(json.dumps(search))
+    found = evaluate._find(f"{searched},{other}")
+    assert len(found) == 6 and len({name.rpartition(" ")[2] for name in found}) == 3
+    for name, place in found.items():
+        wanted = "best" if name.startswith(f"{searched} ") else "last"
+        run = (searched if wanted == "best" else other) / "trials" / name.rpartition(" ")[2]
+        assert place == (run / "checkpoints" / wanted / "pretrained_model").resolve()
 
 
 def test_a_search_without_a_finished_trial(searched, parts, tmp_path):

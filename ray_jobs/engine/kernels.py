@@ -89,7 +89,7 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
             state[name] = like.copy_(value) if like is not value else value
 
 
-def launch_as_one(policy: nn.Module, need: int) -> None:
+def launch_as_one(policy: nn.Module, need: int, room: float) -> None:
     """Have a GPU run ACT's forward pass and its backward pass as one launch each: CUDA graphs.
 
     A step of ACT is some twelve hundred small kernels, and the GPU waits for Python to launch them one by one: on an
@@ -105,10 +105,11 @@ def launch_as_one(policy: nn.Module, need: int) -> None:
     Args:
         need: Bytes that the training takes, by estimate. Graphs have memory of their own, beside what the batches
             that go the usual way take.
+        room: Bytes of the GPU that it may take.
     """
-    if not (isinstance(policy, ACTPolicy) and policy.config.use_vae and policy.config.device == "cuda"):
+    if not (type(policy) is ACTPolicy and policy.config.use_vae and policy.config.device == "cuda"):
         return
-    if torch.cuda.mem_get_info()[0] < 3 * need:
+    if room < 3 * need:
         return
     network, eager = policy.model, policy.model.forward
     replay, recorded = None, []

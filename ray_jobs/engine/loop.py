@@ -112,10 +112,10 @@ def train(
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
     frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, shards.count, report)
     quantiles.complete(cfg.policy, dataset.meta)
-    memory = recipe.memory
+    memory, room = recipe.memory, 0.0
     if memory and accelerator.device.type == "cuda":
-        available = torch.cuda.get_device_properties(accelerator.device).total_memory
-        if text := memory.warning(recipe, available):
+        room = recipe.gpu_share * torch.cuda.get_device_properties(accelerator.device).total_memory
+        if text := memory.warning(recipe, room):
             tell(text)
     sharded = accelerator.is_fsdp2
     # All of a policy is in main memory for a while. One that is sharded goes from there to the GPUs share by share.
@@ -142,7 +142,7 @@ def train(
     policy.train()
     one_batch = shards.count == options.ray.grad_accumulation == 1
     if one_batch and not sharded and memory and stream is None and reads_in_a_thread(dataset):
-        kernels.launch_as_one(model, memory.total)
+        kernels.launch_as_one(model, memory.total, room)
     # LeRobot fills in the features from the data set, and what adapters need; lerobot-train saves both.
     for name in ("input_features", "output_features", "use_peft"):
         setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))

@@ -46,12 +46,12 @@ class Memory:
         more = "" if self.activations is not None else "; activations come on top"
         return f"about {self.total / 1e9:.2f} GB per worker ({listed}{more})"
 
-    def warning(self, recipe: "Recipe", available: int) -> str | None:
-        """What to change when a worker's GPU of `available` bytes is too small; None if it is not."""
+    def warning(self, recipe: "Recipe", available: float) -> str | None:
+        """What to change when a worker's GPU, or share of one, of `available` bytes is too small; None if it is not."""
         if self.total <= available:
             return None
         return (
-            f"warning: this needs {self}, and the GPU has {available / 1e9:.2f} GB.\n"
+            f"warning: this needs {self}, and there are {available / 1e9:.2f} GB of GPU memory for it.\n"
             f"What makes it less: {self.savings(recipe)}."
         )
 

@@ -120,10 +120,16 @@ def in_simulator(folder: Path) -> list[Section]:
     for file in sorted(folder.glob("evaluation*/evaluation.json")):
         for name, result in read_json(file)["results"].items():
             if found := result.get("simulator"):
-                rows.append([name.removeprefix(f"{folder}/"), found["env"], str(found["episodes"]),
+                rows.append([_within(folder, name), found["env"], str(found["episodes"]),
                              f"{found['success_rate']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}"])  # fmt: skip
     head = ["policy", "environment", "episodes", "success", "95 % interval (Wilson)"]
     return [Section("In the simulator", head=head, rows=rows)] if rows else []
+
+
+def _within(folder: Path, name: str) -> str:
+    """A path that lies in the folder, as seen from there."""
+    path = Path(name).absolute()
+    return str(path.relative_to(folder.absolute())) if path.is_relative_to(folder.absolute()) else name
 
 
 def reproduce(commands: list[str], more: list[list[str]] = ()) -> Section:

@@ -71,6 +71,8 @@ class Recipe:
     """Tells this driver's run from others: a worker may take the place of one that is not dead yet."""
     trainings: int = 1
     """That will read the same data."""
+    gpu_share: float = 1.0
+    """Of a GPU, that a worker may use."""
 
     @property
     def output_dir(self) -> Path:

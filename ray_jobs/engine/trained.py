@@ -76,11 +76,7 @@ def open_trained(name: str, folder: Path, flags: dict[str, str]) -> Trained:
     theirs = [word for word in theirs if word[2:].partition("=")[0].startswith(OF_THE_DATA)]
     train_config = folder / TRAIN_CONFIG_NAME
     saved_options = next(
-        (
-            path
-            for place in (folder.parents[2], folder.parents[1])
-            if (path := place / OPTIONS_FILE).is_file()
-        ),
+        (path for place in reversed(folder.parents[1:3]) if (path := place / OPTIONS_FILE).is_file()),
         None,
     )
     try:

@@ -7,20 +7,23 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import optuna
+from huggingface_hub import HfApi
+from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import duration
-from ray_jobs.engine.meters import METRIC
+from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.options import OPTIONS_FILE
-from ray_jobs.engine.tracking import SUMMARY_FILE, write_json
+from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, write_json
 from ray_jobs.search import card
 from ray_jobs.search.options import MORE_IS_BETTER
-from ray_jobs.search.plan import Plan
+from ray_jobs.search.plan import PUSH, Plan
 from ray_jobs.search.space import flags
 from ray_jobs.search.study import (
     BASELINE,
@@ -40,9 +43,10 @@ from ray_jobs.search.study import (
     trial_name,
     trials_of,
 )
-from ray_jobs.search.trial import trial_dir
+from ray_jobs.search.trial import ranked_checkpoint, trial_dir
 
 TRIALS_FILE, BEST_DIR, COMMAND_FILE = "trials.csv", "best", "command.sh"
+GOING_ON = "still going on"
 # Trials; with fewer, what mattered most is another in every other search.
 SURE_OF_IMPORTANCES = 30
 OF_THE_SEARCH = (
@@ -64,6 +68,13 @@ def note(plan: Plan, study: Study) -> None:
             shutil.rmtree(
                 trial_dir(plan.output_dir, trial_name(trial.number)) / "checkpoints", ignore_errors=True
             )
+
+
+def reopen(plan: Plan) -> None:
+    """A search is resumed: its summary is of an earlier session."""
+    file = plan.output_dir / SUMMARY_FILE
+    if file.is_file():
+        write_json(file, {**read_json(file), "status": GOING_ON})
 
 
 def _winners(plan: Plan, study: Study) -> set[int]:
@@ -214,16 +225,14 @@ def _best(plan: Plan, trial: FrozenTrial, summary: dict) -> str:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     checkpoints = trial_dir(plan.output_dir, trial_name(trial.number)) / "checkpoints"
-    # The one whose validation was ranked, see `trial.best_values`.
-    names = ("best", "last") if plan.options.tune.metrics[0] == METRIC else ("last",)
-    source = next((p for name in names if (p := checkpoints / name).exists()), None)
+    source = ranked_checkpoint(checkpoints.parent, plan.options.tune.metrics)
     if source is not None:
         shutil.copytree(source.resolve(), scratch / "checkpoint", copy_function=_link_or_copy)
         card.write(plan, summary, scratch / "checkpoint")
         shutil.copyfile(source / "pretrained_model" / "train_config.json", scratch / "train_config.json")
         shutil.copyfile(checkpoints.parent / OPTIONS_FILE, scratch / OPTIONS_FILE)  # what was held out, say
     words = [word for word in plan.base if word[2:].partition("=")[0] not in OF_THE_SEARCH]
-    typed = [f"--{flag}={plan.typed[flag]}" for flag in ("log_freq",) if flag in plan.typed]
+    typed = [f"--{flag}={plan.typed[flag]}" for flag in ("log_freq", PUSH) if flag in plan.typed]
     steps = plan.options.tune.final_steps
     seed = plan.recipe.lerobot.seed
     words += typed + flags(trial.user_attrs[CONFIG])
@@ -309,9 +318,27 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
     study = "" if plan.options.tune.storage else "study.db,"
     say(f"left        {plan.output_dir}/{{trials.csv,summary.json,{study}best}}")
     say(f"train it    {summary['command']}")
-    policy = plan.output_dir / BEST_DIR / "checkpoint" / "pretrained_model"
-    if policy.is_dir():
+    policy = _policy(plan)
+    if policy.is_dir() and not plan.pushes:
         say(f"upload it   hf upload USER/{plan.output_dir.name} {shlex.quote(str(policy))}")
+
+
+def upload(plan: Plan) -> str:
+    """Upload the best policy with its card to `--policy.repo_id`; returns what to tell: a search is none the worse for a
+    network that failed."""
+    cfg, policy = plan.recipe.lerobot.policy, _policy(plan)
+    if not policy.is_dir():
+        return "nothing to upload: the best trial has left no checkpoint."
+    try:
+        api = HfApi()
+        repo = api.create_repo(cfg.repo_id, private=cfg.private, exist_ok=True).repo_id
+        return f"uploaded    {api.upload_folder(repo_id=repo, folder_path=policy).repo_url}"
+    except Exception as error:
+        return f"not uploaded to {cfg.repo_id}: {first_line(error)}"
+
+
+def _policy(plan: Plan) -> Path:
+    return plan.output_dir / BEST_DIR / "checkpoint" / PRETRAINED_MODEL_DIR
 
 
 def _values(row: dict) -> str:

@@ -41,6 +41,7 @@ VALIDATIONS = 8
 # Before the first one. Earlier, a training from scratch has not learned anything yet, and lots would be drawn.
 FEWEST_STEPS = 25
 FEWEST_FRAMES, MOST_FRAMES = 64, 256  # of a validation
+PUSH = "policy.push_to_hub"
 FRAMES = "the data set's frames"  # a term that is no flag
 # What is decided here where the user is silent and must not change with our version: kept with the search.
 DECIDED = ("eval_steps", "max_eval_samples", "env_eval_freq")
@@ -48,6 +49,10 @@ EPISODES = 20  # in a simulator, at every validation
 FOLDERS = {"dataset.root", "policy.path", "policy.pretrained_path", "data.cache"}
 NOT_COMPARED = (
     "wandb.",
+    "policy.repo_id",
+    "policy.private",
+    "policy.tags",
+    "policy.license",
     "ray.address",
     "ray.cpus_per_worker",
     "ray.max_failures",
@@ -101,6 +106,11 @@ class Plan:
         """Steps that every trial is given."""
         first = self.recipe.lerobot.env_eval_freq if SUCCESS in self.options.tune.metrics else 0
         return self.options.tune.grace_steps or max(first, self.recipe.eval_steps)
+
+    @property
+    def pushes(self) -> bool:
+        """Whether the best policy is to be uploaded."""
+        return self.typed.get(PUSH, "").lower() == "true"
 
     @property
     def study_name(self) -> str:
@@ -190,6 +200,16 @@ def make_plan(
             "--data.source=stream: a search would read all of it again for every trial. Give it a local copy, "
             "perhaps of some episodes (--dataset.episodes)."
         )
+    for space in spaces:
+        if PUSH in space.lines:
+            raise space.error(
+                PUSH, "the best policy alone is uploaded: type --policy.push_to_hub=true instead"
+            )
+    push = typed.get(PUSH, "false").lower()
+    if push not in ("true", "false"):
+        raise InputError(f"--{PUSH}={typed[PUSH]}: must be true or false.")
+    if push == "true" and "policy.repo_id" not in typed:
+        raise InputError("--policy.push_to_hub=true: where to? --policy.repo_id=USER/NAME is missing.")
     names = [space.policy for space in spaces]
     if len(set(names)) < len(names):
         raise InputError(
@@ -279,7 +299,6 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
         "save_freq": steps,
         "env_eval_freq": "0",
         "checkpoint.keep_last": "1",
-        "policy.push_to_hub": "false",
         "wandb.disable_artifact": "true",
     }
     if not theirs.keys() & {"data.eval_episodes", "dataset.eval_split"}:
@@ -294,7 +313,8 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
         defaults["data.eval_timing"] = "true"
     if options.tune.workers_per_trial > 1:
         defaults["ray.num_workers"] = str(options.tune.workers_per_trial)
-    both = {**defaults, **theirs}
+    # All trials would go to the same repository, the last one to stay.
+    both = {**defaults, **theirs, PUSH: "false"}
     if both["eval_steps"] == "0":
         raise InputError("--eval_steps=0: trials are compared by their validations; leave it out.")
     both["assets.dir"] = str(Path(both.get("assets.dir", "pretrained")).absolute())

@@ -12,7 +12,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.page import Section, actions, in_simulator, reproduce, write
 from ray_jobs.engine.svg import Chart, bars, parallel, short
 from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
-from ray_jobs.search.answer import BEST_DIR, COMMAND_FILE, TRIALS_FILE
+from ray_jobs.search.answer import BEST_DIR, COMMAND_FILE, GOING_ON, TRIALS_FILE
 from ray_jobs.search.options import MORE_IS_BETTER
 from ray_jobs.search.plan import SEARCH_FILE
 from ray_jobs.search.study import trial_name
@@ -21,12 +21,14 @@ from ray_jobs.search.trial import trial_dir
 FIXED_COLUMNS = ("trial", "state", "best_step", "steps", "wall_s", "baseline", "other_seeds", "reason")
 SLICES = 6  # parameters that are shown one by one
 LARGEST_GB = 2  # policies that a search's driver opens to show what they predict
-KEYS = [
-    ("best", "best"),
-    ("published", "published recipe"),
-    ("other", "trained in full"),
-    ("pruned", "pruned"),
-]
+KINDS = {  # of trials, in the order in which they are drawn: those that matter come last
+    "pruned": "pruned",
+    "fail": "failed",
+    "running": "running",
+    "other": "trained in full",
+    "published": "published recipe",
+    "best": "best",
+}
 
 
 class Found:
@@ -40,6 +42,8 @@ class Found:
         self.folder = folder
         self.flags: dict[str, str] = read_json(folder / SEARCH_FILE)["flags"]
         self.summary = read_json(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).is_file() else {}
+        if self.summary.get("status") == GOING_ON:  # it was resumed: what it had found is not the last word
+            self.summary = {}
         self.metrics = (
             self.summary.get("metric") or self.flags.get("tune.metric", "val/action_error")
         ).split(",")
@@ -84,15 +88,20 @@ class Found:
             return "best"
         if row is self.published:
             return "published"
-        return {"COMPLETE": "other", "PRUNED": "pruned"}.get(row["state"], "pruned")
+        return {"COMPLETE": "other", "PRUNED": "pruned", "FAIL": "fail"}.get(row["state"], "running")
 
     def tip(self, row: dict) -> str:
         return f"trial {row['trial']}, {row['state'].lower()}: {self.metric} {short(self.value(row))}"
 
     def back_to_front(self) -> list[dict]:
-        """Trials in the order in which they are drawn: those that matter come last."""
-        order = ("pruned", "other", "published", "best")
+        """Trials in the order in which they are drawn."""
+        order = list(KINDS)
         return sorted((r for r in self.rows if r[self.metric]), key=lambda r: order.index(self.kind(r)))
+
+    def keys(self) -> list[tuple[str, str]]:
+        """The kinds of trials that are drawn, and what they are called."""
+        there = {self.kind(row) for row in self.back_to_front()}
+        return [(kind, KINDS[kind]) for kind in reversed(KINDS) if kind in there]
 
 
 def write_search(folder: Path) -> Path:
@@ -117,7 +126,7 @@ def write_search(folder: Path) -> Path:
         sections += _actions(found)
     sections += [_cost(found), _table(found), _reproduce(found)]
     policy = ", ".join(sorted({r["policy.type"] for r in found.rows if r.get("policy.type")}))
-    status = found.summary.get("status", "still going on")
+    status = found.summary.get("status", GOING_ON)
     subtitle = f"{policy or 'a policy'} on {found.flags.get('dataset.repo_id', '')}, {status}"
     return write(
         folder, f"Search {folder.name}", subtitle, warnings, _tiles(found), [s for s in sections if s]
@@ -181,6 +190,8 @@ def _against_published(found: Found) -> Section:
             chart.dot(value, name, kind, f"trial {row['trial']}: {short(value)}", 5)
     seeds = max(len(found.seeds(row)) for _, row in both)
     texts = ["Both were trained for the same number of steps and scored on the same held-out episodes."]
+    if not published:
+        texts = ["The published recipe was not trained to its end."]
     texts.append(
         f"Each dot is one of {seeds} seeds." if seeds > 1
         else "One seed each, so this says nothing about chance: --tune.seeds=3 does."
@@ -215,7 +226,7 @@ def _curves(found: Found) -> Section | None:
     texts = [
         "A cross marks where a trial was given up. A finger or the mouse on a line tells which trial it is."
     ]
-    return Section("Learning curves", texts, KEYS, wide=chart.svg())
+    return Section("Learning curves", texts, found.keys(), wide=chart.svg())
 
 
 def _importances(found: Found) -> Section | None:
@@ -241,7 +252,7 @@ def _slices(found: Found) -> Section | None:
             chart.dot(x, y, found.kind(row), f"{column}={short(x)}, {found.tip(row)}")
         figures.append(chart.svg())
     text = "Pruned trials (hollow) stand at the value they were stopped with."
-    return Section("Parameter by parameter", [text], KEYS, figures, "small") if figures else None
+    return Section("Parameter by parameter", [text], found.keys(), figures, "small") if figures else None
 
 
 def _parallel(found: Found) -> Section | None:
@@ -251,7 +262,7 @@ def _parallel(found: Found) -> Section | None:
     columns = {c: [_number(r[c]) if r[c] else None for r in rows] for c in chosen}
     columns[found.metric] = [found.value(r) for r in rows]
     lines = [(n, found.kind(r), found.tip(r)) for n, r in enumerate(rows)]
-    return Section("All at once", keys=KEYS, wide=parallel(columns, lines, "Parallel coordinates"))
+    return Section("All at once", keys=found.keys(), wide=parallel(columns, lines, "Parallel coordinates"))
 
 
 def _front(found: Found) -> Section | None:
@@ -288,9 +299,11 @@ def _actions(found: Found) -> list[Section]:
             Section("Predicted against recorded actions", ["Not shown: the best trial left no checkpoint."])
         ]
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    if size > LARGEST_GB * 1e9:
+    adapters = (checkpoint / "adapter_config.json").is_file()
+    if adapters or size > LARGEST_GB * 1e9:
+        why = "the policy is adapters on a large one" if adapters else f"the policy has {size / 1e9:.1f} GB"
         text = (
-            f"Not shown: the policy has {size / 1e9:.1f} GB. `python -m ray_jobs.evaluate --checkpoint={checkpoint}` on a machine "
+            f"Not shown: {why}. `python -m ray_jobs.evaluate --checkpoint={checkpoint}` on a machine "
             "with a GPU draws it."
         )
         return [Section("Predicted against recorded actions", [text])]
@@ -318,10 +331,9 @@ def _cost(found: Found) -> Section:
 
 def _table(found: Found) -> Section:
     head = ["trial", "state", *found.metrics, "best_step", "steps", "wall_s", *found.searched, "reason"]
-    kinds = {"FAIL": "fail"}
     trials = [
         (
-            kinds.get(row["state"], found.kind(row)),
+            found.kind(row),
             [(short(_number(row[c])), row[c], isinstance(_number(row[c]), int | float)) for c in head],
         )
         for row in found.rows

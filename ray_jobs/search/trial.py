@@ -105,7 +105,7 @@ def run_trial(
         if ended := _ended(folder):  # its slot died before it could tell
             return tune.report({**ended, **best_values(folder, metrics)})
         recipe = resolve(trial_flags(base, config, output_dir))
-        recipe.trainings = trials
+        recipe.trainings, recipe.gpu_share = trials, min(1.0, each.gpus)
         preflight.check(recipe)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         if recipe.options.ray.num_workers > 1:
@@ -133,6 +133,12 @@ def best_values(folder: Path, metrics: list[str]) -> dict:
         return {}
     best = min(records, key=lambda r: r[METRIC]) if metrics[0] == METRIC else records[-1]
     return {key: best[key] for key in ("step", *metrics)}
+
+
+def ranked_checkpoint(folder: Path, metrics: list[str]) -> Path | None:
+    """The checkpoint of a trial whose validation it was ranked by (see `best_values`), None if there is none."""
+    names = ("best", "last") if metrics[0] == METRIC else ("last",)
+    return next((path for name in names if (path := folder / "checkpoints" / name).exists()), None)
 
 
 def _ended(folder: Path) -> dict | None:

@@ -1,23 +1,26 @@
-"""Is the search worth its steps? Searches replayed on a recorded table of real ACT trainings.
+"""Is the search worth its steps? Searches replayed on two recorded tables of real ACT trainings.
 
-    uv run python tests/benchmarks/search_quality.py [--seeds=20]
+    uv run python tests/benchmarks/search_quality.py [--seeds=50] [--table=demo]
 
-`act_trials.json` holds over a hundred configurations of `table_space.yaml`, drawn at random and trained to their
-end by the tuner itself on the demo's data, with every validation. A replayed search draws as the real one does; each
-drawing stands for the nearest configuration of the table that it has not tried yet. Counted are the training steps
-until a value within 1 % (5 %, 10 %, 20 %) of the table's best is seen, one trial at a time; of all seeds the median,
-and the mean:
+`act_trials_demo.json` and `act_trials_real.json` hold over a hundred configurations of `table_space.yaml` each, drawn
+at random and trained to their end by the tuner itself, with every validation. A replayed search draws as the real one
+does; each drawing stands for the nearest configuration of the table that it has not tried yet. Counted are the training
+steps until a value within 1 % (5 %, 10 %, 20 %) of the table's best is seen, one trial at a time; of all seeds the
+median, and the mean:
 
     tpe + asha      what `ray_jobs.tune` does: Optuna is told PRUNED, with the intermediate values
     ray's own       Ray's OptunaSearch and ASHAScheduler, unchanged: Optuna is told COMPLETE, with the last value
     random + asha, random
 
-The table is made by
-    uv run python -m ray_jobs.demo --episodes=50; uv run python -m ray_jobs.tune --space=tests/benchmarks/table_space.yaml
-      --dataset.repo_id=local/parts --dataset.root=outputs/demo/dataset --data.eval_episodes='[45,46,47,48,49]'
-      --batch_size=4 --steps=90 --eval_steps=10 --max_eval_samples=96 --tune.sampler=random --tune.scheduler=none
-      --tune.num_samples=104 --ray.cpus_per_worker=1 --output_dir=outputs/table
-    uv run python tests/benchmarks/search_quality.py --record=outputs/table
+The tables were made by `ray_jobs.tune --space=tests/benchmarks/table_space.yaml --tune.sampler=random
+--tune.scheduler=none --tune.num_samples=104 --ray.cpus_per_worker=1 --max_eval_samples=96` and
+
+    demo    --dataset.root=outputs/demo/dataset (50 episodes) --data.eval_episodes='[45,46,47,48,49]' --batch_size=4
+            --steps=90 --eval_steps=10, on two CPU cores
+    real    --dataset.root=DATASET (a Unitree G1, 20 episodes) --data.resize='[96,128]' --data.eval_episodes='[17,18,19]'
+            --batch_size=8 --steps=240 --eval_steps=15, eight at a time on an H100 (99), the others on a CPU
+
+and kept with `search_quality.py --table=real --record=outputs/table`.
 """
 
 import argparse
@@ -41,7 +44,7 @@ from ray_jobs.search.space_file import read_space
 from ray_jobs.search.study import make_sampler
 
 HERE = Path(__file__).parent
-TABLE = HERE / "act_trials.json"
+TABLES = {name: HERE / f"act_trials_{name}.json" for name in ("demo", "real")}
 REDUCTION = 3
 METRIC = "val/action_error"
 
@@ -49,8 +52,8 @@ METRIC = "val/action_error"
 class Table:
     """Recorded trials: a configuration's parameters, and its validations by step."""
 
-    def __init__(self) -> None:
-        self.rows = json.loads(TABLE.read_text())
+    def __init__(self, path: Path) -> None:
+        self.rows = json.loads(path.read_text())
         self.space = SearchSpace((read_space(HERE / "table_space.yaml"),), {})
         self.parameters = [p for p in self.space.spaces[0].parameters if p.distribution is not None]
         self.points = [self._point(row["params"]) for row in self.rows]
@@ -186,32 +189,24 @@ def steps_needed(table: Table, search, within: tuple[float, ...]) -> list[int]:
     return [needed.get(share, spent) for share in within]
 
 
-def record(folder: Path) -> None:
-    """Keep what a search without pruning has trained, as the table."""
-    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
-    rows = [
-        {"params": t.params, "values": {str(s): float(f"{v:.6g}") for s, v in t.intermediate_values.items()}}
+def record(folders: list[Path], table: Path) -> None:
+    """Keep what searches without pruning have trained, as the table."""
+    studies = [optuna.load_study(study_name=f.name, storage=f"sqlite:///{f / 'study.db'}") for f in folders]
+    rows = {  # by its parameters: every search has the published recipe
+        json.dumps(t.params): {str(s): float(f"{v:.6g}") for s, v in t.intermediate_values.items()}
+        for study in studies
         for t in study.trials
         if t.state == TrialState.COMPLETE
-    ]
-    TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    print(f"{len(rows)} trials in {TABLE}")
+    }
+    rows = [{"params": json.loads(params), "values": values} for params, values in rows.items()]
+    table.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    print(f"{len(rows)} trials in {table}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--record", type=Path, help="make the table from a search's folder")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if args.record:
-        return record(args.record)
-    table, within = Table(), (0.01, 0.05, 0.1, 0.2)
+def replay(table: Table, seeds: int) -> None:
+    within = (0.01, 0.05, 0.1, 0.2)
     print(
-        f"{len(table.rows)} configurations of {table.steps[-1]} steps, the best {table.best:.4g}; {args.seeds} seeds"
+        f"{len(table.rows)} configurations of {table.steps[-1]} steps, the best {table.best:.4g}; {seeds} seeds"
     )
     print(
         f"{'steps until within':16}"
@@ -219,7 +214,7 @@ def main() -> None:
         + f"{'(quartiles at 1%)':>24}"
     )
     for name, make in METHODS.items():
-        needed = [steps_needed(table, make(table, seed), within) for seed in range(args.seeds)]
+        needed = [steps_needed(table, make(table, seed), within) for seed in range(seeds)]
         columns = list(zip(*needed, strict=True))
         low, _, high = statistics.quantiles((row[0] for row in needed), n=4)
         print(
@@ -228,6 +223,25 @@ def main() -> None:
             + f"{f'{low:.0f} to {high:.0f}':>24}",
             flush=True,
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--table", choices=TABLES, help="one of them; both if left out")
+    parser.add_argument("--record", type=Path, nargs="+", help="make the table from the folders of searches")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if args.record:
+        if not args.table:
+            parser.error("--record needs --table: which one it is")
+        return record(args.record, TABLES[args.table])
+    for name in [args.table] if args.table else TABLES:
+        print(f"\n{name}: ", end="")
+        replay(Table(TABLES[name]), args.seeds)
 
 
 if __name__ == "__main__":
