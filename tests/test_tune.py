@@ -601,6 +601,9 @@ def test_finalists_with_several_seeds(common, tmp_path, capsys):
     assert summary["best"]["trial"] == min(means, key=means.get)
     assert summary["best"]["mean"] == pytest.approx(min(means.values()))
     assert "mean of 3 seeds" in capsys.readouterr().out
+    runs = sum(len(values) for values in repeats.values())
+    assert summary["repeats"]["steps"] == runs * 18 and summary["repeats"]["wall_s"] > 0
+    assert f">{runs * 18}<" in (output / "report.html").read_text()
 
 
 # ---------------------------------------------------------------------- wrong input

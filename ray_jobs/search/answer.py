@@ -39,6 +39,7 @@ from ray_jobs.search.study import (
     maximizes,
     mean_value,
     ranking,
+    repeats_cost,
     repeats_of,
     trial_name,
     trials_of,
@@ -124,6 +125,8 @@ def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> 
         "baseline": _described(plan, study, published),
         "best": _described(plan, study, ranked[0] if ranked else None),
     }
+    if repeats_of(study):
+        summary["repeats"] = repeats_cost(study)
     if len(plan.options.tune.metrics) > 1:
         front = sorted(study.best_trials, key=lambda t: t.values)
         summary["front"] = [_described(plan, study, t) for t in front]

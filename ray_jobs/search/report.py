@@ -313,13 +313,17 @@ def _actions(found: Found) -> list[Section]:
 def _cost(found: Found) -> Section:
     trained = sum(int(r["steps"] or 0) for r in found.rows)
     busy = sum(float(r["wall_s"] or 0) for r in found.rows)
-    each = found.summary.get("each_trial", {})
+    each, repeats = found.summary.get("each_trial", {}), found.summary.get("repeats")
     rows = [
         ["steps trained", str(trained)],
         ["steps of all trials in full", str(found.steps * len(found.rows))],
         ["steps saved by pruning", str(_saved_steps(found))],
         ["hours of trials, added up", f"{busy / 3600:.2f}"],
     ]
+    if repeats:
+        busy += repeats["wall_s"]
+        rows.append(["steps of finalists under other seeds", str(repeats["steps"])])
+        rows.append(["hours, these included", f"{busy / 3600:.2f}"])
     if each.get("gpus"):
         rows.append(["GPU hours", f"{busy * each['gpus'] / 3600:.2f}"])
     if each:

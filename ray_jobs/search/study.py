@@ -31,13 +31,9 @@ from ray_jobs.search.trial import ENDED
 CONFIG, POLICY, BASELINE, SKIPPED, REASON, STEPS, BEST_STEP, WALL_S, TIMES = (  # user attributes of trials
     "config", "policy", "baseline", "skipped", "reason", "steps", "best_step", "wall_s", "times",
 )  # fmt: skip
-SPACE, OPTIMIZED, TERMS, REPEATS, WALL = (
-    "space",
-    "metric",
-    "terms",
-    "repeats",
-    "wall_s",
-)  # user attributes of the study
+SPACE, OPTIMIZED, TERMS, REPEATS, REPEATS_COST, WALL = (  # user attributes of the study
+    "space", "metric", "terms", "repeats", "repeats_cost", "wall_s",
+)  # fmt: skip
 BUSY_S = 120  # how long others, a dashboard say, may hold an SQLite file
 TRIES = 50  # drawings until one is new and keeps the constraints; then the space is taken for exhausted
 DEATHS = 3  # processes a trial may cost, and trials in a row that may cost so many
@@ -165,6 +161,11 @@ def finished(study: Study) -> list[FrozenTrial]:
 def repeats_of(study: Study) -> dict[str, dict[str, float]]:
     """Values of finalists under other seeds: {trial number: {seed: value}}."""
     return json.loads(study.user_attrs.get(REPEATS, "{}"))
+
+
+def repeats_cost(study: Study) -> dict[str, float]:
+    """Training steps and seconds that went into them."""
+    return dict(study.user_attrs.get(REPEATS_COST, {STEPS: 0, WALL_S: 0.0}))
 
 
 def mean_value(study: Study, trial: FrozenTrial) -> float:
@@ -333,6 +334,10 @@ class StudySearch(Searcher):
         if status == INTERRUPTED:
             pass  # stays RUNNING, and is taken up again
         elif repeat:
+            cost = repeats_cost(self.study)
+            for name, spent in ((STEPS, result.get("trained")), (WALL_S, result.get("wall_s"))):
+                cost[name] += spent or 0
+            self.study.set_user_attr(REPEATS_COST, cost)
             if status in ENDED:
                 repeats = repeats_of(self.study)
                 repeats.setdefault(str(trial.number), {})[repeat] = values[0]
