@@ -1,11 +1,13 @@
 """Declared search spaces: what they draw, and every mistake told with file and line before anything is scheduled."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 import yaml
 from conftest import ROOT
+from optuna.trial import TrialState
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flags import check_flags
@@ -14,7 +16,7 @@ from ray_jobs.search.options import SAMPLERS, TuneOptions
 from ray_jobs.search.plan import steps_between
 from ray_jobs.search.space import SearchSpace, flags
 from ray_jobs.search.space_file import read_space
-from ray_jobs.search.study import StudySearch, make_sampler
+from ray_jobs.search.study import DEATHS, StudyScheduler, StudySearch, make_sampler
 
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 GOOD = """\
@@ -113,6 +115,25 @@ search:
         assert tuple(config["flags"]) not in seen
         seen.add(tuple(config["flags"]))
     assert len(seen) >= 28
+
+
+def test_a_trial_whose_slot_was_dead_is_tried_again(tmp_path):
+    """Its node was lost, say, before it could begin: Ray Tune gives it up at once. One that dies at work is a FAIL."""
+    options = TuneOptions(num_samples=1, sampler="random")
+    study = optuna.create_study(sampler=make_sampler(options, 0))
+    search = StudySearch(study, SearchSpace((space(tmp_path, GOOD),), {}), options, 0, 10, lambda event: None)
+    scheduler = StudyScheduler(search, line=None)
+    first = search.suggest("0")
+    for number, status in enumerate(["PENDING"] * DEATHS + ["RUNNING"]):
+        assert study.trials[0].state == TrialState.RUNNING
+        scheduler.on_trial_error(
+            None, SimpleNamespace(trial_id=str(number), status=status, PENDING="PENDING")
+        )
+        search.on_trial_complete(str(number), error=True)
+        if status == "PENDING":
+            assert search.suggest(str(number + 1)) == first
+    assert study.trials[0].state == TrialState.FAIL and len(study.trials) == 1
+    assert search.suggest("end") == search.FINISHED
 
 
 def test_what_the_user_types_is_not_searched(tmp_path):

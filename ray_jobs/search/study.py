@@ -8,6 +8,7 @@ study: a search that was killed goes on with all it knew.
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import optuna
@@ -220,6 +221,8 @@ class StudySearch(Searcher):
         self.exhausted = False
         self.failed_repeats: set[tuple[int, str]] = set()
         self.deaths_in_a_row = 0
+        self.slot_was_dead: set[str] = set()  # Tune's ids of trials that could not begin
+        self.dead_slots: Counter[int] = Counter()  # by trial number
 
     def __getstate__(self) -> dict:
         """Ray Tune writes everything down for `Tuner.restore`. Nothing of this is needed: the study knows more."""
@@ -318,6 +321,12 @@ class StudySearch(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         trial, repeat = self.live.pop(trial_id)
+        if trial_id in self.slot_was_dead and self.dead_slots[trial.number] < DEATHS:
+            # Ray Tune gives such a trial up at once: a slot that died, with its node say, while no trial was in it.
+            self.dead_slots[trial.number] += 1
+            if not repeat:
+                self.left_behind += [t for t in trials_of(self.study) if t.number == trial.number]
+            return
         result = result or {}
         status = "failed" if error else result["status"]
         reason = result.get("reason", f"its process died {DEATHS} times" if error else None)
@@ -371,6 +380,11 @@ class StudyScheduler(FIFOScheduler):
     def __init__(self, search: StudySearch, line):
         super().__init__()
         self.search, self.line = search, line
+
+    def on_trial_error(self, tune_controller, trial) -> None:
+        if trial.status == trial.PENDING:
+            self.search.slot_was_dead.add(trial.trial_id)
+        super().on_trial_error(tune_controller, trial)
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
         if self.search.judge(trial.trial_id, result):
