@@ -38,7 +38,6 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.tracking import read_json, read_metrics
 from ray_jobs.search import answer
 from ray_jobs.search.answer import importances
-from ray_jobs.search.plan import steps_between
 from ray_jobs.search.study import BASELINE
 
 ACT = {
@@ -355,19 +354,6 @@ def test_time_budget(common, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------- other kinds of search
-
-
-def test_default_judging_points():
-    """After an eighth of a trial's steps, but not before 25 of them, or a quarter of a short trial."""
-    assert [steps_between(steps) for steps in (8, 60, 120, 220, 240, 500, 4000)] == [
-        2,
-        15,
-        25,
-        28,
-        30,
-        63,
-        500,
-    ]
 
 
 PRUNED = {
