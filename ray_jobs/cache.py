@@ -152,9 +152,14 @@ def _verify(words: list[str]) -> int:
     _, found = _entries(words)
     damaged = 0
     for name, entry in found.items():
-        bad = entry.verify()
-        damaged += len(bad)
-        print(f"{name}: {f'{len(bad)} damaged frames, to be decoded again' if bad else 'good'}", flush=True)
+        if entry.file is None:
+            bad, state = entry.total, "its files are cut short, all frames are to be decoded again"
+        elif bad := len(entry.verify()):
+            state = f"{bad} damaged frames, to be decoded again"
+        else:
+            state = "good"
+        damaged += bad
+        print(f"{name}: {state}", flush=True)
     return 1 if damaged else 0
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.options import read_flags
 
+# Nothing is validated: the one episode that is measured cannot be parted.
+NOT_MEASURED = {"dataset.eval_split", "data.eval_episodes", "eval_steps", "max_eval_samples"}
+
 
 def main(argv: list[str]) -> int:
     quiet()
@@ -48,7 +51,7 @@ def _recipe(flags: dict[str, str]) -> list[str]:
         {"policy.pretrained_backbone_weights": "null"} if flags.get("policy.type", "act") == "act" else {}
     )
     defaults |= {"policy.type": "act", "num_workers": "1"}
-    given = defaults | flags
+    given = defaults | {name: value for name, value in flags.items() if name not in NOT_MEASURED}
     given |= {
         "policy.push_to_hub": "false",
         "output_dir": str(Path(tempfile.gettempdir()) / "ray_jobs_doctor_nothing"),
@@ -56,6 +59,7 @@ def _recipe(flags: dict[str, str]) -> list[str]:
         "log_freq": "1",
         "save_checkpoint": "false",
         "env_eval_freq": "0",
+        "wandb.enable": "false",
     }
     if "policy.path" in given:
         del given["policy.type"]
@@ -66,21 +70,14 @@ def _advice(facts: dict, size: list[int] | None, policy) -> list[str]:
     """What to change, as far as the figures tell."""
     advice, costs = [], facts.get("costs", {})
     need, free = costs.get("to_decode_bytes", 0), costs.get("free_disk_bytes", 0)
-    large = [
-        key for key, camera in facts.get("cameras", {}).items() if min(sorted(camera["shape"])[1:]) > 256
-    ]
+    sizes = {key: camera["shape"][:2] for key, camera in facts.get("cameras", {}).items()}
+    large = [key for key, shape in sizes.items() if min(shape) > 256]
     if need > 0.9 * free:
         advice.append(
             "The cache does not fit on the disk: --data.resize, --data.cache=FOLDER on a larger one."
         )
-    shrunk = {
-        key: _own_size(policy, *camera["shape"][:2]) for key, camera in facts.get("cameras", {}).items()
-    }
-    smaller = {
-        tuple(own)
-        for key, own in shrunk.items()
-        if own and min(own) < min(facts["cameras"][key]["shape"][:2])
-    }
+    shrunk = {key: _own_size(policy, *shape) for key, shape in sizes.items()}
+    smaller = {tuple(own) for key, own in shrunk.items() if own and min(own) < min(sizes[key])}
     if len(smaller) == 1 and size is None:
         height, width = smaller.pop()
         advice.append(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
 
+WAITED_S = 60  # before it is told that workers have not started
+
+
 def main(argv: list[str]) -> int:
     """Resolve the recipe, start or join Ray, train, and say how it ended. Returns the exit status."""
     quiet()
@@ -101,7 +104,7 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     line = cluster.open_line()
     fitting, outcome = workers.start_fit(workers.make_trainer(recipe, each, line))
     watchdog = Watchdog(line, options.hang_timeout)
-    interrupts, waiting_since = 0, time.monotonic()
+    interrupts = 0
     with without_line():
         while fitting.is_alive():
             try:
@@ -109,15 +112,16 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
                     display.show(event)
                 if hung := watchdog.look():
                     display.say(hung)
-                if not display.facts and time.monotonic() - waiting_since > 60:
+                if display.waits_since and time.monotonic() - display.waits_since > WAITED_S:
                     free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+                    why = f"{display.why_again}; " if display.facts else ""
                     display.say(
-                        f"waiting for {options.num_workers} worker(s) with {each} to start; not in use now: {free}"
+                        f"{why}waiting for {options.num_workers} worker(s) with {each} to start; not in use now: {free}"
                     )
-                    waiting_since = time.monotonic()
+                    display.waits_since = time.monotonic()
             except KeyboardInterrupt:
                 interrupts += 1
-                if interrupts > 1 or not display.facts:
+                if interrupts > 1 or display.waits_since:  # nobody is there to save anything
                     raise
                 display.say("stopping: the workers save a checkpoint first; Ctrl-C again stops at once.")
                 line.ask_to_stop.remote(INTERRUPTED)

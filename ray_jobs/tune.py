@@ -21,6 +21,7 @@ from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError
 from ray_jobs.engine.options import read_flags
 
 if TYPE_CHECKING:
+    from ray_jobs.search.bucket_copy import BucketCopy
     from ray_jobs.search.plan import Plan
     from ray_jobs.search.slot import Slot
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     with no_garbage_collection():
         from ray_jobs.engine.explain import first_line
         from ray_jobs.engine.workers import lock
-        from ray_jobs.search import answer, dry_run, report
+        from ray_jobs.search import answer, bucket_copy, dry_run, report
         from ray_jobs.search.plan import SEARCH_FILE, make_plan, read_command
         from ray_jobs.search.slot import decide
         from ray_jobs.search.study import open_study
@@ -75,19 +76,22 @@ def main(argv: list[str]) -> int:
         if not new:
             plan.save()
             answer.reopen(plan)
-        started = time.monotonic()
-        status, error = _search(plan, study, slot, seed)
-        summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)
-    answer.last_screen(plan, summary, print)
-    if plan.pushes and summary["best"]:
-        print(answer.upload(plan))
-    try:
-        print(f"report      {report.write_search(plan.output_dir)}")
-    except Exception as error:  # out of memory, say; what was found is whole
-        again = f"python -m ray_jobs.report --output_dir={plan.output_dir}"
-        print(f"no report   {type(error).__name__}: {first_line(error)}; once more: {again}")
+        with bucket_copy.kept(plan, study, print) as copy:
+            started = time.monotonic()
+            status, error = _search(plan, study, slot, seed, copy)
+            if copy:
+                copy.gather(plan, study)
+            summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)
+            answer.last_screen(plan, summary, print)
+            if plan.pushes and summary["best"]:
+                print(answer.upload(plan))
+            try:
+                print(f"report      {report.write_search(plan.output_dir)}")
+            except Exception as failure:  # out of memory, say; what was found is whole
+                again = f"python -m ray_jobs.report --output_dir={plan.output_dir}"
+                print(f"no report   {type(failure).__name__}: {first_line(failure)}; once more: {again}")
     if status != DONE:
-        print(f"continue    python -m ray_jobs.tune --output_dir={plan.output_dir} --resume=true")
+        print(f"continue    python -m ray_jobs.tune --output_dir={plan.place} --resume=true")
     if error:
         raise RunError(error)
     return 130 if status == INTERRUPTED else 0
@@ -104,14 +108,16 @@ def _start_ray(argv: list[str]) -> None:
 # ---------------------------------------------------------------------- the search
 
 
-def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | None]:
+def _search(
+    plan: "Plan", study, slot: "Slot", seed: int, copy: "BucketCopy | None"
+) -> tuple[str, str | None]:
     """Run Ray Tune until the study has all its trials; returns how it ended, and why if it failed."""
     import ray
     from ray import tune
     from ray.exceptions import RayActorError
     from ray.tune import FailureConfig, RunConfig, TuneConfig
 
-    from ray_jobs.engine.workers import start_fit
+    from ray_jobs.engine.workers import mark_of, start_fit
     from ray_jobs.search import answer, dry_run
     from ray_jobs.search.options import MORE_IS_BETTER
     from ray_jobs.search.progress import Progress
@@ -132,7 +138,9 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     def tell(event: dict) -> None:
         # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
         if event["kind"] == "ended":
-            answer.note(plan, study)
+            hopeless = answer.note(plan, study)
+            if copy:
+                copy.ended(hopeless)
         told.put(event)
 
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
@@ -141,7 +149,8 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
         partial(
             run_trial,
             base=plan.base,
-            output_dir=plan.output_dir,
+            search=plan.place,
+            mark="" if plan.remote else mark_of(plan.output_dir),
             group=plan.study_name,
             metrics=options.metrics,
             each=slot.each,
@@ -184,7 +193,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
     progress.say(dry_run.intro(plan, slot))
     fitting, outcome = start_fit(tuner)
     status, started = DONE, time.monotonic()
-    looked = started
+    looked, failure = started, None
 
     def stop(reason: str) -> None:
         nonlocal status
@@ -199,6 +208,10 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
                 while not told.empty():
                     progress.show(told.get())
                 progress.refresh()
+                if copy and copy.failure and status == DONE:  # told when the copy is closed
+                    stop(INTERRUPTED)
+                if status == DONE and (failure := ray.get(line.why_failed.remote())):
+                    stop("failed")
                 if counted and time.monotonic() - looked > LOOK_EVERY_S:
                     looked = time.monotonic()
                     room = cluster.room_for(slot.each) // options.workers_per_trial
@@ -217,6 +230,7 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
                 stop(INTERRUPTED)
         while not told.empty():
             progress.show(told.get())
+        failure = failure or ray.get(line.why_failed.remote())
     except RayActorError as error:
         raise RunError(
             f"the Ray cluster that the search ran on is gone ({type(error).__name__}); --resume=true goes on, on another."
@@ -225,6 +239,8 @@ def _search(plan: "Plan", study, slot: "Slot", seed: int) -> tuple[str, str | No
         progress.close()
         ray.kill(line)  # Tune's registry would keep it as long as this process lives
     shutil.rmtree(scratch, ignore_errors=True)
+    if failure:
+        return "failed", failure
     if "error" in outcome:
         return "failed", f"the search was given up: {outcome['error']}"
     if search.deaths_in_a_row >= DEATHS:

@@ -299,6 +299,9 @@ def test_pretrained_policy(parts, run, act, tmp_path):
 def test_output_dir(parts, run, tmp_path):
     assert "--resume=true to continue" in refusal(*tiny_act(parts, run))
     assert "--resume" not in refusal(*tiny_act(parts, tmp_path))  # there is no run in it
+    (tmp_path / "never_begun").mkdir()
+    (tmp_path / "never_begun/.driver").touch()
+    check(*tiny_act(parts, tmp_path / "never_begun"))  # its worker had no data set, say
     (tmp_path / "file").touch()
     assert "is a file" in refusal(*tiny_act(parts, tmp_path / "file"))
     assert "file is not a folder" in refusal(*tiny_act(parts, tmp_path / "file/run"))

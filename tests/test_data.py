@@ -164,7 +164,7 @@ def test_two_cameras_in_several_files(many_files, policy, episodes, frames_of):
     assert_same(ours, default_collate([dataset[i] for i in indices]))
     images = (2, 3, 32, 32) if policy == "diffusion" else (3, 32, 32)
     assert ours["observation.images.side"].shape == (len(dataset), *images)
-    assert set(ours["task"]) == {"push", "pull"} if episodes != [1, 3] else {"pull"}
+    assert set(ours["task"]) == ({"push", "pull"} if episodes != [1, 3] else {"pull"})
 
 
 @pytest.mark.parametrize("policy", ["act", "diffusion"])

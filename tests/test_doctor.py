@@ -107,6 +107,13 @@ def drop_statistics(root: Path) -> None:
     (root / "meta/stats.json").write_text(json.dumps(stats))
 
 
+def add_a_dimension(root: Path) -> None:
+    stats = json.loads((root / "meta/stats.json").read_text())
+    for values in stats["action"].values():
+        values.append(1.0)
+    (root / "meta/stats.json").write_text(json.dumps(stats))
+
+
 def every_table_still(root: Path) -> None:
     for file in root.glob("data/*/*.parquet"):
         table = pd.read_parquet(file)
@@ -137,6 +144,10 @@ SPOILED = {
     "wrong fps": (
         replace("meta/info.json", r'"fps": 10\b', '"fps": 20'),
         r"info.json says 20 fps, the timestamps are 0.1 s apart: 10 fps",
+    ),
+    "statistics of another robot": (
+        add_a_dimension,
+        r"action: meta/stats.json is not of these data: it has 4 dimensions, they have 3",
     ),
     "too few rows": (edit("data/*/*.parquet", drop_rows), r"episode 2 has 37 rows .*, meta/episodes says 40"),
     "v2.1": (
@@ -201,8 +212,35 @@ def test_real_recording(real, capsys):
     assert facts["numbers"]["action"]["never_move"] == np.flatnonzero(actions.std(0) == 0).tolist()
 
 
+def test_quantiles_that_a_training_computes_itself(healthy, tmp_path, capsys):
+    """pi0.5 takes images as they are: those of states and actions are all that it needs."""
+    root = Path(shutil.copytree(healthy, tmp_path / "set"))
+    stats = json.loads((root / "meta/stats.json").read_text())
+    for feature in stats.values():
+        for name in ("q01", "q99"):
+            feature.pop(name, None)
+    (root / "meta/stats.json").write_text(json.dumps(stats))
+    flags = ["--dataset.repo_id=local/made", f"--dataset.root={root}", "--policy.type=pi05"]
+    status = doctor.main([*flags, "--policy.device=cpu", "--measure=false", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (status, found["faults"]) == (0, []) and "no quantiles" in "".join(found["warnings"])
+
+
+def test_cameras_whose_channels_come_first(healthy, tmp_path, capsys):
+    root = Path(shutil.copytree(healthy, tmp_path / "set"))
+    info = json.loads((root / "meta/info.json").read_text())
+    camera = info["features"]["observation.images.top"]
+    camera |= {"shape": [3, 32, 32], "names": ["channels", "height", "width"]}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    status, found = examined(root, capsys)
+    assert (status, found["faults"]) == (0, [])
+    assert found["facts"]["cameras"]["observation.images.top"]["shape"] == [32, 32, 3]
+
+
 def test_measures_and_fits_on_a_screen(healthy, capsys):
+    """The flags of a training that validates and reports: here it does neither."""
     command = ["--dataset.repo_id=local/made", f"--dataset.root={healthy}", *TINY, "--batch_size=4"]
+    command += ["--dataset.eval_split=0.1", "--eval_steps=1", "--wandb.enable=true", "--wandb.project=p"]
     assert doctor.main(command) == 0
     printed = capsys.readouterr().out
     loader = re.search(r"loader +([\d.e+]+) samples/s from the cache, LeRobot's decoding ([\d.e+]+)", printed)

@@ -7,8 +7,9 @@ import pytest
 from conftest import job, tiny_act, train_in_process
 from lerobot.datasets.factory import make_dataset
 
+from ray_jobs.engine import cluster
 from ray_jobs.engine.data import training_batches
-from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.options import parse_options, read_flags
 from ray_jobs.engine.parallel import Shards
 from ray_jobs.engine.recipe import resolve
 
@@ -103,6 +104,23 @@ def test_flags(parts, tmp_path):
     ):
         with pytest.raises(Exception, match=right):
             train_in_process(tiny_act(parts, tmp_path / "run", *wrong.split()))
+
+
+def test_a_typed_number_takes_the_place_of_a_saved_range():
+    saved = {"ray": {"num_workers": 8, "min_workers": 2, "placement": "spread"}}
+    ray = parse_options({"ray.num_workers": "1"}, saved).ray
+    assert (ray.num_workers, ray.min_workers, ray.placement) == (1, None, "spread")
+    ray = parse_options({}, saved).ray
+    assert (ray.num_workers, ray.min_workers) == (8, 2)
+
+
+def test_a_head_without_cpus_is_no_host(monkeypatch):
+    """Ray's usual head: workers get their share of the others."""
+    have = [{"node:head": 1.0}, {"CPU": 8.0}, {"CPU": 8.0}]
+    monkeypatch.setattr(cluster, "nodes", lambda: have)
+    monkeypatch.setattr(cluster, "may_grow", lambda: False)
+    assert str(cluster.share(2, None, None, "cpu")) == "8 CPUs, 0 GPUs"
+    assert str(cluster.share(4, None, None, "cpu")) == "4 CPUs, 0 GPUs"
 
 
 @pytest.mark.slow

@@ -212,6 +212,30 @@ def test_frames_off_the_grid_are_refused(pictures, tmp_path):
         fill(opened(root, "none"), tmp_path / "cache")
 
 
+def test_an_episode_with_too_few_rows(pictures, tmp_path):
+    """It would be missing for ever."""
+    root = Path(shutil.copytree(pictures, tmp_path / "set"))
+    file = sorted(root.glob("data/*/*.parquet"))[-1]
+    table = pq.read_table(file)
+    pq.write_table(table.slice(0, len(table) - 2), file)
+    last = len(LENGTHS) - 1
+    told = f"episode {last} has {LENGTHS[-1] - 2} rows in the tables, meta/episodes says {LENGTHS[-1]}"
+    with pytest.raises(RunError, match=told):
+        fill(opened(root, "none"), tmp_path / "cache")
+
+
+def test_frames_found_under_another_tolerance_are_others(pictures, tmp_path):
+    root = Path(shutil.copytree(pictures, tmp_path / "set"))
+    (file,) = root.glob("data/*/*.parquet")
+    table = pd.read_parquet(file)
+    table.loc[17, "timestamp"] += 0.03
+    pq.write_table(pa.Table.from_pandas(table, schema=pq.read_schema(file)), file)
+    dataset = LeRobotDataset("local/made", root=root, video_backend="pyav", tolerance_s=0.1)
+    fill(dataset, tmp_path / "cache")
+    with pytest.raises(RunError, match="tolerance_s"):
+        fill(opened(root, "none"), tmp_path / "cache")
+
+
 # ---------------------------------------------------------------------- where it cannot work
 
 
@@ -355,6 +379,9 @@ def test_job_builds_lists_verifies_removes(pictures, tmp_path, capsys):
     assert cache_job.main(["list", where]) == 0
     listed = capsys.readouterr().out
     assert entry.name in listed and "32/33 frames" in listed and listed.count("stale") == 2
+    os.truncate(entry / "frames", 100)
+    assert cache_job.main(["verify", "top", where]) == 1
+    assert "cut short" in capsys.readouterr().out
 
     with pytest.raises(InputError, match="name what to remove"):
         cache_job.main(["remove", where])

@@ -202,6 +202,16 @@ def test_checkpoint(case, parts, run, tmp_path, outside):
     refusal(lambda: train(*tiny_act(parts, hostile, "--resume=true", "--steps=4")))
 
 
+@pytest.mark.parametrize("spoil", [pickled, torch_saved])
+def test_backbone(spoil, parts, tmp_path, outside):
+    """torchvision itself would unpickle it."""
+    spoil(tmp_path / "resnet18-f37072fd.pth", outside)
+    flags = [f for f in tiny_act(parts, tmp_path / "run", "--steps=1") if "backbone_weights" not in f]
+    assert "holds no weights of torchvision's" in refusal(lambda: train(*flags, f"--assets.dir={tmp_path}"))
+    with pytest.raises(pickle.UnpicklingError):  # whoever asks
+        torch.load(tmp_path / "resnet18-f37072fd.pth", weights_only=False)
+
+
 POLICIES = ("weights are a pickle", "weights by torch.save", "header of 2^62 bytes", "processor opens a file",
             "processor starts a program", "processor state elsewhere", "config is a list")  # fmt: skip
 

@@ -2,12 +2,13 @@
 
 import copy
 
+import pytest
 import torch
 from torch.nn.functional import mse_loss
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
-from ray_jobs.engine.kernels import fuse, speed_up
+from ray_jobs.engine.kernels import drop_quickly, fuse, speed_up
 
 
 def backbone() -> torch.nn.Module:
@@ -52,3 +53,19 @@ def test_frozen_norms_in_their_convolutions():
             assert ours.is_contiguous() and ours.grad.is_contiguous(), name
         for adam in adams:
             adam.step()
+
+
+def test_dropout_of_mixed_precision():
+    """A tenth of the values, wherever they lie, the others scaled; gradients likewise; again with the same seed."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, dropout=0.1)
+    drop_quickly(layer)
+    x = torch.ones(501, 403, requires_grad=True)
+    torch.manual_seed(3)
+    y = layer.dropout1(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and sorted(y.unique().tolist()) == [0, pytest.approx(1 / 0.9, 1e-4)]
+    for part in (y, y[:, ::7], y[::5]):
+        assert (part == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
+    torch.manual_seed(3)
+    assert torch.equal(layer.dropout1(x), y) and not torch.equal(layer.dropout1(x), y)
+    assert layer.eval().dropout1(x) is x

@@ -207,6 +207,7 @@ MISTAKES = {
     "baseline silent": (GOOD.replace("  policy.chunk_size: 50\n", ""), ":10: policy.chunk_size: 'baseline' has no value"),
     "baseline against a constraint": (GOOD.replace("256 * 60", "256 * 40"), "the baseline breaks the constraint"),
     "no effect": (GOOD.replace("  policy.dim_model: {", "  optimizer.lr: {low: 1e-5, high: 1e-3}\n  policy.dim_model: {"), ":15: optimizer.lr would have no effect"),
+    "baseline of all": (GOOD.replace("  policy.dim_model: 256\n", "  policy.dim_model: 256\n  data.eval_horizon: 3\n"), ":7: data.eval_horizon: only on the command line, it must be the same for all trials"),
     "derived otherwise": (GOOD.replace("  policy.dim_model: 256\n", "  policy.dim_model: 256\n  policy.dim_feedforward: 3200\n"), ":7: the baseline's policy.dim_feedforward is 3200, but 'search' makes it 1024"),
     "code": (GOOD.replace("policy.dim_model * policy.chunk_size <= 256 * 60", "print(1) < 2"), ":18: constraint 'print(1) < 2': must be a comparison"),
     "no comparison": (GOOD.replace(" <= 256 * 60", ""), "must be a comparison"),

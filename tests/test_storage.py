@@ -9,10 +9,15 @@ import time
 from pathlib import Path
 
 import fsspec
+import optuna
 import pytest
 from conftest import job, tiny_act
+from lerobot.policies.act.modeling_act import ACTPolicy
+from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
+from test_data import make
 from test_faults import Run
+from test_tune import space_file
 
 from ray_jobs.engine import bucket, bucket_lock, checkpoint, mirror, patience, preflight, workers
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, InputError, RunError
@@ -146,6 +151,24 @@ def test_run_goes_on_on_another_node(parts, s3, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+def test_another_run_of_the_same_address(parts, s3):
+    """Its bucket was emptied, but this worker's node still has its checkpoints: the new run begins from the beginning."""
+    train(flags(parts, s3.address, "--steps=2", "--save_freq=2"))
+    here = mirror.folder_of(s3.address)
+    s3.system.rm(s3.address, recursive=True)
+    kept = here.rename(here.with_name("kept"))
+    recipe = resolve(
+        flags(parts, s3.address, "--steps=1", "--save_freq=1")
+    )  # the driver's node knows nothing of it
+    kept.rename(here)
+    summary = workers.run_loop(
+        recipe, main=True, device="cpu", report=lambda e: None, should_stop=lambda: GO_ON
+    )
+    assert (summary["start_step"], summary["status"]) == (0, "finished")
+    assert not [name for name in s3.find() if "000002" in name]
+    assert (here.with_name(f"{here.name}.old") / "checkpoints/000002").is_dir(), "nothing of it is lost"
+
+
 def test_torn_upload_is_never_seen(parts, s3):
     """A checkpoint whose upload was cut off is none: the one before it is resumed from."""
     train(flags(parts, s3.address, "--steps=4", "--save_freq=2"))
@@ -210,7 +233,7 @@ def test_two_runs_never_share_an_address(s3, tmp_path, monkeypatch):
     stops once it is back."""
     for name, seconds in (("RENEWED_EVERY_S", 0.3), ("LOOK_EVERY_S", 0.1), ("OVER_AFTER_S", 1.5)):
         monkeypatch.setattr(bucket_lock, name, seconds)
-    told: list[dict] = []
+    told: list[str] = []
 
     def run(name: str):
         return mirror.mirrored(s3.address, tmp_path / name, told.append, run=name)
@@ -221,19 +244,84 @@ def test_two_runs_never_share_an_address(s3, tmp_path, monkeypatch):
         run("second"),
     ):
         pass
-    assert ".writer" not in s3.find() and "was written to on" in told.pop()["text"]
+    assert ".writer" not in s3.find() and "was written to on" in told.pop()
     with run("third"), run("third"):  # the process that takes a killed worker's place
         pass
     assert not told
+    note = {"run": "third", "host": "a-node-cut-off", "at": time.time()}  # the same run's, not dead yet
+    s3.system.pipe_file(f"{s3.address}/.writer", json.dumps(note).encode())
+    begin = time.monotonic()
+    with run("third"):
+        assert time.monotonic() - begin > 1.5 and "a-node-cut-off" in told.pop()
     note = {"run": "killed", "host": "a-node", "at": time.time()}
     s3.system.pipe_file(f"{s3.address}/.writer", json.dumps(note).encode())
     begin = time.monotonic()
-    with pytest.raises(RunError, match="another run is writing into"), run("fourth") as send:
+    with pytest.raises(RunError, match="another run is writing into"), run("fourth") as copy:
         assert time.monotonic() - begin > 1.5
         s3.system.pipe_file(f"{s3.address}/.writer", json.dumps(note).encode())
         while time.monotonic() - begin < 20:
-            send({"kind": "checkpoint", "step": 1})
+            copy.changed()
             time.sleep(0.1)
+
+
+def test_search_goes_on_on_another_node(s3, tmp_path):
+    """The driver of a search is killed, its node gone with all that was on it: on a fresh one the search goes on with the
+    trials that had ended, and leaves in the bucket what it else leaves in a folder."""
+    numbers = make(tmp_path / "numbers", [23, 17, 9, 20, 21], seed=2)
+    given = [
+        "--dataset.repo_id=local/numbers",
+        f"--dataset.root={numbers}",
+        f"--output_dir={s3.address}",
+        f"--space={space_file(tmp_path)}",
+        "--policy.device=cpu",
+        "--batch_size=4",
+        "--num_workers=0",
+        "--data.eval_episodes=[2,4]",
+        "--steps=18",
+        "--eval_steps=2",
+        "--tune.num_samples=5",
+        "--ray.address=local",
+    ]
+    nodes = [{"RAY_JOBS_CACHE": str(tmp_path / name)} for name in ("first", "second")]
+    run = Run(given, job="ray_jobs.tune", **nodes[0])
+    run.wait_for(" at step")
+    while not (ended := {t.number: t.value for t in _study_in(s3).trials if t.state.is_finished()}):
+        time.sleep(0.2)
+    for process in (*run.family(), run.process):
+        process.kill()
+    run.end()
+    shutil.rmtree(tmp_path / "first")
+    refused = job("ray_jobs.tune", *given, **nodes[1])
+    assert refused.returncode == 2 and "already exists" in refused.stderr
+    s3.system.rm_file(f"{s3.address}/.writer")  # as if it had been watched for a minute
+    result = job("ray_jobs.tune", f"--output_dir={s3.address}", "--resume=true", **nodes[1])
+    assert result.returncode == 0, result.stdout + result.stderr
+    study = _study_in(s3)
+    drawn = [t for t in study.trials if "config" in t.user_attrs]
+    assert len(drawn) == 5 and all(t.state.is_finished() for t in study.trials)
+    assert ended.items() <= {t.number: t.value for t in study.trials}.items()
+    summary = json.loads(s3.system.cat_file(f"{s3.address}/summary.json"))
+    assert summary["status"] == "done" and summary["best"]["trial"] == study.best_trial.number
+    there = s3.find()
+    for name in ("report.html", "trials.csv", "search_spaces/act.yaml", "best/command.sh"):
+        assert name in there
+    complete = sorted((t for t in drawn if t.state == TrialState.COMPLETE), key=lambda t: t.value)[:3]
+    with_weights = {name[:11] for name in there if name.startswith("trials/") and name.endswith(WEIGHTS)}
+    assert with_weights == {f"trials/{t.number:04d}" for t in complete}, "only the best few keep checkpoints"
+    for trial in drawn:  # none began anew: every validation stands there once
+        file = f"{s3.address}/trials/{trial.number:04d}/metrics.jsonl"
+        records = map(json.loads, s3.system.cat_file(file).decode().splitlines())
+        steps = [record["step"] for record in records if "val/loss" in record]
+        assert steps == sorted(trial.intermediate_values) == list(range(2, steps[-1] + 1, 2))
+    s3.system.get(f"{s3.address}/best/checkpoint/pretrained_model", str(tmp_path / "policy"), recursive=True)
+    ACTPolicy.from_pretrained(tmp_path / "policy")
+
+
+def _study_in(s3) -> optuna.Study:
+    """A copy of the study, as plain Optuna reads it."""
+    file = Path(tempfile.mkdtemp()) / "study.db"
+    s3.system.get_file(f"{s3.address}/study.db", str(file))
+    return optuna.load_study(study_name="act", storage=f"sqlite:///{file}")
 
 
 def test_bucket_that_cannot_be_written(parts, s3):

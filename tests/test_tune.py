@@ -672,9 +672,13 @@ def test_study_of_something_else(common, asha, tmp_path):
         search(*common, same, *storage, where, "--batch_size=3")
 
 
-def test_a_renamed_search_goes_on(asha, tmp_path):
+def test_a_renamed_search_goes_on(asha, tmp_path, capsys):
+    """With its own spaces, whatever the file has become that it began with."""
     moved = Path(shutil.copytree(asha, tmp_path / "moved"))
-    assert search(f"--output_dir={moved}", "--resume=true", "--tune.num_samples=13") == 0
+    edited = space_file(tmp_path, {**ACT, "search": {"policy.dropout": {"choices": [0.0, 0.1]}}})
+    more = (f"--space={edited}", "--tune.num_samples=13")
+    assert search(f"--output_dir={moved}", "--resume=true", *more) == 0
+    assert "--space is not what the search began with" in capsys.readouterr().out
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{moved / 'study.db'}")
     assert len([t for t in study.trials if "config" in t.user_attrs]) == 13
     assert [t.values for t in study.trials[:12]] == [t.values for t in study_of(asha).trials]

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 from lerobot.datasets import LeRobotDatasetMetadata
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, StorageError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
@@ -36,9 +36,9 @@ def check_address(root: str, flag: str = "dataset.root") -> None:
         InputError: It is one of those.
     """
     kind, _, rest = root.partition("://")
-    if "@" in rest and not rest.startswith(ANONYMOUS):
+    if "@" in rest.partition("/")[0] and not rest.startswith(ANONYMOUS):
         raise InputError(
-            f"--{flag}: an address as {kind}://...@{rest.rpartition('@')[2]} has credentials in it, which would be in every log. "
+            f"--{flag}: an address as {kind}://...@{rest.partition('@')[2]} has credentials in it, which would be in every log. "
             "They belong into the environment (AWS_ACCESS_KEY_ID ...)."
         )
     name = rest.removeprefix(ANONYMOUS).partition("/")[0]
@@ -132,7 +132,7 @@ def _get(root: str, folder: Path, files: dict[str, str]) -> None:
             if version and scratch.stat().st_size != _size(version):
                 raise OSError(f"{scratch.stat().st_size} bytes came instead of {_size(version)}")
         except Exception as error:
-            raise InputError(f"--dataset.root={root}: {name}: {_reason(error)}") from None
+            raise StorageError(f"--dataset.root={root}: {name}: {_reason(error)}") from None
         scratch.replace(file)
         _note(file).write_text(version)
 
@@ -160,7 +160,7 @@ def listing(root: str, *folders: str) -> dict[str, str]:
                 version = about.get("ETag") or about.get("etag") or about.get("mtime")
                 found[name.removeprefix(f"{place}/")] = f"{about['size']} {version}"
     except Exception as error:
-        raise InputError(f"--dataset.root={root}: cannot be read: {_reason(error)}") from None
+        raise StorageError(f"--dataset.root={root}: cannot be read: {_reason(error)}") from None
     return found
 
 

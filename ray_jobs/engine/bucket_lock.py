@@ -1,5 +1,6 @@
-"""Two runs must never write into one place of a bucket, which itself locks nothing: a note there says who writes, and is
-renewed as long as that run lives. Whoever comes next watches it for a while; whoever has lost it stops.
+"""Two processes must never write into one place of a bucket, which itself locks nothing: a note there says who writes, and
+is renewed as long as that one lives. Whoever comes next watches it for a while; whoever has lost it stops. A worker of the
+same run on another node is waited for: if that node is cut off, it ends itself (see `watchdog`).
 
     s3://bucket/run/.writer     {"run": ..., "host": ..., "at": seconds since 1970}
 """
@@ -26,12 +27,12 @@ class BucketLock:
     Args:
         system, place: The run's place in a bucket, as `bucket.open_root` gives it.
         address: The same, as the user has it.
-        run: Tells this run from others; its restarted workers have the same.
+        run: Tells this run from others; its restarted workers have the same. On one node a file lock keeps them apart.
     """
 
     def __init__(self, system, place: str, address: str, run: str):
         self.system, self.place, self.address, self.run = system, place, address, run
-        self.note = f"{place}/{NOTE}"
+        self.note, self.host = f"{place}/{NOTE}", socket.gethostname()[:100]
         self.lost: str | None = None
         self.ended = threading.Event()
 
@@ -50,11 +51,13 @@ class BucketLock:
                 told = True
             time.sleep(LOOK_EVERY_S)
             now = self._read()
-            if now != seen and self._others(now):
+            if now == seen:
+                if time.monotonic() - since > OVER_AFTER_S:
+                    break
+                continue
+            if self._others(now) and now["run"] != self.run:
                 raise RunError(self._taken_by(now))
-            if now == seen and time.monotonic() - since > OVER_AFTER_S:
-                break
-            seen = now
+            seen, since = now, time.monotonic()
         self._write()
 
     @contextlib.contextmanager
@@ -89,7 +92,7 @@ class BucketLock:
         return f"another run is writing into {self.address}, on {other['host']}."
 
     def _others(self, note: dict | None) -> bool:
-        return note is not None and note["run"] != self.run
+        return note is not None and (note["run"], note["host"]) != (self.run, self.host)
 
     def _read(self) -> dict | None:
         """The note, or None: there is none, or it makes no sense."""
@@ -100,5 +103,5 @@ class BucketLock:
             return None
 
     def _write(self) -> None:
-        note = {"run": self.run, "host": socket.gethostname(), "at": time.time()}
+        note = {"run": self.run, "host": self.host, "at": time.time()}
         self.system.pipe_file(self.note, json.dumps(note).encode())

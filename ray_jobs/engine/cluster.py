@@ -202,7 +202,9 @@ def share(
             "need whole ones. On one GPU, one worker with a larger --batch_size does the same."
         )
     if cpus is None:
-        hosts = [n for n, held in enumerate(node_gpus) if held >= gpus] or list(range(len(have)))
+        hosts = [n for n in range(len(have)) if node_gpus[n] >= gpus and node_cpus[n]] or list(
+            range(len(have))
+        )
         per_host = math.ceil(num_workers / len(hosts))
         fewest = min(node_cpus[n] for n in hosts)
         cpus = max(1, fewest // per_host)
@@ -332,6 +334,9 @@ class Line:
         """By rank, the last beat, the seconds since, and the seconds since its step has changed."""
         now = time.monotonic()
         return {rank: (beat, now - at, now - since) for rank, (beat, at, since) in self.told.items()}
+
+    async def forget_beat(self, rank: int) -> None:
+        self.told.pop(rank, None)
 
     async def forget_beats(self) -> None:
         self.told.clear()

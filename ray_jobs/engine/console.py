@@ -84,6 +84,7 @@ class Display:
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.facts: dict = {}
+        self.waits_since: float | None = time.monotonic()  # for workers; None while they train
         self.bar: Progress | None = None
         self.step = 0
         self.values = ""
@@ -108,8 +109,10 @@ class Display:
     def _fault(self, event: dict) -> None:
         """Something for which the workers are about to be started again."""
         self.why_again = event["text"]
+        self.waits_since = time.monotonic()
 
     def _start(self, event: dict) -> None:
+        self.waits_since = None
         if self.facts:
             again = event.get("lost_steps", 0) - self.facts.get("lost_steps", 0)
             steps = f"; {again} step(s) are done again" if again else ""

@@ -12,11 +12,14 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from lerobot.configs.types import FeatureType
 from lerobot.datasets import LeRobotDatasetMetadata
 
+from ray_jobs.engine import quantiles
 from ray_jobs.engine.dataset_options import DatasetOptions
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.frames import frame_shape
 from ray_jobs.engine.preflight_data import check_files, open_dataset
 
 TOLERANCE_S = 1e-4  # LeRobot's
@@ -177,7 +180,9 @@ def _statistics(meta: LeRobotDatasetMetadata, columns: dict, policy, found: Diag
         found.faults.append(f"meta/stats.json has no (whole) statistics of {', '.join(missing)}.")
     without = [key for key in features if key not in missing and not {"q01", "q99"} <= set(stats[key])]
     if without:
-        needed = "QUANTILES" in str(getattr(policy, "normalization_mapping", ""))
+        needed = (
+            FeatureType.VISUAL in quantiles.lacking(policy, meta).values()
+        )  # others a training computes itself
         (found.faults if needed else found.warnings).append(
             f"meta/stats.json has no quantiles (q01, q99) of {', '.join(without)}; pi0.5 normalizes by them."
         )
@@ -186,6 +191,13 @@ def _statistics(meta: LeRobotDatasetMetadata, columns: dict, policy, found: Diag
         )
     for key, facts in found.facts["numbers"].items():
         if key in stats and key not in missing:
+            counted = np.asarray(stats[key]["max"]).size
+            if counted != facts["dimensions"]:
+                found.faults.append(
+                    f"{key}: meta/stats.json is not of these data: it has {counted} dimensions, they have "
+                    f"{facts['dimensions']}."
+                )
+                continue
             span = np.asarray(facts["max"]) - np.asarray(facts["min"]) + 1e-6
             away = np.abs(np.asarray(stats[key]["max"]).ravel() - facts["max"]) / span
             away = np.maximum(away, np.abs(np.asarray(stats[key]["min"]).ravel() - facts["min"]) / span)
@@ -207,8 +219,12 @@ def _chunks(lengths: np.ndarray, policy, found: Diagnosis) -> None:
 
 def _camera(meta: LeRobotDatasetMetadata, key: str, columns: dict, found: Diagnosis) -> dict:
     """Codec, size and key frames of a camera; sees that every row has its frame in the video."""
-    feature = meta.features[key]
-    facts = {"shape": list(feature["shape"]), "stored_as": feature["dtype"], "depth": key in meta.depth_keys}
+    feature, (channels, height, width) = meta.features[key], frame_shape(meta, key)
+    facts = {
+        "shape": [height, width, channels],
+        "stored_as": feature["dtype"],
+        "depth": key in meta.depth_keys,
+    }
     if key in meta.image_keys:
         return facts
     starts = meta.episodes[f"videos/{key}/from_timestamp"]
@@ -247,10 +263,10 @@ def _camera(meta: LeRobotDatasetMetadata, key: str, columns: dict, found: Diagno
         "files": len(in_file),
         "key_frame_distance": max(distances, default=0),
     }
-    size = {f"{height}x{width}" for _, height, width in codecs}
-    if size and size != {f"{feature['shape'][0]}x{feature['shape'][1]}"}:
+    recorded = {f"{h}x{w}" for _, h, w in codecs}
+    if recorded and recorded != {f"{height}x{width}"}:
         found.faults.append(
-            f"{key}: the video is {_some(sorted(size))}, meta/info.json says {feature['shape'][:2]}."
+            f"{key}: the video is {_some(sorted(recorded))}, meta/info.json says {height}x{width}."
         )
     facts["codecs"] = sorted({codec for codec, *_ in codecs})
     return facts

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import tempfile
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,6 +51,8 @@ def hash_file(path: str | Path) -> str:
 def replace(path: Path, text: str) -> None:
     """Write a file in one step: who reads it finds the old text or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    scratch = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex}"
+    )  # tempfile's would be readable to nobody else
+    scratch.write_text(text)
+    scratch.replace(path)

@@ -42,11 +42,13 @@ def can_cache(meta: LeRobotDatasetMetadata, key: str) -> bool:
     return key not in meta.depth_keys and frame_shape(meta, key)[0] in (1, 3)
 
 
-def fingerprint(meta: LeRobotDatasetMetadata, key: str, size: list[int] | None, folder: Path) -> str:
+def fingerprint(
+    meta: LeRobotDatasetMetadata, key: str, size: list[int] | None, tolerance_s: float, folder: Path
+) -> str:
     """Of all that decides what a camera's frames look like, and which frame belongs to which row."""
     videos = f"videos/{key}/**/*.mp4" if key in meta.video_keys else None
     patterns = ("meta/info.json", "meta/episodes/**/*.parquet", "data/**/*.parquet", videos)
-    how = (FORMAT, key, size, RESIZE_KERNEL if size else "", lerobot.__version__, av.__version__)
+    how = (FORMAT, key, size, RESIZE_KERNEL if size else "", tolerance_s, lerobot.__version__, av.__version__)
     return fingerprint_of(*how, file_hashes(meta.root, patterns, folder))
 
 
@@ -58,7 +60,8 @@ def is_stale(entry: Entry) -> bool:
     try:
         meta = LeRobotDatasetMetadata(about["dataset"], root=about["root"])
         size = about["shape"][1:] if about["resized"] else None
-        return fingerprint(meta, about["camera"], size, entry.folder.parent) != about["fingerprint"]
+        now = fingerprint(meta, about["camera"], size, about["tolerance_s"], entry.folder.parent)
+        return now != about["fingerprint"]
     except Exception:  # it can no longer be opened
         return True
 
@@ -85,7 +88,8 @@ class FrameCache:
                 "shape": [channels, *(size or recorded)],
                 "resized": size is not None,
                 "frames": meta.total_frames,
-                "fingerprint": fingerprint(meta, key, size, folder),
+                "tolerance_s": dataset.tolerance_s,
+                "fingerprint": fingerprint(meta, key, size, dataset.tolerance_s, folder),
             }
             self.entries[key] = open_entry(entry_folder(folder, about), about)
         bounds = meta.episodes.with_format("numpy", columns=["dataset_from_index", "dataset_to_index"])
@@ -155,12 +159,18 @@ class FrameCache:
     def _decode(self, key: str, episodes: list[int], progress: "_Progress | None") -> None:
         entry, stop = self.entries[key], threading.Event()
         timestamps = self.columns["timestamp"].numpy()
-        first_row = dict(
-            zip(*np.unique(self.columns["episode_index"].numpy(), return_index=True), strict=True)
+        found, first, count = np.unique(
+            self.columns["episode_index"].numpy(), return_index=True, return_counts=True
         )
+        first_row, lengths = dict(zip(found, first, strict=True)), dict(zip(found, count, strict=True))
 
         def decode(episode: int) -> None:
             start, end = int(self.starts[episode]), int(self.ends[episode])
+            if (there := lengths.get(episode, 0)) != end - start:
+                raise RunError(
+                    f"{self.dataset.repo_id}: episode {episode} has {there} rows in the tables, meta/episodes says "
+                    f"{end - start}."
+                )
             rows = range(first_row[episode], first_row[episode] + end - start)
             frames = self.source.episode(key, episode, rows, timestamps[rows.start : rows.stop])
             entry.write(slice(start, end), itertools.takewhile(lambda frame: not stop.is_set(), frames))
@@ -223,14 +233,13 @@ def open_frames(
     return cache
 
 
-def _why_not(cache: FrameCache, need: int, reads: int | None) -> str | None:
+def _why_not(cache: FrameCache, need: int, reads: int) -> str | None:
     """Why frames had better not be kept; None if they had."""
     missing = need // max(entry.frame_bytes for entry in cache.entries.values())
-    if reads is not None:
-        deltas = cache.source.dataset.reader.delta_indices or {}
-        reads *= sum(len(deltas.get(key, (0,))) for key in cache.entries)
+    deltas = cache.source.dataset.reader.delta_indices or {}
+    reads *= sum(len(deltas.get(key, (0,))) for key in cache.entries)
     # Measured: decoding a data set from front to back costs as much as a fifth of an epoch of single frames.
-    if reads is not None and 5 * reads < missing:
+    if 5 * reads < missing:
         return f"the run reads {reads} frames and {missing} would have to be decoded (--data.cache=FOLDER does it)"
     free = free_bytes(cache.folder)
     if need > 0.9 * free:

@@ -155,13 +155,15 @@ class Entry:
                 self.checksums[row] != _checksum(frame)
             ):
                 bad.append(row)
-        with self.lock():
-            for row in bad:
-                self.set_checksums(slice(row, row + 1), np.zeros(1, np.uint64))
+        if bad:
+            with self.lock():
+                for row in bad:
+                    self.set_checksums(slice(row, row + 1), np.zeros(1, np.uint64))
         return bad
 
     def disk_bytes(self) -> int:
-        return sum((self.folder / name).stat().st_blocks * 512 for name in self._sizes())
+        files = (self.folder / name for name in self._sizes())
+        return sum(file.stat().st_blocks * 512 for file in files if file.exists())
 
     def remove(self) -> None:
         """Remove it, in one step for those who look. Those who have it open can go on reading."""
@@ -187,11 +189,9 @@ def open_entry(folder: Path, about: dict) -> Entry:
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """All entries of a cache by name."""
+    """All entries of a cache by name; one whose files are cut short has no open `file`."""
     found = {}
     for path in sorted(folder.glob(f"*/{ENTRY_FILE}")):
-        with contextlib.suppress(OSError, ValueError):
-            entry = Entry(path.parent, json.loads(path.read_text()))
-            if entry.file is not None:
-                found[path.parent.name] = entry
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            found[path.parent.name] = Entry(path.parent, json.loads(path.read_text()))
     return found

@@ -71,6 +71,30 @@ class ConvWithNorm(nn.Conv2d):
         return self._conv_forward(x, self.weight * scale[:, None, None, None], bias)
 
 
+def drop_quickly(policy: nn.Module) -> None:
+    """Let a policy that trains on CPUs in mixed precision draw its dropout with other random numbers, four times as fast.
+
+    torch draws 64 bits for each value, on one thread. In float32, where a training is that of `lerobot-train` number by
+    number, it stays as it is.
+    """
+    for module in list(policy.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout and child.p < 0.99:
+                setattr(module, name, QuickDropout(child.p))
+
+
+class QuickDropout(nn.Dropout):
+    """Dropout by 16 bits for each value: its probability is rounded to 1/65536."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.p:
+            return x
+        dropped = round(self.p * 2**16)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
 def fuse(optimizer: torch.optim.Optimizer) -> None:
     """Adam's fused kernel (its losses are equal to the last digit).
 

@@ -37,7 +37,7 @@ from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
-from ray_jobs.engine.patience import patiently
+from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.policy import build, make_processors
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import ClosedLoop
@@ -107,7 +107,9 @@ def train(
 
     if stream is None and bucket.is_uri(cfg.dataset.root):
         tell(f"fetching {cfg.dataset.root}, once per node")
-        cfg.dataset.root = str(bucket.fetch_whole(cfg.dataset.root))
+        fetch = partial(bucket.fetch_whole, cfg.dataset.root)
+        folder = patiently(fetch, cfg.dataset.root, tell, doing="read", passing=storage_may_return)
+        cfg.dataset.root = str(folder)
     make = make_datasets if stream is None else make_streamed_datasets
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
     frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, shards.count, report)
@@ -124,6 +126,8 @@ def train(
         policy = build(cfg, dataset.meta, device="cpu" if sharded else cfg.policy.device, tell=tell)
         if not sharded:
             kernels.speed_up(policy)
+            if accelerator.device.type == "cpu" and accelerator.mixed_precision != "no":
+                kernels.drop_quickly(policy)
         with checkpoint.readable(cfg.policy.pretrained_path or cfg.dataset.repo_id):
             preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
         add_resize_step(preprocessor, options.data.resize)

@@ -2,7 +2,7 @@
 
     s3://bucket/run/checkpoints/000200/...      uploaded in the background, file by file
     s3://bucket/run/checkpoints/000200.json     names and sizes of its files, written last: without it there is none
-    s3://bucket/run/{summary.json,metrics.jsonl,options.json,.progress,error.log,wandb/...}
+    s3://bucket/run/{summary.json,metrics.jsonl,options.json,.progress,wandb/...}   error.log once it has failed
 
 Object stores rename nothing, so that what is whole is what the last write says.
 """
@@ -18,16 +18,17 @@ from pathlib import Path
 
 from ray_jobs.engine.bucket import check_address, open_root
 from ray_jobs.engine.bucket_lock import BucketLock
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.errors import InputError, RunError, StorageError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
-from ray_jobs.engine.patience import patiently
+from ray_jobs.engine.options import ASKED, OPTIONS_FILE
+from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.trust import check_name
 
 CHECKPOINTS = "checkpoints"
 EVERY_S = 30  # between looks for what has changed
-FILES = ("summary.json", "metrics.jsonl", "options.json", ".progress", "error.log")
+FILES = ("summary.json", "metrics.jsonl", OPTIONS_FILE, ".progress")
 
 
 def folder_of(address: str) -> Path:
@@ -43,7 +44,7 @@ def check_new(address: str) -> None:
     """
     check_address(address, "output_dir")
     system, place = open_root(address, flag="output_dir")
-    with _told(address):
+    with told(address):
         taken = system.exists(place) and system.find(place)
     if taken:
         raise InputError(
@@ -62,7 +63,7 @@ def check_new(address: str) -> None:
 def check_writable(address: str) -> None:
     """Raises InputError if nothing can be written there."""
     system, place = open_root(address, flag="output_dir")
-    with _told(address):
+    with told(address):
         system.pipe_file(f"{place}/.writable", b"yes")
         system.rm_file(f"{place}/.writable")
 
@@ -75,27 +76,116 @@ def pull(address: str, here: Path) -> None:
     """
     check_address(address, "output_dir")
     system, place = open_root(address, flag="output_dir")
-    (here / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with (here / ".pulled").open("w") as lock, _told(address):  # one process of a node
+    here.mkdir(parents=True, exist_ok=True)
+    with (here / ".pulled").open("w") as lock, told(address):  # one process of a node
         fcntl.flock(lock, fcntl.LOCK_EX)
         system.invalidate_cache()
-        for name in FILES:
-            if not (here / name).exists() and system.exists(f"{place}/{name}"):
-                system.get_file(f"{place}/{name}", str(here / name))
+        _set_aside(system, place, here)
+        (here / CHECKPOINTS).mkdir(exist_ok=True)
         whole = whole_checkpoints(system, place)
-        for step in sorted(whole)[-1:]:
-            target = here / CHECKPOINTS / whole[step]
-            if target.is_dir():
-                continue
-            scratch = target.with_name(f".{target.name}.pulled")
-            shutil.rmtree(scratch, ignore_errors=True)
-            for name, size in json.loads(system.cat(f"{place}/{CHECKPOINTS}/{target.name}.json")).items():
-                file = scratch / check_name(name)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                system.get_file(f"{place}/{CHECKPOINTS}/{target.name}/{name}", str(file))
-                if file.stat().st_size != size:
-                    raise OSError(f"{target.name}/{name} has {file.stat().st_size} bytes instead of {size}")
-            scratch.rename(target)
+        newest = max(whole, default=-1)
+        # The run has gone on elsewhere since it was here.
+        behind = newest > max(map(int, _checkpoints_in(here / CHECKPOINTS)), default=newest)
+        _fetch_files(system, place, here, again=behind)
+        if whole:
+            _fetch_checkpoint(system, place, whole[newest], here / CHECKPOINTS / whole[newest])
+
+
+def pull_result(address: str, here: Path, links: tuple[str, ...] = ()) -> None:
+    """Bring a run's small files, and the checkpoint that the first of `links` (`best`, `last`) that is there leads to.
+
+    Raises:
+        InputError: The bucket cannot be read.
+    """
+    system, place = open_root(address, flag="output_dir")
+    (here / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with told(address):
+        system.invalidate_cache()
+        _fetch_files(system, place, here, again=True)
+        for link in links:
+            if system.exists(f"{place}/{CHECKPOINTS}/{link}"):
+                name = check_name(system.cat_file(f"{place}/{CHECKPOINTS}/{link}").decode())
+                _fetch_checkpoint(system, place, name, here / CHECKPOINTS / name)
+                (here / CHECKPOINTS / link).unlink(missing_ok=True)
+                (here / CHECKPOINTS / link).symlink_to(name)
+                return
+
+
+def take_up(address: str, here: Path) -> bool:
+    """Bring a run here that another process, dead by now, may have begun. False if it has not: then the place is empty.
+
+    Raises:
+        InputError: The bucket cannot be used.
+    """
+    system, place = open_root(address, flag="output_dir")
+    with told(address):
+        system.invalidate_cache()
+        begun = system.exists(f"{place}/{OPTIONS_FILE}")
+        if not begun:
+            remove(system, place)
+    if begun:
+        pull(address, here)
+    else:
+        shutil.rmtree(here, ignore_errors=True)
+    return begun
+
+
+def _set_aside(system, place: str, here: Path) -> None:
+    """Move away what another run has left on this node: it had the same address, and is no longer there."""
+    there = system.cat_file(f"{place}/{OPTIONS_FILE}") if system.exists(f"{place}/{OPTIONS_FILE}") else b"{}"
+    file = here / OPTIONS_FILE
+    if not file.is_file() or _run_of(file.read_bytes()) == _run_of(there):
+        return
+    old = here.with_name(f"{here.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    old.mkdir()
+    for name in (*FILES, CHECKPOINTS, "wandb"):
+        if (here / name).exists():
+            (here / name).rename(old / name)
+
+
+def _run_of(options: bytes) -> str | None:
+    """The id of the run that has written these options."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(options).get(ASKED, {}).get("id")
+    return None
+
+
+def send(address: str, name: str, file: Path) -> None:
+    """Send a file of a run that has ended, if the bucket will have it."""
+    with contextlib.suppress(Exception):
+        system, place = open_root(address, flag="output_dir")
+        system.put_file(str(file), f"{place}/{name}")
+
+
+def remove(system, place: str) -> None:
+    """Remove all there is at a place."""
+    with contextlib.suppress(FileNotFoundError):
+        system.rm(place, recursive=True)
+
+
+def _fetch_files(system, place: str, here: Path, again: bool = False) -> None:
+    for name in FILES:
+        if (again or not (here / name).exists()) and system.exists(f"{place}/{name}"):
+            system.get_file(f"{place}/{name}", str(here / name))
+
+
+def _fetch_checkpoint(system, place: str, name: str, target: Path) -> None:
+    if target.is_dir():
+        return
+    scratch = target.with_name(f".{target.name}.pulled")
+    shutil.rmtree(scratch, ignore_errors=True)
+    for file_name, size in json.loads(system.cat(f"{place}/{CHECKPOINTS}/{name}.json")).items():
+        file = scratch / check_name(file_name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        system.get_file(f"{place}/{CHECKPOINTS}/{name}/{file_name}", str(file))
+        if file.stat().st_size != size:
+            raise OSError(f"{name}/{file_name} has {file.stat().st_size} bytes instead of {size}")
+    scratch.rename(target)
+
+
+def _checkpoints_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("[0-9]*") if path.is_dir()} if folder.is_dir() else set()
 
 
 def whole_checkpoints(system, place: str) -> dict[int, str]:
@@ -108,58 +198,50 @@ def whole_checkpoints(system, place: str) -> dict[int, str]:
 
 def read_file(address: str, name: str) -> bytes:
     system, place = open_root(address, flag="output_dir")
-    with _told(address):
+    with told(address):
         return system.cat_file(f"{place}/{name}")
 
 
 @contextlib.contextmanager
-def _told(address: str) -> Iterator[None]:
+def told(address: str) -> Iterator[None]:
     try:
         yield
     except (InputError, RunError):
         raise
     except Exception as error:
-        raise InputError(
+        raise StorageError(
             f"--output_dir={address}: cannot be used: {type(error).__name__}: {first_line(error)}"
         ) from None
 
 
 @contextlib.contextmanager
 def mirrored(
-    address: str, here: Path, report: Callable[[dict], None], run: str
-) -> Iterator[Callable[[dict], None]]:
-    """Within, this process alone keeps the copy of its run in the bucket up to date, beginning with what is here now.
+    address: str, here: Path, tell: Callable[[str], None], run: str, kind: type["Mirror"] | None = None
+) -> Iterator["Mirror"]:
+    """Within, this process alone keeps the copy of a run in its bucket up to date, beginning with what is here now.
 
     Args:
         here: The run's folder on this node.
-        report: Hears when the bucket fails, and when it is back.
+        tell: Called with a line of text when the bucket fails, and when it is back.
         run: Tells this run from others that would go there.
-
-    Yields:
-        What to report to instead.
+        kind: What a copy consists of; that of a training if left out.
 
     Raises:
         RunError: Another run writes there, or the bucket has failed for too long.
     """
-
-    def tell(text: str) -> None:
-        report({"kind": "notice", "text": text})
-
     system, place = open_root(address, patient=True, flag="output_dir")
     lock = BucketLock(system, place, address, run)
-    with _told(address):
-        lock.take(tell)
+
+    def take() -> None:
+        with told(address):
+            lock.take(tell)
+
+    patiently(take, address, tell, passing=storage_may_return)
     with lock.held():
-        mirror = Mirror(address, here, tell, lock)
+        mirror = (kind or Mirror)(address, here, tell, lock)
         try:
             mirror.flush()
-
-            def report_and_send(event: dict) -> None:
-                report(event)
-                if event["kind"] == "checkpoint":
-                    mirror.changed()
-
-            yield report_and_send
+            yield mirror
         finally:
             mirror.close()
 
@@ -238,7 +320,7 @@ class Mirror:
             self.failure = str(error)
 
     def _kept(self) -> str:
-        here = sorted(p.name for p in (self.here / CHECKPOINTS).glob("[0-9]*"))
+        here = sorted(_checkpoints_in(self.here / CHECKPOINTS))
         return f"What is whole there is intact; the checkpoints {', '.join(here[-3:])} are in {self.here}."
 
     def _send(self) -> None:
@@ -249,7 +331,7 @@ class Mirror:
         """
         self.lock.check()
         folder = self.here / CHECKPOINTS
-        here = {path.name for path in folder.glob("[0-9]*") if path.is_dir()} if folder.is_dir() else set()
+        here = _checkpoints_in(folder)
         self.system.invalidate_cache()
         there = set(whole_checkpoints(self.system, self.place).values())
         for name in sorted(here - there):
@@ -264,12 +346,7 @@ class Mirror:
         small = [self.here / name for name in FILES]
         small += [path for path in (self.here / "wandb").rglob("*") if not path.is_symlink()]
         for path in small:
-            with contextlib.suppress(FileNotFoundError):
-                name, stat = str(path.relative_to(self.here)), path.stat()
-                version = stat.st_size, stat.st_mtime_ns
-                if path.is_file() and self.sent.get(name) != version:
-                    self.system.pipe_file(f"{self.place}/{name}", path.read_bytes())
-                    self.sent[name] = version
+            self._send_file(str(path.relative_to(self.here)), path)
 
     def _send_checkpoint(self, folder: Path) -> None:
         sizes = {}
@@ -283,6 +360,18 @@ class Mirror:
                 f"{self.place}/{CHECKPOINTS}/{folder.name}.json", json.dumps(sizes).encode()
             )
 
+    def _send_file(self, name: str, path: Path, *, grows: bool = True) -> None:
+        """Send a file, unless it was sent as it is. One that grows is read at once, lest its size change meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            version = stat.st_size, stat.st_mtime_ns
+            if path.is_file() and self.sent.get(name) != version:
+                if grows:
+                    self.system.pipe_file(f"{self.place}/{name}", path.read_bytes())
+                else:
+                    self.system.put_file(str(path), f"{self.place}/{name}")
+                self.sent[name] = version
+
     def _send_text(self, name: str, text: str) -> None:
         if self.sent.get(name) != (text,):
             self.system.pipe_file(f"{self.place}/{name}", text.encode())
@@ -291,6 +380,5 @@ class Mirror:
     def _remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.system.rm_file(f"{self.place}/{CHECKPOINTS}/{name}.json")  # first: it is no longer whole
-        with contextlib.suppress(FileNotFoundError):
-            self.system.rm(f"{self.place}/{CHECKPOINTS}/{name}", recursive=True)
+        remove(self.system, f"{self.place}/{CHECKPOINTS}/{name}")
         self.known.discard(name)

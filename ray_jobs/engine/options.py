@@ -17,6 +17,7 @@ from ray_jobs.engine.explain import parse
 from ray_jobs.engine.translations import translate
 
 OPTIONS_FILE = "options.json"  # a run's options, beside LeRobot's checkpoints in the output folder
+ASKED = "asked"  # part of that file: what was asked for in LeRobot's flags and train_config.json cannot tell
 
 
 def at_least(name: str, value: float | None, least: int) -> None:
@@ -187,6 +188,7 @@ def parse_options(flags: dict[str, str], saved: dict | None = None) -> Options:
         f"--{group}.{name}={value if isinstance(value, str) else json.dumps(value)}"
         for group, options in (saved or {}).items()
         for name, value in options.items()
+        if not (name == "min_workers" and "ray.num_workers" in flags)  # a saved 2:8 is no part of a typed 4
     ]
     return parse(lambda: draccus.parse(Options, args=[*before, *ours]), flags)
 

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 
-from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.errors import RunError, StorageError
 from ray_jobs.engine.explain import first_line
 
 PATIENCE_S = 900
@@ -26,18 +26,23 @@ def may_pass(error: Exception) -> bool:
     return (int(told[1]) if told else getattr(error, "errno", None)) in PASSING
 
 
+def storage_may_return(error: Exception) -> bool:
+    return isinstance(error, StorageError)
+
+
 def patiently[Result](
     write: Callable[[], Result],
     what: object,
     tell: Callable[[str], None],
     *,
+    doing: str = "written",
     passing: Callable[[Exception], bool] = may_pass,
     kept: Callable[[], str] = lambda: INTACT,
 ) -> Result:
     """Call `write` until it succeeds; it must be one that can be repeated.
 
     Args:
-        what: Is written, for the messages.
+        what: Is written (or `doing`), for the messages.
         tell: Called with a line of text when storage fails, and when it is back.
         passing: Whether to try again after this error.
         kept: Says what is not lost, at the end of patience.
@@ -55,14 +60,14 @@ def patiently[Result](
             reason, now = f"{type(error).__name__}: {first_line(error)}", time.monotonic()
             if failing_since is None:
                 failing_since = now
-                tell(f"{what} cannot be written, trying again: {reason}")
+                tell(f"{what} cannot be {doing}, trying again: {reason}")
             if now - failing_since > PATIENCE_S:
                 raise RunError(
-                    f"{what} could not be written for {PATIENCE_S:g} s: {reason}\n{kept()}"
+                    f"{what} could not be {doing} for {PATIENCE_S:g} s: {reason}\n{kept()}"
                 ) from error
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_S)
         else:
             if failing_since is not None:
-                tell(f"{what} is written: storage is back after {time.monotonic() - failing_since:.0f} s.")
+                tell(f"{what} is {doing}: storage is back after {time.monotonic() - failing_since:.0f} s.")
             return result

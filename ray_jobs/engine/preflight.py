@@ -270,9 +270,14 @@ def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature], fold
     cameras = any(feature.type is FeatureType.VISUAL for feature in features.values())
     if url is None or policy.pretrained_path is not None or not cameras:
         return
-    file = Path(url).name
-    if any((place / file).is_file() for place in (folder, Path(torch.hub.get_dir()) / "checkpoints")):
-        return
+    name = Path(url).name
+    for file in (folder / name, Path(torch.hub.get_dir()) / "checkpoints" / name):
+        if file.is_file():
+            try:
+                torch.load(file, map_location="cpu", weights_only=True)
+            except Exception:
+                raise InputError(f"{file} holds no weights of torchvision's; {url} does.") from None
+            return
     try:
         urlopen(Request(url, method="HEAD"), timeout=HUB_WAIT_S).close()
     except OSError:

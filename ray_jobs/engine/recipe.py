@@ -30,6 +30,7 @@ from ray_jobs.engine.explain import hub_or_cache, parse
 from ray_jobs.engine.flags import check_flags, check_sources
 from ray_jobs.engine.memory import Memory
 from ray_jobs.engine.options import (
+    ASKED,
     OPTIONS_FILE,
     Options,
     asked_device,
@@ -42,7 +43,8 @@ from ray_jobs.engine.options import (
 from ray_jobs.engine.translations import translate
 from ray_jobs.engine.trust import check_links, read_json
 
-ASKED = "asked"  # part of the options file: what was asked for in LeRobot's flags and train_config.json cannot tell
+# All that a run leaves that has ended before it began: a worker's node had no data set, say.
+NEVER_BEGUN = {".driver", ".lock", ".ray"}
 
 
 @dataclass
@@ -69,6 +71,8 @@ class Recipe:
     """What the driver has found in the run's folder, by which workers know that they see the same one."""
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Tells this driver's run from others: a worker may take the place of one that is not dead yet."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """The same whenever the run is resumed."""
     trainings: int = 1
     """That will read the same data."""
     gpu_share: float = 1.0
@@ -86,6 +90,7 @@ class Recipe:
             "device": self.device,
             "eval_steps": self.eval_steps,
             "wandb_run_id": self.lerobot.wandb.run_id,
+            "id": self.id,
             "threads": torch.get_num_threads(),  # the last digits of what a CPU computes depend on it
         }
         content = {**draccus.encode(self.options), ASKED: asked}
@@ -168,7 +173,9 @@ def resolve(argv: Sequence[str]) -> Recipe:
         # saved config leaves it out and names the training episodes instead.
         cfg.eval_steps = 0
     plugins = [value for name, value in flags.items() if lerobot_parser.PLUGIN_DISCOVERY_SUFFIX in name]
-    return Recipe(cfg, options, device, eval_steps, notices, remote=remote, plugins=plugins)
+    recipe = Recipe(cfg, options, device, eval_steps, notices, remote=remote, plugins=plugins)
+    recipe.id = asked.get("id", recipe.id)
+    return recipe
 
 
 def _place_for(remote: str, resume: bool) -> Path:
@@ -342,7 +349,8 @@ def _no_upload(repo_id: str, options: Options) -> str | None:
 def _check_output_dir(folder: Path) -> None:
     if folder.is_file():
         raise InputError(f"--output_dir={folder}: is a file, not a folder.")
-    if folder.exists():
+    names = {path.name for path in folder.iterdir()} if folder.exists() else NEVER_BEGUN
+    if not names or names - NEVER_BEGUN:
         holds_run = (folder / OPTIONS_FILE).exists() or last_checkpoint(folder) is not None
         resume = ", or --resume=true to continue the run in it" if holds_run else ""
         raise InputError(

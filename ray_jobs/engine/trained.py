@@ -26,11 +26,11 @@ from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.objective import Validation, chunk_length
 from ray_jobs.engine.opened import once, own_metadata
-from ray_jobs.engine.options import OPTIONS_FILE, asked_device, parse_options, split_flags
+from ray_jobs.engine.options import ASKED, OPTIONS_FILE, asked_device, parse_options, split_flags
 from ray_jobs.engine.pictures import Replay, joint_names, replay
 from ray_jobs.engine.policy import check_loaded, loading, make_processors
 from ray_jobs.engine.preflight_data import check_files, check_resize, choose_episodes, open_dataset
-from ray_jobs.engine.recipe import ASKED, Recipe
+from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
 
 PREDICTIONS = 50  # that are timed

@@ -5,11 +5,15 @@ classes to be imported, paths, links, and JSON that is not what its reader takes
 """
 
 import json
+import os
 import string
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray_jobs.engine.errors import InputError
+
+# torchvision's own loader of weights would unpickle whatever lies in `--assets.dir`.
+os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
 
 PLACES = {"chunk_index", "file_index", "video_key"}  # what LeRobot fills into a data set's paths
 MOST_PIXELS = 10**9  # of a camera's image

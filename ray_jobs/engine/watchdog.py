@@ -5,6 +5,7 @@ Each worker has a thread that tells the run's line, every few seconds, how far i
 worker that tells nothing has stopped, or its node is cut off; one that tells of the same step for too long hangs.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -17,7 +18,16 @@ import psutil
 
 BEAT_S = 2.0
 CUT_OFF_S = 120  # Ray itself takes up to eight minutes to notice, on the side that is cut off
-SLOW = ("objective.py", "checkpoint.py", "tracking.py", "bucket.py")  # no hang while the training is in there
+# No hang while the training is in one of these: it validates, saves, uploads, or waits for storage.
+SLOW = (
+    "objective.py",
+    "simulator.py",
+    "checkpoint.py",
+    "tracking.py",
+    "patience.py",
+    "mirror.py",
+    "hf_api.py",
+)
 WAITING = (
     "backward",
     "all_reduce",
@@ -70,6 +80,8 @@ def beat(line, rank: int) -> Callable[[dict], None]:
             if not any(ray.wait([told], timeout=seconds)[0] for seconds in (CUT_OFF_S, 5 * BEAT_S)):
                 os._exit(1)  # this node is cut off, and another worker waits to write into the run's folder
             time.sleep(BEAT_S)
+        with contextlib.suppress(Exception):  # Ray is gone, too
+            line.forget_beat.remote(rank)  # its part is done; another may still have the run's end to write
 
     def hear(event: dict) -> None:
         nonlocal step

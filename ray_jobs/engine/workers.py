@@ -10,6 +10,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,11 +60,7 @@ def make_trainer(recipe: "Recipe", each: Share, line):
 
     options = recipe.options.ray
     if not recipe.remote:
-        recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        mark = recipe.output_dir / MARK_FILE
-        if not mark.is_file():
-            mark.write_text(uuid.uuid4().hex)
-        recipe.mark = mark.read_text()
+        recipe.mark = mark_of(recipe.output_dir)
     datasets = {}
     if recipe.options.data.source == "stream":
         from ray_jobs.engine import stream_reader
@@ -95,6 +92,15 @@ def make_trainer(recipe: "Recipe", each: Share, line):
     )
 
 
+def mark_of(folder: Path) -> str:
+    """What tells processes of other nodes that they see this very folder (see `check_node`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / MARK_FILE
+    if not mark.is_file():
+        mark.write_text(uuid.uuid4().hex)
+    return mark.read_text()
+
+
 def start_fit(trainer) -> tuple[threading.Thread, dict]:
     """Run `trainer.fit()` in a thread, so that Ctrl-C comes to us and not to Ray Train, which would kill the
     workers. The dict will hold the `error`, if there is one."""
@@ -124,7 +130,7 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
     if reason := ray.get(line.why_failed.remote()):
         raise RunError(reason)
     if "error" in outcome:
-        raise RunError(_explain(outcome["error"], recipe.output_dir))
+        raise RunError(_explain(outcome["error"], recipe))
     if recipe.remote:
         from ray_jobs.engine.mirror import read_file
 
@@ -150,7 +156,7 @@ def _worker(config: dict) -> None:
         return  # Ray has started this worker in place of one that knew better
     context = ray.train.get_context()
     try:
-        _check_node(recipe)
+        check_node(recipe.lerobot.dataset.root, None if recipe.remote else recipe.output_dir, recipe.mark)
     except RunError as error:
         ray.get(line.fail.remote(str(error)))
         raise
@@ -189,8 +195,13 @@ def _worker(config: dict) -> None:
         raise Preempted()
 
 
-def _check_node(recipe: "Recipe") -> None:
+def check_node(root: str | None, output_dir: Path | None, mark: str) -> None:
     """See that this node has the folders that the driver's has.
+
+    Args:
+        root: Of the data set.
+        output_dir: Of the run or search; None for one that is copied to a bucket.
+        mark: What `mark_of` gives on the driver's node.
 
     Raises:
         RunError: It has not.
@@ -200,14 +211,14 @@ def _check_node(recipe: "Recipe") -> None:
     from ray_jobs.engine.bucket import is_uri
 
     where = f"on node {ray.util.get_node_ip_address()}"
-    root, mark = recipe.lerobot.dataset.root, recipe.output_dir / MARK_FILE
     if root is not None and not is_uri(root) and not Path(root).is_dir():
         raise RunError(
             f"--dataset.root={root} is not there {where}. All nodes must see it, or it must be a bucket."
         )
-    if not recipe.remote and not (mark.is_file() and mark.read_text() == recipe.mark):
+    seen = output_dir and output_dir / MARK_FILE
+    if seen and not (seen.is_file() and seen.read_text() == mark):
         raise RunError(
-            f"--output_dir={recipe.output_dir} is not {where} what it is on the driver's node. All nodes must see the "
+            f"--output_dir={output_dir} is not {where} what it is on the driver's node. All nodes must see the "
             "same folder, or it must be a bucket (s3://...)."
         )
 
@@ -256,7 +267,13 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
 
     from ray_jobs.engine import loop
     from ray_jobs.engine.faults import in_plain_words
-    from ray_jobs.engine.mirror import mirrored, pull
+    from ray_jobs.engine.mirror import pull
+    from ray_jobs.engine.patience import patiently, storage_may_return
+
+    report = how["report"]
+
+    def tell(text: str) -> None:
+        report({"kind": "notice", "text": text})
 
     for package in recipe.plugins:
         load_plugin(package)
@@ -265,15 +282,32 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
         if recipe.remote:
             if not main:
                 _all_ranks()  # until rank 0 has sent what its node alone had
-            pull(recipe.remote, recipe.output_dir)
+            fetch = partial(pull, recipe.remote, recipe.output_dir)
+            patiently(fetch, recipe.remote, tell, doing="read", passing=storage_may_return)
         if main:
             run.enter_context(lock(recipe.output_dir, run=recipe.run))
             recipe.save_options()
             if recipe.remote:
-                copied = mirrored(recipe.remote, recipe.output_dir, how["report"], run=recipe.run)
-                how["report"] = run.enter_context(copied)
+                how["report"] = run.enter_context(_copied(recipe, how["report"], tell))
                 _all_ranks()
         return loop.train(recipe, **how)
+
+
+@contextlib.contextmanager
+def _copied(
+    recipe: "Recipe", report: Callable[[dict], None], tell: Callable[[str], None]
+) -> Iterator[Callable[[dict], None]]:
+    """Keep a copy of the run in its bucket; yields what to report to instead."""
+    from ray_jobs.engine.mirror import mirrored
+
+    with mirrored(recipe.remote, recipe.output_dir, tell, recipe.run) as mirror:
+
+        def report_and_send(event: dict) -> None:
+            report(event)
+            if event["kind"] == "checkpoint":
+                mirror.changed()
+
+        yield report_and_send
 
 
 def _all_ranks() -> None:
@@ -315,13 +349,17 @@ def lock(output_dir: Path, wait_s: float = LOCK_WAIT_S, run: str = "") -> Iterat
         yield
 
 
-def _explain(error: Exception, output_dir: Path) -> str:
+def _explain(error: Exception, recipe: "Recipe") -> str:
     """Why Ray Train gave up, in two lines; the whole story goes into the run's error.log."""
     from ray_jobs.engine.faults import describe
 
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items())
-    log = output_dir / ERROR_LOG
-    output_dir.mkdir(parents=True, exist_ok=True)
+    log = recipe.output_dir / ERROR_LOG
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(traceback.format_exception(cause)))
+    if recipe.remote:
+        from ray_jobs.engine import mirror
+
+        mirror.send(recipe.remote, ERROR_LOG, log)
     return f"{describe(failures)}, and that for good.\nThe full error is in {log}."

@@ -29,9 +29,11 @@ from ray_jobs.search.study import (
     BASELINE,
     BEST_STEP,
     CONFIG,
+    LOST,
     POLICY,
     REASON,
     STEPS,
+    STUDY_FILE,
     TIMES,
     WALL,
     WALL_S,
@@ -44,7 +46,7 @@ from ray_jobs.search.study import (
     trial_name,
     trials_of,
 )
-from ray_jobs.search.trial import ranked_checkpoint, trial_dir
+from ray_jobs.search.trial import ranked_checkpoint, trial_dir, trial_place
 
 TRIALS_FILE, BEST_DIR, COMMAND_FILE = "trials.csv", "best", "command.sh"
 GOING_ON = "still going on"
@@ -52,6 +54,7 @@ GOING_ON = "still going on"
 SURE_OF_IMPORTANCES = 30
 OF_THE_SEARCH = (
     "eval_steps",
+    "env_eval_freq",
     "log_freq",
     "save_freq",
     "steps",
@@ -59,16 +62,15 @@ OF_THE_SEARCH = (
 )  # not of the long training
 
 
-def note(plan: Plan, study: Study) -> None:
+def note(plan: Plan, study: Study) -> set[str]:
     """Bring the folder up to date: trials.csv, and no checkpoints of trials that cannot win any more: only the best
-    few keep theirs."""
-    _trials_csv(plan, study, trials_of(study))
-    keep = _winners(plan, study)
-    for trial in trials_of(study):
-        if trial.state.is_finished() and trial.number not in keep:
-            shutil.rmtree(
-                trial_dir(plan.output_dir, trial_name(trial.number)) / "checkpoints", ignore_errors=True
-            )
+    few keep theirs. Returns the others' names."""
+    trials, keep = trials_of(study), _winners(plan, study)
+    _trials_csv(plan, study, trials)
+    hopeless = {trial_name(t.number) for t in trials if t.state.is_finished() and t.number not in keep}
+    for name in hopeless:
+        shutil.rmtree(trial_dir(plan.output_dir, name) / "checkpoints", ignore_errors=True)
+    return hopeless
 
 
 def reopen(plan: Plan) -> None:
@@ -118,6 +120,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> 
         "trials": len(trials),
         **{state.name.lower(): states.count(state) for state in dict.fromkeys(states)},
         "trained_steps": trained,
+        "lost_steps": sum(t.user_attrs.get(LOST, 0) for t in trials),
         "trained_share": round(trained / full, 3) if full else None,
         "wall_s": round(wall_s, 1),
         "each_trial": {"cpus": each.cpus * workers, "gpus": each.gpus * workers},
@@ -146,7 +149,7 @@ def _described(plan: Plan, study: Study, trial: FrozenTrial | None) -> dict | No
         "values": dict(zip(plan.options.tune.metrics, trial.values, strict=True)),
         "step": trial.user_attrs.get(BEST_STEP),
         "config": trial.user_attrs[CONFIG],
-        "folder": str(trial_dir(plan.output_dir, trial_name(trial.number))),
+        "folder": trial_place(plan.place, trial_name(trial.number)),
     }
     if repeats:
         values = [trial.values[0], *repeats.values()]
@@ -243,13 +246,14 @@ def _best(plan: Plan, trial: FrozenTrial, summary: dict) -> str:
         f"--steps={steps}",
         f"--save_freq={max(1, steps // 20)}",
         f"--eval_steps={max(1, steps // 20)}",
+        f"--env_eval_freq={max(1, steps // 20) if plan.recipe.lerobot.env_eval_freq else 0}",
         *([f"--seed={seed}"] if seed is not None else []),
-        f"--output_dir={plan.output_dir}-best",
+        f"--output_dir={plan.place}-best",
     ]
     script = scratch / COMMAND_FILE
     script.write_text(
         "#!/usr/bin/env bash\n"
-        f"# The configuration of trial {trial.number}, the best of {plan.output_dir.name}, trained in full.\n"
+        f"# The configuration of trial {trial.number}, the best of {plan.name}, trained in full.\n"
         "# More flags may follow and go first, as --ray.num_workers=4 or --output_dir=elsewhere.\n"
         'exec "${PYTHON:-python}" -m ray_jobs.train \\\n    '
         + " \\\n    ".join(shlex.quote(word) for word in _last_of_each(words))
@@ -318,12 +322,12 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
         say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top) + guess)
     changed = {k: v for k, v in best["config"].items() if not published or published["config"].get(k) != v}
     say("            " + ", ".join(word[2:] for word in flags(changed)) if changed else "")
-    study = "" if plan.options.tune.storage else "study.db,"
-    say(f"left        {plan.output_dir}/{{trials.csv,summary.json,{study}best}}")
+    study = "" if plan.options.tune.storage else f"{STUDY_FILE},"
+    say(f"left        {plan.place}/{{trials.csv,summary.json,{study}best}}")
     say(f"train it    {summary['command']}")
     policy = _policy(plan)
     if policy.is_dir() and not plan.pushes:
-        say(f"upload it   hf upload USER/{plan.output_dir.name} {shlex.quote(str(policy))}")
+        say(f"upload it   hf upload USER/{plan.name} {shlex.quote(str(policy))}")
 
 
 def upload(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import draccus
 
@@ -82,7 +82,8 @@ class TuneOptions:
                     f"--tune.metric={self.metric}: nothing reports {name}. Validations report "
                     f"{', '.join(METRICS)}."
                 )
-        if self.storage and urlsplit(self.storage).password:
+        url = urlsplit(self.storage or "")
+        if url.password or "password" in parse_qs(url.query):
             raise InputError(
                 "--tune.storage has a password in it, which would be written down with the command. Leave it out; "
                 "PGPASSWORD or ~/.pgpass is where PostgreSQL looks."

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from ray_jobs.engine import preflight
+from ray_jobs.engine import mirror, preflight
+from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.objective import chunk_length
@@ -95,6 +96,17 @@ class Plan:
     horizon: int
     resume: bool
     notices: list[str]
+    remote: str | None = None
+    """The bucket's address that `output_dir` is copied to, if there is one."""
+
+    @property
+    def place(self) -> str:
+        """The user's `--output_dir`."""
+        return self.remote or str(self.output_dir)
+
+    @property
+    def name(self) -> str:
+        return _last_part(self.place)
 
     @property
     def steps(self) -> int:
@@ -114,7 +126,7 @@ class Plan:
 
     @property
     def study_name(self) -> str:
-        return self.options.tune.study_name or self.output_dir.name
+        return self.options.tune.study_name or self.name
 
     @property
     def terms(self) -> dict[str, str]:
@@ -153,11 +165,8 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
     typed, notices = read_flags(["--tune.dry_run=true" if word == "--dry-run" else word for word in argv])
     resume = asks_to_resume(typed)
     typed.pop("resume", None)
-    if "://" in typed.get("output_dir", ""):
-        raise InputError(
-            f"--output_dir={typed['output_dir']}: a search needs a folder that all nodes see; buckets are for trainings."
-        )
-    folder = Path(typed.get("output_dir", "outputs/search"))
+    place = typed.get("output_dir", "outputs/search").rstrip("/")
+    folder = _folder_for(place, resume) if is_uri(place) else Path(place)
     saved = folder / SEARCH_FILE
     if resume:
         if not saved.is_file():
@@ -168,17 +177,35 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
         except (ValueError, KeyError):
             raise InputError(f"cannot resume: {saved} is damaged.") from None
         # As they were when the search began, whatever has become of the files since.
-        before["space"] = ",".join(str(folder / SPACES_DIR / f"{policy}.yaml") for policy in policies)
-        typed = {**before, **typed}
+        copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in policies]
+        given = [Path(name.strip()) for name in typed.pop("space", "").split(",")]
+        if {f.read_bytes() for f in given if f.is_file()} - {f.read_bytes() for f in copies if f.is_file()}:
+            notices.append(f"--space is not what the search began with: it goes on with {copies[0].parent}.")
+        typed = {**before, **typed, "space": ",".join(map(str, copies))}
     elif folder.exists():
         more = " or --resume=true to continue the search in it" if saved.is_file() else ""
         raise InputError(
             f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{more}."
         )
     else:
-        typed.setdefault("tune.study_name", folder.resolve().name)  # kept when the folder is renamed
-    typed["output_dir"] = str(folder)
+        name = _last_part(place) if is_uri(place) else folder.resolve().name
+        typed.setdefault("tune.study_name", name)  # kept when the folder is renamed
+    typed["output_dir"] = place
     return typed, resume, notices
+
+
+def _folder_for(address: str, resume: bool) -> Path:
+    """The folder of this node where a search lives that is copied to a bucket; on resume with what is there."""
+    if resume:
+        from ray_jobs.search import bucket_copy
+
+        return bucket_copy.pull(address)
+    mirror.check_new(address)
+    return mirror.folder_of(address)
+
+
+def _last_part(place: str) -> str:
+    return place.rpartition("/")[2]
 
 
 def make_plan(
@@ -195,7 +222,7 @@ def make_plan(
     spaces = [_read(Path(name.strip())) for name in (options.space or "").split(",") if name.strip()]
     if not spaces:
         raise InputError("--space is missing: which space to search, as in --space=search_spaces/act.yaml.")
-    if "stream" in (typed.get("data.source"), *(space.baseline.get("data.source") for space in spaces)):
+    if typed.get("data.source") == "stream":
         raise InputError(
             "--data.source=stream: a search would read all of it again for every trial. Give it a local copy, "
             "perhaps of some episodes (--dataset.episodes)."
@@ -232,7 +259,8 @@ def make_plan(
     ):
         notices.append(f"--{flag}={theirs[flag]} was typed: it is not searched.")
     base = _base(theirs, options)
-    output_dir = Path(typed["output_dir"]).absolute()
+    remote = typed["output_dir"] if is_uri(typed["output_dir"]) else None
+    output_dir = mirror.folder_of(remote) if remote else Path(typed["output_dir"]).absolute()
     scratch = f"--output_dir={output_dir / 'never'}"
     shortest, recipe = math.inf, None
     for s in spaces:
@@ -265,7 +293,11 @@ def make_plan(
                 shortest = min(shortest, chunk_length(resolve(arguments(config)).lerobot.policy))
     horizon = recipe.options.data.eval_horizon or int(shortest)
     base.append(f"--data.eval_horizon={horizon}")
-    return Plan(output_dir, options, space, typed, base, recipe, meta.total_frames, horizon, resume, notices)
+    if remote:
+        mirror.check_writable(remote)
+    return Plan(
+        output_dir, options, space, typed, base, recipe, meta.total_frames, horizon, resume, notices, remote
+    )
 
 
 def _read(file: Path) -> Space:

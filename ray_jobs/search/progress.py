@@ -58,6 +58,8 @@ class Progress:
             case "notice" if event["text"] not in self.said:  # every trial says much the same
                 self.said.add(event["text"])
                 self.say(event["text"])
+            case "fault":
+                self.say(f"trial {trial}: {event['text']}; its workers start again")
             case "ended":
                 self._ended(event)
             case "step" | "log" if row:

@@ -129,7 +129,12 @@ def write_search(folder: Path) -> Path:
     status = found.summary.get("status", GOING_ON)
     subtitle = f"{policy or 'a policy'} on {found.flags.get('dataset.repo_id', '')}, {status}"
     return write(
-        folder, f"Search {folder.name}", subtitle, warnings, _tiles(found), [s for s in sections if s]
+        folder,
+        f"Search {found.summary.get('study', folder.name)}",
+        subtitle,
+        warnings,
+        _tiles(found),
+        [s for s in sections if s],
     )
 
 

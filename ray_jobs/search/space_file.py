@@ -78,6 +78,8 @@ def read_space(file: Path) -> Space:
     for name, section in (("baseline", baseline), ("search", search)):
         if not isinstance(section, dict):
             fail(name, f"'{name}' must be a mapping of flags, as in 'policy.chunk_size: ...'.")
+    for flag in baseline.keys() & set(NOT_SEARCHED):
+        fail(f"baseline.{flag}", f"{flag}: only on the command line, it must be the same for all trials.")
     for flag in (*baseline, *search):
         if str(flag).endswith("discover_packages_path"):  # a file must not say which code is run
             fail(

@@ -29,12 +29,13 @@ from ray_jobs.search.plan import FRAMES, NOT_COMPARED, Plan
 from ray_jobs.search.space import SearchSpace, flags
 from ray_jobs.search.trial import ENDED
 
-CONFIG, POLICY, BASELINE, SKIPPED, REASON, STEPS, BEST_STEP, WALL_S, TIMES = (  # user attributes of trials
-    "config", "policy", "baseline", "skipped", "reason", "steps", "best_step", "wall_s", "times",
+CONFIG, POLICY, BASELINE, SKIPPED, REASON, STEPS, LOST, BEST_STEP, WALL_S, TIMES = (  # user attributes of trials
+    "config", "policy", "baseline", "skipped", "reason", "steps", "lost_steps", "best_step", "wall_s", "times",
 )  # fmt: skip
 SPACE, OPTIMIZED, TERMS, REPEATS, REPEATS_COST, WALL = (  # user attributes of the study
     "space", "metric", "terms", "repeats", "repeats_cost", "wall_s",
 )  # fmt: skip
+STUDY_FILE = "study.db"
 BUSY_S = 120  # how long others, a dashboard say, may hold an SQLite file
 TRIES = 50  # drawings until one is new and keeps the constraints; then the space is taken for exhausted
 DEATHS = 3  # processes a trial may cost, and trials in a row that may cost so many
@@ -49,7 +50,7 @@ def open_study(plan: Plan, seed: int) -> Study:
     optuna.logging.disable_default_handler()
     warnings.filterwarnings("ignore", module="optuna")
     options, name = plan.options.tune, plan.study_name
-    url = options.storage or f"sqlite:///{plan.output_dir / 'study.db'}"
+    url = options.storage or f"sqlite:///{plan.output_dir / STUDY_FILE}"
     try:
         study = optuna.create_study(
             storage=_storage(url),
@@ -355,7 +356,7 @@ class StudySearch(Searcher):
                 self.failed_repeats.add((trial.number, repeat))
         else:
             times = {k.removeprefix("times/"): v for k, v in result.items() if k.startswith("times/")}
-            noted = {BEST_STEP: result.get("step"), STEPS: result.get("trained"),
+            noted = {BEST_STEP: result.get("step"), STEPS: result.get("trained"), LOST: result.get("lost_steps"),
                      WALL_S: result.get("wall_s"), REASON: reason, TIMES: times}  # fmt: skip
             for name, value in noted.items():
                 if value is not None:

@@ -12,11 +12,13 @@ import platform
 import shutil
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.errors import PRUNED, InputError, RunError
+from ray_jobs.engine.errors import INTERRUPTED, PRUNED, InputError, RunError
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.workers import ERROR_LOG
@@ -29,24 +31,28 @@ def trial_dir(output_dir: Path, name: str) -> Path:
     return output_dir / TRIALS_DIR / name
 
 
-def trial_flags(base: list[str], config: dict, output_dir: Path) -> list[str]:
-    """The command line of one trial: what all trials share, its own configuration, its folder.
+def trial_place(search: str, name: str) -> str:
+    """A trial's `--output_dir`, below that of its search: a folder or an address in a bucket."""
+    return f"{search}/{TRIALS_DIR}/{name}"
+
+
+def trial_flags(base: list[str], config: dict, search: str, begun: bool) -> list[str]:
+    """The command line of one trial: what all trials share, its own configuration, its place.
 
     Args:
         config: From `StudySearch.suggest`: `trial` (name), `flags`, `seed`, `repeat`.
+        search: The search's `--output_dir`.
+        begun: Whether it was begun before, and goes on.
     """
-    folder = trial_dir(output_dir, config["trial"])
     more = [
-        f"--output_dir={folder}",
-        f"--job_name={output_dir.name}-{config['trial']}",
+        f"--output_dir={trial_place(search, config['trial'])}",
+        f"--job_name={search.rpartition('/')[2]}-{config['trial']}",
         f"--seed={config['seed']}",
     ]
     if config["repeat"]:
         more.append("--save_checkpoint=false")  # its value is wanted, and that of its first seed has one
-    if (folder / OPTIONS_FILE).exists():
+    if begun:
         more.append("--resume=true")
-    elif folder.exists():
-        shutil.rmtree(folder)  # its slot was killed before it had begun
     return [*base, *config["flags"], *more]
 
 
@@ -54,7 +60,8 @@ def run_trial(
     config: dict,
     *,
     base: list[str],
-    output_dir: Path,
+    search: str,
+    mark: str,
     group: str,
     metrics: list[str],
     each: Share,
@@ -66,6 +73,8 @@ def run_trial(
     Args:
         config: From `StudySearch.suggest`.
         base: Command-line arguments that all trials share.
+        search: The search's `--output_dir`, an absolute path or an address in a bucket.
+        mark: What tells that this node sees that folder (see `workers.check_node`).
         group: The study's name, for W&B.
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
@@ -79,11 +88,13 @@ def run_trial(
         import torch
         from ray import tune
 
-        from ray_jobs.engine import preflight
+        from ray_jobs.engine import mirror, preflight
+        from ray_jobs.engine.bucket import is_uri
         from ray_jobs.engine.recipe import resolve
-        from ray_jobs.engine.workers import listen_for_stop, teller, train_here
+        from ray_jobs.engine.workers import check_node, listen_for_stop, teller, train_here
 
-    folder, pruned, values = trial_dir(output_dir, config["trial"]), False, {}
+    place, pruned, values = trial_place(search, config["trial"]), False, {}
+    folder = mirror.folder_of(place) if is_uri(place) else Path(place)
     asked_to_stop, tell = listen_for_stop(line), teller(line)
     tell({"kind": "begun", "trial": config["trial"]})
     times = {"slot": f"{platform.node()}:{os.getpid()}", "begun": time.time()}
@@ -102,25 +113,60 @@ def run_trial(
         # Drawn before the search was told to end, or given up when its slot died.
         if reason := ray.get(line.why_stopped.remote(config["trial"])):
             return tune.report({"status": reason})
+        try:
+            check_node(_root_in(base), None if is_uri(search) else Path(search), mark)
+        except RunError as error:  # other trials would fail here one after the other
+            ray.get(line.fail.remote(str(error)))
+            return tune.report({"status": INTERRUPTED})
+        begun = _begun(place, folder, tell)
         if ended := _ended(folder):  # its slot died before it could tell
             return tune.report({**ended, **best_values(folder, metrics)})
-        recipe = resolve(trial_flags(base, config, output_dir))
+        recipe = resolve(trial_flags(base, config, search, begun))
         recipe.trainings, recipe.gpu_share = trials, min(1.0, each.gpus)
+        recipe.run = place  # not of another run: who may search there is decided by the search's own lock
         preflight.check(recipe)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         if recipe.options.ray.num_workers > 1:
             summary = _train_on_workers(recipe, each, report, lambda: PRUNED if pruned else asked_to_stop())
         else:
             summary = train_here(recipe, report, lambda: PRUNED if pruned else asked_to_stop())
+        if recipe.remote:  # where a worker group ran on other nodes
+            mirror.pull_result(place, folder)
         result = {**_outcome(summary), **(values if pruned else best_values(folder, metrics))}
+        if recipe.remote:
+            shutil.rmtree(folder)  # all of it is in the bucket
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
     except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ERROR_LOG).write_text(traceback.format_exc())
+        if is_uri(place):
+            mirror.send(place, ERROR_LOG, folder / ERROR_LOG)
         result = {"status": "failed", "reason": f"{type(error).__name__}, see {folder / ERROR_LOG}"}
     _free()
     tune.report({**result, "times": {**times, "end": time.time()}})
+
+
+def _root_in(base: list[str]) -> str | None:
+    """The data set's root, of the arguments that all trials share."""
+    return next((word.partition("=")[2] for word in base if word.startswith("--dataset.root=")), None)
+
+
+def _begun(place: str, folder: Path, tell: Callable[[dict], None]) -> bool:
+    """Whether a slot that has died since had begun this trial, whose `folder` is then here. What cannot be gone on with is
+    removed."""
+    from ray_jobs.engine import mirror
+    from ray_jobs.engine.bucket import is_uri
+    from ray_jobs.engine.patience import patiently, storage_may_return
+
+    if is_uri(place):
+        notice = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
+        take_up = partial(mirror.take_up, place, folder)
+        return patiently(take_up, place, notice, doing="read", passing=storage_may_return)
+    begun = (folder / OPTIONS_FILE).exists()
+    if folder.exists() and not begun:
+        shutil.rmtree(folder)
+    return begun
 
 
 def best_values(folder: Path, metrics: list[str]) -> dict:
@@ -137,8 +183,13 @@ def best_values(folder: Path, metrics: list[str]) -> dict:
 
 def ranked_checkpoint(folder: Path, metrics: list[str]) -> Path | None:
     """The checkpoint of a trial whose validation it was ranked by (see `best_values`), None if there is none."""
-    names = ("best", "last") if metrics[0] == METRIC else ("last",)
-    return next((path for name in names if (path := folder / "checkpoints" / name).exists()), None)
+    links = (folder / "checkpoints" / name for name in ranked_links(metrics))
+    return next((link for link in links if link.exists()), None)
+
+
+def ranked_links(metrics: list[str]) -> tuple[str, ...]:
+    """Links to the checkpoint that a trial is ranked by: the first that is there."""
+    return ("best", "last") if metrics[0] == METRIC else ("last",)
 
 
 def _ended(folder: Path) -> dict | None:
@@ -152,7 +203,12 @@ def _ended(folder: Path) -> dict | None:
 
 
 def _outcome(summary: dict) -> dict:
-    return {"status": summary["status"], "wall_s": summary["wall_s"], "trained": summary["step"]}
+    return {
+        "status": summary["status"],
+        "wall_s": summary["wall_s"],
+        "trained": summary["step"],
+        "lost_steps": summary.get("lost_steps", 0),
+    }
 
 
 def _train_on_workers(recipe, each: Share, report, should_stop) -> dict:

@@ -1,0 +1,162 @@
+"""A search whose `--output_dir` is a bucket: the driver works in a folder of its node, and a copy of it is kept there.
+
+    s3://bucket/search/{search.json,search_spaces/,study.db,trials.csv,summary.json,report.html,best/}    by the driver
+    s3://bucket/search/trials/0003/...      every trial is a run of its own, copied there by its slot (see `mirror`)
+
+On another node the search goes on from that: what the study there does not know has not been.
+"""
+
+import contextlib
+import shutil
+import sqlite3
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from optuna.study import Study
+
+from ray_jobs.engine import mirror
+from ray_jobs.engine.bucket import open_root
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.patience import patiently, storage_may_return
+from ray_jobs.engine.tracking import SUMMARY_FILE
+from ray_jobs.search.plan import SEARCH_FILE, SPACES_DIR, Plan
+from ray_jobs.search.study import BUSY_S, STUDY_FILE, ranking, trial_name, trials_of
+from ray_jobs.search.trial import TRIALS_DIR, ranked_links, trial_dir, trial_place
+
+SESSION = ".session"  # which session of the search has written last
+AT_ONCE = 8
+
+
+def pull(address: str) -> Path:
+    """The folder of this node where the search at `address` goes on, with what is there; returns it.
+
+    Raises:
+        InputError: The bucket cannot be read, or holds no search there.
+    """
+    here = mirror.folder_of(address)
+    system, place = open_root(address, flag="output_dir")
+    with mirror.told(address):
+        system.invalidate_cache()
+        if not system.exists(f"{place}/{SEARCH_FILE}"):
+            raise InputError(f"--resume=true: nothing to resume, there is no search in {address}.")
+        if (here / SESSION).is_file() and (here / SESSION).read_bytes() == system.cat_file(
+            f"{place}/{SESSION}"
+        ):
+            return here  # it was here last, and may know more than the bucket
+        shutil.rmtree(here, ignore_errors=True)
+        for folder in ("", SPACES_DIR):
+            (here / folder).mkdir(parents=True, exist_ok=True)
+            for file in system.ls(f"{place}/{folder}".rstrip("/"), detail=True):
+                if file["type"] == "file":
+                    name = Path(file["name"]).name
+                    system.get_file(file["name"], str(here / folder / name))
+    return here
+
+
+@contextlib.contextmanager
+def kept(plan: Plan, study: Study, tell: Callable[[str], None]) -> Iterator["BucketCopy | None"]:
+    """Within, the copy of a search in its bucket is kept up to date; None for a search in a folder.
+
+    Raises:
+        RunError: Another search writes there, or the bucket has failed for too long.
+    """
+    if not plan.remote:
+        yield None
+        return
+    session = uuid.uuid4().hex
+    with mirror.mirrored(plan.remote, plan.output_dir, tell, session, BucketCopy) as copy:
+        (plan.output_dir / SESSION).write_text(session)
+        copy.flush()
+        copy.forget_unknown(study)
+        yield copy
+
+
+class BucketCopy(mirror.Mirror):
+    """Copies what the driver writes; trials' own files are not its business, but for those that nobody needs any more."""
+
+    def __init__(self, *args):
+        self.hopeless: set[str] = set()
+        self.dropped: set[str] = set()
+        super().__init__(*args)
+
+    def ended(self, hopeless: set[str]) -> None:
+        """A trial has ended; those that are `hopeless` need no checkpoints any more."""
+        self.hopeless = hopeless
+        self.wake.set()
+
+    def forget_unknown(self, study: Study) -> None:
+        """Remove trials that were begun after the study was copied last: their numbers will be given to others."""
+        known = {trial_name(trial.number) for trial in trials_of(study)}
+        for path in self._trials():
+            name = Path(path).name
+            if name.partition("-")[0] not in known:
+                mirror.remove(self.system, path)
+
+    def gather(self, plan: Plan, study: Study) -> None:
+        """Bring the trials' small files here, and the best one's checkpoint, for the answer and the report."""
+        best = [trial.number for trial in ranking(study)[:1]]
+
+        def fetch(number: int) -> None:
+            name = trial_name(number)
+            links = ranked_links(plan.options.tune.metrics) if number in best else ()
+            place, here = trial_place(plan.remote, name), trial_dir(plan.output_dir, name)
+            pull_result = partial(mirror.pull_result, place, here, links)
+            patiently(pull_result, place, self.tell, doing="read", passing=storage_may_return)
+
+        if not self.failure:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(fetch, (trial.number for trial in trials_of(study))))
+
+    def _trials(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            self.system.invalidate_cache()
+            return self.system.ls(f"{self.place}/{TRIALS_DIR}", detail=False)
+        return []
+
+    def _kept(self) -> str:
+        return f"What is there stays; the search's own files are in {self.here}. --resume=true goes on."
+
+    def _send(self) -> None:
+        self.lock.check()
+        self._send_study()
+        apart = (STUDY_FILE, SUMMARY_FILE)
+        files = [path for path in self.here.iterdir() if path.name[0] != "." and path.name not in apart]
+        for path in (*files, *(self.here / SPACES_DIR).iterdir()):
+            self._send_file(str(path.relative_to(self.here)), path)
+        self._send_best()
+        for name in (SESSION, SUMMARY_FILE):  # the summary last: it tells of the others
+            self._send_file(name, self.here / name)
+        for name in self.hopeless - self.dropped:
+            mirror.remove(self.system, f"{self.place}/{TRIALS_DIR}/{name}/{mirror.CHECKPOINTS}")
+            self.dropped.add(name)
+
+    def _send_study(self) -> None:
+        """Send the SQLite file as it was between two transactions."""
+        study, copy = self.here / STUDY_FILE, self.here / f".{STUDY_FILE}.copy"
+        if not study.is_file():
+            return
+        changed = study.stat().st_mtime_ns
+        if self.sent.get(STUDY_FILE) != changed:
+            with (
+                contextlib.closing(sqlite3.connect(study, timeout=BUSY_S)) as source,
+                contextlib.closing(sqlite3.connect(copy)) as target,
+            ):
+                source.backup(target)
+            self.system.put_file(str(copy), f"{self.place}/{STUDY_FILE}")
+            self.sent[STUDY_FILE] = changed
+
+    def _send_best(self) -> None:
+        best = self.here / "best"
+        files = {str(path.relative_to(self.here)): path for path in best.rglob("*") if path.is_file()}
+        before = dict(self.sent)
+        for name, path in files.items():
+            self._send_file(name, path, grows=False)
+        if files and self.sent != before:
+            self.system.invalidate_cache()
+            there = self.system.find(f"{self.place}/best")
+            for path in there:
+                if path.removeprefix(f"{self.place}/") not in files:
+                    self.system.rm_file(path)
