@@ -11,6 +11,7 @@ import logging
 import shlex
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,64 +71,62 @@ def _train_here(recipe: "Recipe", display: Display) -> dict:
     """Run the loop in this process; returns the summary."""
     from ray_jobs.engine.workers import train_here
 
-    asked = ""
-
-    def interrupt(signum, frame) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        display.say("stopping after this step; Ctrl-C again stops at once.")
-        asked = INTERRUPTED
-
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # it has a handler of its own
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return train_here(recipe, display.show, lambda: asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _interrupts(display) as asked:
+        return train_here(recipe, display.show, asked)
 
 
 def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     """Run the loop on Ray Train's workers, show what they report, hand on Ctrl-C; returns the summary."""
     import ray
 
-    from ray_jobs.engine import workers
-    from ray_jobs.engine.faults import without_line
-    from ray_jobs.engine.watchdog import Watchdog
+    from ray_jobs.engine.workers import train_on_workers
 
     options = recipe.options.ray
     cluster.start(options.address).result()
     streamed = recipe.options.data.source == "stream"
-    asked = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
-    each = cluster.share(*asked, decoders=streamed, at_least=options.min_workers)
-    line = cluster.open_line()
-    fitting, outcome = workers.start_fit(workers.make_trainer(recipe, each, line))
-    watchdog = Watchdog(line, options.hang_timeout)
-    interrupts = 0
-    with without_line():
-        while fitting.is_alive():
-            try:
-                for event in ray.get(line.hear.remote(0.5)):
-                    display.show(event)
-                if hung := watchdog.look():
-                    display.say(hung)
-                if display.waits_since and time.monotonic() - display.waits_since > WAITED_S:
-                    free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-                    why = f"{display.why_again}; " if display.facts else ""
-                    display.say(
-                        f"{why}waiting for {options.num_workers} worker(s) with {each} to start; not in use now: {free}"
-                    )
-                    display.waits_since = time.monotonic()
-            except KeyboardInterrupt:
-                interrupts += 1
-                if interrupts > 1 or display.waits_since:  # nobody is there to save anything
-                    raise
-                display.say("stopping: the workers save a checkpoint first; Ctrl-C again stops at once.")
-                line.ask_to_stop.remote(INTERRUPTED)
-        for event in ray.get(line.hear.remote(0)):
-            display.show(event)
-        return workers.summary_of(recipe, line, outcome)
+    reserved = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
+    each = cluster.share(*reserved, decoders=streamed, at_least=options.min_workers)
+
+    def should_stop() -> str:
+        if display.waits_since and time.monotonic() - display.waits_since > WAITED_S:
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            why = f"{display.why_again}; " if display.facts else ""
+            display.say(
+                f"{why}waiting for {options.num_workers} worker(s) with {each} to start; not in use now: {free}"
+            )
+            display.waits_since = time.monotonic()
+        return asked()
+
+    with _interrupts(display) as asked:
+        return train_on_workers(recipe, each, display.show, should_stop)
+
+
+@contextlib.contextmanager
+def _interrupts(display: Display) -> Iterator[Callable[[], str]]:
+    """Within, Ctrl-C asks a training to stop, with a checkpoint; the second one, or one before it has begun, ends it at
+    once. Yields the training's `should_stop`."""
+    reason, told = "", False
+
+    def interrupt(signum, frame) -> None:
+        nonlocal reason
+        if reason or display.waits_since:  # nobody is there to save anything
+            raise KeyboardInterrupt
+        reason = INTERRUPTED
+
+    def asked() -> str:
+        nonlocal told
+        if reason and not told:
+            told = True
+            display.say("stopping: a checkpoint is saved first; Ctrl-C again stops at once.")
+        return reason
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------- what the user sees

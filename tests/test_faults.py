@@ -92,6 +92,17 @@ def test_killed_worker_is_replaced(parts, undisturbed, tmp_path):
     assert_same_end(tmp_path / "run", undisturbed)
 
 
+def test_killed_controller_is_replaced(parts, undisturbed, tmp_path):
+    """Ray Train's own process, which takes its workers along."""
+    run = Run(tiny_act(parts, tmp_path / "run", *STEPS))
+    run.wait_for(f"step {random.randint(1, 38)}/40")
+    (controller,) = (p for p in run.family() if "TrainController" in " ".join(p.cmdline()))
+    controller.kill()
+    assert run.end() == 0, run.printed
+    assert "the run's controller was lost; the run goes on from step" in run.printed, run.printed
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
 def test_killed_driver_resumes(parts, undisturbed, tmp_path):
     """SIGKILL to the driver takes its workers along; the same command with --resume=true goes on."""
     flags = tiny_act(parts, tmp_path / "run", *STEPS)

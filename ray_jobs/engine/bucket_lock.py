@@ -18,6 +18,7 @@ NOTE = ".writer"
 RENEWED_EVERY_S = 15
 OVER_AFTER_S = 60  # a run that has not renewed its note for so long was killed
 FORGOTTEN_S = 900  # a note that old by the clock is not watched: clocks of two nodes may differ by minutes
+CUT_OFF_S = 300  # so long is waited for a worker of the same run
 LOOK_EVERY_S = 2
 
 
@@ -42,7 +43,7 @@ class BucketLock:
         Raises:
             RunError: Another run is alive and writes there.
         """
-        seen, since, told = self._read(), time.monotonic(), False
+        seen, since, told, begin = self._read(), time.monotonic(), False, time.monotonic()
         while self._others(seen) and time.time() - seen["at"] < FORGOTTEN_S:
             if not told:
                 tell(
@@ -55,7 +56,8 @@ class BucketLock:
                 if time.monotonic() - since > OVER_AFTER_S:
                     break
                 continue
-            if self._others(now) and now["run"] != self.run:
+            lives = now is not None and now["run"] == self.run  # on a node that is cut off
+            if self._others(now) and (not lives or time.monotonic() - begin > CUT_OFF_S):
                 raise RunError(self._taken_by(now))
             seen, since = now, time.monotonic()
         self._write()

@@ -8,9 +8,13 @@ class InputError(Exception):
     """The user asked for something that cannot be done. Exit status 2; the message is one or two lines."""
 
 
-class StorageError(InputError):
-    """A bucket does not answer, or refuses: wrong input where a run is begun, but later it may pass."""
-
-
 class RunError(Exception):
     """The run started and failed for a reason that trying again will not mend. Exit status 1."""
+
+
+class StorageError(InputError):
+    """A bucket does not answer: wrong input where a run is begun, but later it may pass."""
+
+
+class StorageLost(RunError):
+    """Storage has failed for too long."""

@@ -2,12 +2,13 @@
 
     s3://bucket/run/checkpoints/000200/...      uploaded in the background, file by file
     s3://bucket/run/checkpoints/000200.json     names and sizes of its files, written last: without it there is none
-    s3://bucket/run/{summary.json,metrics.jsonl,options.json,.progress,wandb/...}   error.log once it has failed
+    s3://bucket/run/{summary.json,metrics.jsonl,options.json,.progress,events.out.tfevents.*,wandb/...}
 
 Object stores rename nothing, so that what is whole is what the last write says.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import shutil
@@ -69,7 +70,7 @@ def check_writable(address: str) -> None:
 
 
 def pull(address: str, here: Path) -> None:
-    """Bring the newest whole checkpoint of a run, and its small files, to its folder on this node, unless they are here.
+    """Bring the newest whole checkpoint of a run, the best one, and its small files, to its folder on this node, unless they are here.
 
     Raises:
         InputError: The bucket cannot be read.
@@ -85,10 +86,12 @@ def pull(address: str, here: Path) -> None:
         whole = whole_checkpoints(system, place)
         newest = max(whole, default=-1)
         # The run has gone on elsewhere since it was here.
-        behind = newest > max(map(int, _checkpoints_in(here / CHECKPOINTS)), default=newest)
+        behind = newest > max(map(int, _checkpoints_in(here / CHECKPOINTS)), default=-1)
         _fetch_files(system, place, here, again=behind)
         if whole:
             _fetch_checkpoint(system, place, whole[newest], here / CHECKPOINTS / whole[newest])
+        if behind or not (here / CHECKPOINTS / "best").exists():
+            _fetch_link(system, place, "best", here)
 
 
 def pull_result(address: str, here: Path, links: tuple[str, ...] = ()) -> None:
@@ -103,16 +106,13 @@ def pull_result(address: str, here: Path, links: tuple[str, ...] = ()) -> None:
         system.invalidate_cache()
         _fetch_files(system, place, here, again=True)
         for link in links:
-            if system.exists(f"{place}/{CHECKPOINTS}/{link}"):
-                name = check_name(system.cat_file(f"{place}/{CHECKPOINTS}/{link}").decode())
-                _fetch_checkpoint(system, place, name, here / CHECKPOINTS / name)
-                (here / CHECKPOINTS / link).unlink(missing_ok=True)
-                (here / CHECKPOINTS / link).symlink_to(name)
+            if _fetch_link(system, place, link, here):
                 return
 
 
 def take_up(address: str, here: Path) -> bool:
-    """Bring a run here that another process, dead by now, may have begun. False if it has not: then the place is empty.
+    """Bring a run here that another process, dead by now, may have begun, as it is in the bucket. False if it has not: then
+    the place is empty.
 
     Raises:
         InputError: The bucket cannot be used.
@@ -123,10 +123,9 @@ def take_up(address: str, here: Path) -> bool:
         begun = system.exists(f"{place}/{OPTIONS_FILE}")
         if not begun:
             remove(system, place)
+    shutil.rmtree(here, ignore_errors=True)
     if begun:
         pull(address, here)
-    else:
-        shutil.rmtree(here, ignore_errors=True)
     return begun
 
 
@@ -170,6 +169,17 @@ def _fetch_files(system, place: str, here: Path, again: bool = False) -> None:
             system.get_file(f"{place}/{name}", str(here / name))
 
 
+def _fetch_link(system, place: str, link: str, here: Path) -> bool:
+    """Fetch the whole checkpoint that a link of the run leads to; False if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        name = check_name(system.cat_file(f"{place}/{CHECKPOINTS}/{link}").decode())
+        _fetch_checkpoint(system, place, name, here / CHECKPOINTS / name)
+        (here / CHECKPOINTS / link).unlink(missing_ok=True)
+        (here / CHECKPOINTS / link).symlink_to(name)
+        return True
+    return False
+
+
 def _fetch_checkpoint(system, place: str, name: str, target: Path) -> None:
     if target.is_dir():
         return
@@ -209,14 +219,19 @@ def told(address: str) -> Iterator[None]:
     except (InputError, RunError):
         raise
     except Exception as error:
-        raise StorageError(
-            f"--output_dir={address}: cannot be used: {type(error).__name__}: {first_line(error)}"
-        ) from None
+        text = f"--output_dir={address}: cannot be used: {type(error).__name__}: {first_line(error)}"
+        for_good = isinstance(error, ValueError) or getattr(error, "errno", None) == errno.ENOSPC
+        raise (InputError if for_good else StorageError)(text) from None
 
 
 @contextlib.contextmanager
 def mirrored(
-    address: str, here: Path, tell: Callable[[str], None], run: str, kind: type["Mirror"] | None = None
+    address: str,
+    here: Path,
+    tell: Callable[[str], None],
+    run: str,
+    kind: type["Mirror"] | None = None,
+    when_taken: Callable[[], None] = lambda: None,
 ) -> Iterator["Mirror"]:
     """Within, this process alone keeps the copy of a run in its bucket up to date, beginning with what is here now.
 
@@ -225,6 +240,7 @@ def mirrored(
         tell: Called with a line of text when the bucket fails, and when it is back.
         run: Tells this run from others that would go there.
         kind: What a copy consists of; that of a training if left out.
+        when_taken: Called once nobody else can write there, before anything is sent.
 
     Raises:
         RunError: Another run writes there, or the bucket has failed for too long.
@@ -238,12 +254,18 @@ def mirrored(
 
     patiently(take, address, tell, passing=storage_may_return)
     with lock.held():
+        with told(address):
+            when_taken()
         mirror = (kind or Mirror)(address, here, tell, lock)
         try:
             mirror.flush()
             yield mirror
-        finally:
+        except KeyboardInterrupt:  # at once
+            raise
+        except BaseException:
             mirror.close()
+            raise
+        mirror.close()
 
 
 class Mirror:
@@ -259,9 +281,9 @@ class Mirror:
     def __init__(self, address: str, here: Path, tell: Callable[[str], None], lock: BucketLock):
         self.address, self.here, self.tell, self.lock = address, here, tell, lock
         self.system, self.place = lock.system, lock.place
-        self.sent: dict[str, tuple] = {}  # small files: size and time of change when they were sent
+        self.sent: dict[str, object] = {}  # files: what tells whether they have changed since they were sent
         self.known: set[str] = set()  # checkpoints that this process has seen here
-        self.failure: str | None = None
+        self.failure: RunError | None = None
         self.rounds = 0  # of sending that have succeeded
         self.wake, self.closing = threading.Event(), False
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -274,7 +296,7 @@ class Mirror:
             RunError: The bucket has failed for too long, or another run writes there.
         """
         if self.failure:
-            raise RunError(self.failure)
+            raise self.failure
         self.wake.set()
 
     def flush(self) -> None:
@@ -299,7 +321,7 @@ class Mirror:
         self.wake.set()
         self.thread.join()
         if self.failure:
-            raise RunError(self.failure)
+            raise self.failure
 
     def _run(self) -> None:
         try:
@@ -317,7 +339,7 @@ class Mirror:
                 )
                 self.rounds += 1
         except RunError as error:
-            self.failure = str(error)
+            self.failure = error
 
     def _kept(self) -> str:
         here = sorted(_checkpoints_in(self.here / CHECKPOINTS))
@@ -344,6 +366,7 @@ class Mirror:
             if (folder / link).is_symlink():
                 self._send_text(f"{CHECKPOINTS}/{link}", (folder / link).resolve().name)
         small = [self.here / name for name in FILES]
+        small += self.here.glob("events.out.tfevents*")
         small += [path for path in (self.here / "wandb").rglob("*") if not path.is_symlink()]
         for path in small:
             self._send_file(str(path.relative_to(self.here)), path)

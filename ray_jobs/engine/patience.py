@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 
-from ray_jobs.engine.errors import RunError, StorageError
+from ray_jobs.engine.errors import StorageError, StorageLost
 from ray_jobs.engine.explain import first_line
 
 PATIENCE_S = 900
@@ -48,7 +48,7 @@ def patiently[Result](
         kept: Says what is not lost, at the end of patience.
 
     Raises:
-        RunError: It has failed for PATIENCE_S.
+        StorageLost: It has failed for PATIENCE_S.
     """
     failing_since, wait = None, 1.0
     while True:
@@ -62,7 +62,7 @@ def patiently[Result](
                 failing_since = now
                 tell(f"{what} cannot be {doing}, trying again: {reason}")
             if now - failing_since > PATIENCE_S:
-                raise RunError(
+                raise StorageLost(
                     f"{what} could not be {doing} for {PATIENCE_S:g} s: {reason}\n{kept()}"
                 ) from error
             time.sleep(wait)

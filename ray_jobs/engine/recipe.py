@@ -349,13 +349,15 @@ def _no_upload(repo_id: str, options: Options) -> str | None:
 def _check_output_dir(folder: Path) -> None:
     if folder.is_file():
         raise InputError(f"--output_dir={folder}: is a file, not a folder.")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else NEVER_BEGUN
-    if not names or names - NEVER_BEGUN:
-        holds_run = (folder / OPTIONS_FILE).exists() or last_checkpoint(folder) is not None
-        resume = ", or --resume=true to continue the run in it" if holds_run else ""
-        raise InputError(
-            f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{resume}."
-        )
+    if not folder.exists():
+        return
+    if (names := {path.name for path in folder.iterdir()}) and names <= NEVER_BEGUN:
+        return
+    holds_run = (folder / OPTIONS_FILE).exists() or last_checkpoint(folder) is not None
+    resume = ", or --resume=true to continue the run in it" if holds_run else ""
+    raise InputError(
+        f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{resume}."
+    )
 
 
 @contextlib.contextmanager

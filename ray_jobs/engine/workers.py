@@ -46,6 +46,68 @@ def train_here(recipe: "Recipe", report: Callable[[dict], None], should_stop: Ca
     return summary
 
 
+def train_on_workers(
+    recipe: "Recipe", each: Share, report: Callable[[dict], None], should_stop: Callable[[], str]
+) -> dict:
+    """A group of `--ray.num_workers` workers on the cluster; returns the run's summary.
+
+    Args:
+        each: What each worker reserves.
+        report: Called with the run's events.
+        should_stop: Asked twice a second.
+
+    Raises:
+        RunError: The run has failed for good.
+    """
+    import ray
+
+    from ray_jobs.engine.cluster import open_line
+    from ray_jobs.engine.faults import without_line
+    from ray_jobs.engine.watchdog import Watchdog
+
+    line = open_line()
+    fitting, outcome = start_fit(Training(recipe, each, line))
+    watchdog = Watchdog(line, recipe.options.ray.hang_timeout)
+    with without_line():
+        while fitting.is_alive():
+            for event in ray.get(line.hear.remote(0.5)):
+                report(event)
+            if hung := watchdog.look():
+                report({"kind": "notice", "text": hung})
+            if reason := should_stop():
+                line.ask_to_stop.remote(reason)
+        for event in ray.get(line.hear.remote(0)):
+            report(event)
+        return summary_of(recipe, line, outcome)
+
+
+class Training:
+    """Ray Train's trainer, and another one when its controller dies: Ray Train 2.60 starts workers again, but not the
+    process that does so. What the workers had reserved stays reserved as long as the driver lives, unless it is given
+    back."""
+
+    def __init__(self, recipe: "Recipe", each: Share, line):
+        self.recipe, self.each, self.line = recipe, each, line
+
+    def fit(self) -> None:
+        import ray
+        from ray.exceptions import OutOfMemoryError, RayActorError
+
+        failures, most = 0, self.recipe.options.ray.max_failures
+        while True:
+            try:
+                make_trainer(self.recipe, self.each, self.line).fit()
+                return
+            except (RayActorError, OutOfMemoryError):  # those of workers come in an error of Ray Train's
+                failures += 1
+                reserved = ray.get(self.line.placement.remote())
+                if failures > most >= 0 or reserved is None:
+                    raise
+                ray.util.remove_placement_group(reserved)
+                self.line.tell.remote({"kind": "fault", "text": "the run's controller was lost"})
+                self.line.forget_beats.remote()
+
+
 def make_trainer(recipe: "Recipe", each: Share, line):
     """A `TorchTrainer` that runs the recipe on `--ray.num_workers` workers.
 
@@ -129,12 +191,17 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
 
     if reason := ray.get(line.why_failed.remote()):
         raise RunError(reason)
+    if isinstance(outcome.get("error"), InputError | RunError):
+        raise outcome["error"]
     if "error" in outcome:
         raise RunError(_explain(outcome["error"], recipe))
     if recipe.remote:
         from ray_jobs.engine.mirror import read_file
+        from ray_jobs.engine.patience import patiently, storage_may_return
 
-        return json.loads(read_file(recipe.remote, SUMMARY_FILE))
+        read = partial(read_file, recipe.remote, SUMMARY_FILE)
+        quietly = lambda text: None  # noqa: E731
+        return json.loads(patiently(read, recipe.remote, quietly, doing="read", passing=storage_may_return))
     return read_json(recipe.output_dir / SUMMARY_FILE)
 
 
@@ -161,6 +228,8 @@ def _worker(config: dict) -> None:
         ray.get(line.fail.remote(str(error)))
         raise
     main = context.get_world_rank() == 0
+    if main:
+        line.stand_in.remote(ray.util.get_current_placement_group())
     if context.get_world_size() == 1:
         os.environ.pop("LOCAL_RANK", None)  # else accelerate wraps the policy for a group of one
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))

@@ -7,6 +7,7 @@ On another node the search goes on from that: what the study there does not know
 """
 
 import contextlib
+import re
 import shutil
 import sqlite3
 import uuid
@@ -19,14 +20,16 @@ from optuna.study import Study
 
 from ray_jobs.engine import mirror
 from ray_jobs.engine.bucket import open_root
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.tracking import SUMMARY_FILE
 from ray_jobs.search.plan import SEARCH_FILE, SPACES_DIR, Plan
-from ray_jobs.search.study import BUSY_S, STUDY_FILE, ranking, trial_name, trials_of
+from ray_jobs.search.study import BUSY_S, CONFIG, STUDY_FILE, ranking, trial_name, trials_of
 from ray_jobs.search.trial import TRIALS_DIR, ranked_links, trial_dir, trial_place
 
 SESSION = ".session"  # which session of the search has written last
+SEEN = ".seen"  # which one had when it was fetched
+A_TRIAL = re.compile(r"(\d{4,})(-seed\d+)?")
 AT_ONCE = 8
 
 
@@ -42,18 +45,25 @@ def pull(address: str) -> Path:
         system.invalidate_cache()
         if not system.exists(f"{place}/{SEARCH_FILE}"):
             raise InputError(f"--resume=true: nothing to resume, there is no search in {address}.")
-        if (here / SESSION).is_file() and (here / SESSION).read_bytes() == system.cat_file(
-            f"{place}/{SESSION}"
-        ):
-            return here  # it was here last, and may know more than the bucket
-        shutil.rmtree(here, ignore_errors=True)
-        for folder in ("", SPACES_DIR):
-            (here / folder).mkdir(parents=True, exist_ok=True)
-            for file in system.ls(f"{place}/{folder}".rstrip("/"), detail=True):
-                if file["type"] == "file":
+        seen = _session_in(system, place)
+        # If it was here last, or has begun here since, this node may know more than the bucket.
+        last = {file.read_bytes() for file in (here / SESSION, here / SEEN) if file.is_file()}
+        if not (here / SESSION).is_file() or seen not in last:
+            shutil.rmtree(here, ignore_errors=True)
+            for folder in ("", SPACES_DIR):
+                (here / folder).mkdir(parents=True, exist_ok=True)
+                for file in system.ls(f"{place}/{folder}".rstrip("/"), detail=True):
                     name = Path(file["name"]).name
-                    system.get_file(file["name"], str(here / folder / name))
+                    if file["type"] == "file" and name[0] != ".":
+                        system.get_file(file["name"], str(here / folder / name))
+        (here / SEEN).write_bytes(seen)
     return here
+
+
+def _session_in(system, place: str) -> bytes:
+    with contextlib.suppress(FileNotFoundError):
+        return system.cat_file(f"{place}/{SESSION}")
+    return b""
 
 
 @contextlib.contextmanager
@@ -66,11 +76,19 @@ def kept(plan: Plan, study: Study, tell: Callable[[str], None]) -> Iterator["Buc
     if not plan.remote:
         yield None
         return
-    session = uuid.uuid4().hex
-    with mirror.mirrored(plan.remote, plan.output_dir, tell, session, BucketCopy) as copy:
+    session, seen = uuid.uuid4().hex, plan.output_dir / SEEN
+    system, place = open_root(plan.remote, flag="output_dir")
+
+    def as_it_was() -> None:
+        if _session_in(system, place) != (seen.read_bytes() if seen.is_file() else b""):
+            raise RunError(
+                f"the search in {plan.remote} has gone on elsewhere meanwhile. The same command again."
+            )
+
+    with mirror.mirrored(plan.remote, plan.output_dir, tell, session, BucketCopy, as_it_was) as copy:
         (plan.output_dir / SESSION).write_text(session)
         copy.flush()
-        copy.forget_unknown(study)
+        copy.forget_unknown(plan, study)
         yield copy
 
 
@@ -87,13 +105,22 @@ class BucketCopy(mirror.Mirror):
         self.hopeless = hopeless
         self.wake.set()
 
-    def forget_unknown(self, study: Study) -> None:
-        """Remove trials that were begun after the study was copied last: their numbers will be given to others."""
-        known = {trial_name(trial.number) for trial in trials_of(study)}
-        for path in self._trials():
-            name = Path(path).name
-            if name.partition("-")[0] not in known:
-                mirror.remove(self.system, path)
+    def forget_unknown(self, plan: Plan, study: Study) -> None:
+        """Remove trials that were begun after the study was copied last: their numbers will be given to others.
+
+        Raises:
+            RunError: The study lies elsewhere, and should know them.
+        """
+        known = {trial_name(trial.number) for trial in trials_of(study) if CONFIG in trial.user_attrs}
+        names = [A_TRIAL.fullmatch(Path(path).name) for path in self._trials()]
+        unknown = [name[0] for name in names if name and name[1] not in known]
+        if unknown and plan.options.tune.storage:
+            raise RunError(
+                f"{plan.remote} has trials that the study in {plan.options.tune.storage} does not know: "
+                f"{', '.join(unknown[:5])}. Another --output_dir begins a new search."
+            )
+        for name in unknown:
+            mirror.remove(self.system, f"{self.place}/{TRIALS_DIR}/{name}")
 
     def gather(self, plan: Plan, study: Study) -> None:
         """Bring the trials' small files here, and the best one's checkpoint, for the answer and the report."""
@@ -111,8 +138,8 @@ class BucketCopy(mirror.Mirror):
                 list(pool.map(fetch, (trial.number for trial in trials_of(study))))
 
     def _trials(self) -> list[str]:
+        self.system.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
-            self.system.invalidate_cache()
             return self.system.ls(f"{self.place}/{TRIALS_DIR}", detail=False)
         return []
 
@@ -122,8 +149,8 @@ class BucketCopy(mirror.Mirror):
     def _send(self) -> None:
         self.lock.check()
         self._send_study()
-        apart = (STUDY_FILE, SUMMARY_FILE)
-        files = [path for path in self.here.iterdir() if path.name[0] != "." and path.name not in apart]
+        apart = (".", STUDY_FILE, SUMMARY_FILE)  # and SQLite's own files beside the study
+        files = [path for path in self.here.iterdir() if not path.name.startswith(apart)]
         for path in (*files, *(self.here / SPACES_DIR).iterdir()):
             self._send_file(str(path.relative_to(self.here)), path)
         self._send_best()

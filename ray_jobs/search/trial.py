@@ -13,15 +13,18 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.errors import INTERRUPTED, PRUNED, InputError, RunError
+from ray_jobs.engine.errors import INTERRUPTED, PRUNED, InputError, RunError, StorageLost
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.workers import ERROR_LOG
+
+if TYPE_CHECKING:
+    from ray_jobs.engine.recipe import Recipe
 
 TRIALS_DIR = "trials"
 ENDED = ("finished", "stopped early")  # how a run ends that was trained as far as it was to be
@@ -88,10 +91,10 @@ def run_trial(
         import torch
         from ray import tune
 
-        from ray_jobs.engine import mirror, preflight
+        from ray_jobs.engine import mirror
         from ray_jobs.engine.bucket import is_uri
-        from ray_jobs.engine.recipe import resolve
-        from ray_jobs.engine.workers import check_node, listen_for_stop, teller, train_here
+        from ray_jobs.engine.patience import patiently, storage_may_return
+        from ray_jobs.engine.workers import check_node, listen_for_stop, teller, train_here, train_on_workers
 
     place, pruned, values = trial_place(search, config["trial"]), False, {}
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
@@ -109,6 +112,10 @@ def run_trial(
             tune.report({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
             pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
 
+    def patient[Result](use: Callable[[], Result]) -> Result:
+        tell_of_storage = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
+        return patiently(use, place, tell_of_storage, doing="used", passing=storage_may_return)
+
     try:
         # Drawn before the search was told to end, or given up when its slot died.
         if reason := ray.get(line.why_stopped.remote(config["trial"])):
@@ -118,23 +125,23 @@ def run_trial(
         except RunError as error:  # other trials would fail here one after the other
             ray.get(line.fail.remote(str(error)))
             return tune.report({"status": INTERRUPTED})
-        begun = _begun(place, folder, tell)
-        if ended := _ended(folder):  # its slot died before it could tell
-            return tune.report({**ended, **best_values(folder, metrics)})
-        recipe = resolve(trial_flags(base, config, search, begun))
+        recipe = patient(lambda: _prepare(base, config, search, folder))
+        if recipe is None:  # its slot died before it could tell
+            return tune.report({**_ended(folder), **best_values(folder, metrics)})
         recipe.trainings, recipe.gpu_share = trials, min(1.0, each.gpus)
         recipe.run = place  # not of another run: who may search there is decided by the search's own lock
-        preflight.check(recipe)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        should_stop = lambda: PRUNED if pruned else asked_to_stop()  # noqa: E731
         if recipe.options.ray.num_workers > 1:
-            summary = _train_on_workers(recipe, each, report, lambda: PRUNED if pruned else asked_to_stop())
+            summary = train_on_workers(recipe, each, report, should_stop)
+            if recipe.remote:  # they ran on other nodes
+                patient(lambda: mirror.pull_result(place, folder))
         else:
-            summary = train_here(recipe, report, lambda: PRUNED if pruned else asked_to_stop())
-        if recipe.remote:  # where a worker group ran on other nodes
-            mirror.pull_result(place, folder)
+            summary = train_here(recipe, report, should_stop)
         result = {**_outcome(summary), **(values if pruned else best_values(folder, metrics))}
-        if recipe.remote:
-            shutil.rmtree(folder)  # all of it is in the bucket
+    except StorageLost as error:  # nothing is wrong with the trial; it goes on when the search does
+        ray.get(line.fail.remote(str(error)))
+        return tune.report({"status": INTERRUPTED})
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
     except Exception as error:
@@ -142,7 +149,9 @@ def run_trial(
         (folder / ERROR_LOG).write_text(traceback.format_exc())
         if is_uri(place):
             mirror.send(place, ERROR_LOG, folder / ERROR_LOG)
-        result = {"status": "failed", "reason": f"{type(error).__name__}, see {folder / ERROR_LOG}"}
+        result = {"status": "failed", "reason": f"{type(error).__name__}, see {place}/{ERROR_LOG}"}
+    if is_uri(place) and result["status"] != "failed":
+        shutil.rmtree(folder, ignore_errors=True)  # all of it is in the bucket
     _free()
     tune.report({**result, "times": {**times, "end": time.time()}})
 
@@ -152,21 +161,27 @@ def _root_in(base: list[str]) -> str | None:
     return next((word.partition("=")[2] for word in base if word.startswith("--dataset.root=")), None)
 
 
-def _begun(place: str, folder: Path, tell: Callable[[dict], None]) -> bool:
-    """Whether a slot that has died since had begun this trial, whose `folder` is then here. What cannot be gone on with is
-    removed."""
-    from ray_jobs.engine import mirror
-    from ray_jobs.engine.bucket import is_uri
-    from ray_jobs.engine.patience import patiently, storage_may_return
+def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recipe | None":
+    """A trial's checked recipe, from the beginning or from where a slot that has died since has left it; None if it was
+    trained to its end. What cannot be gone on with is removed.
 
+    Args:
+        folder: Of this node, where the trial's run lives.
+    """
+    from ray_jobs.engine import mirror, preflight
+    from ray_jobs.engine.bucket import is_uri
+    from ray_jobs.engine.recipe import resolve
+
+    place = trial_place(search, config["trial"])
     if is_uri(place):
-        notice = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
-        take_up = partial(mirror.take_up, place, folder)
-        return patiently(take_up, place, notice, doing="read", passing=storage_may_return)
-    begun = (folder / OPTIONS_FILE).exists()
-    if folder.exists() and not begun:
+        begun = mirror.take_up(place, folder)
+    elif not (begun := (folder / OPTIONS_FILE).exists()) and folder.exists():
         shutil.rmtree(folder)
-    return begun
+    if _ended(folder):
+        return None
+    recipe = resolve(trial_flags(base, config, search, begun))
+    preflight.check(recipe)
+    return recipe
 
 
 def best_values(folder: Path, metrics: list[str]) -> dict:
@@ -209,28 +224,6 @@ def _outcome(summary: dict) -> dict:
         "trained": summary["step"],
         "lost_steps": summary.get("lost_steps", 0),
     }
-
-
-def _train_on_workers(recipe, each: Share, report, should_stop) -> dict:
-    """A worker group of the trial's own; this process hands its validations on, and the wish to stop."""
-    import ray
-
-    from ray_jobs.engine import cluster, workers
-    from ray_jobs.engine.watchdog import Watchdog
-
-    line = cluster.open_line()
-    fitting, outcome = workers.start_fit(workers.make_trainer(recipe, each, line))
-    watchdog = Watchdog(line, recipe.options.ray.hang_timeout)
-    while fitting.is_alive():
-        for event in ray.get(line.hear.remote(0.5)):
-            report(event)
-        if hung := watchdog.look():
-            report({"kind": "notice", "text": hung})
-        if reason := should_stop():
-            line.ask_to_stop.remote(reason)
-    for event in ray.get(line.hear.remote(0)):
-        report(event)
-    return workers.summary_of(recipe, line, outcome)
 
 
 def _free() -> None:

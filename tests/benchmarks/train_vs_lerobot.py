@@ -4,10 +4,10 @@
         [--turns=5] [--ours="--data.resize=[120,160]"]
 
 Both sides run whole, as a user would start them, interleaved: one after the other, or, for long runs, --turns: both are
-alive, each has the machine for so many seconds in turn while the other stands still, and only its own time is counted. Printed are medians and ratios of the time to the
-end of the first step, seconds per step after it (whole loop, data included), samples/s, and peak memory of the
-process tree (sum of proportional set sizes: pages shared between processes count once). Machines are noisy: only
-ratios count. The frame cache is warm, as for all but the first run on a machine, or --cold: empty before each run, so
+alive, each has the machine for so many seconds in turn while the other stands still, and only its own time is counted.
+Printed are medians and ratios of the time to the end of the first step, seconds per step after it (whole loop, data
+included), samples/s, and peak memory of the process tree (sum of proportional set sizes: pages shared between processes
+count once). Machines are noisy: only ratios count. The frame cache is warm, as for all but the first run on a machine, or --cold: empty before each run, so
 that frames are decoded before the first step.
 """
 
