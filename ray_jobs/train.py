@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
         return _help(argv)
     _start_ray(argv)
     with no_garbage_collection():
+        import ray.train.torch  # noqa: F401  (here, not where Ray starts: two threads that import its parts trip each other)
+
         from ray_jobs.engine import preflight
         from ray_jobs.engine.recipe import resolve
 

@@ -249,6 +249,7 @@ def test_sharded_run_goes_on_with_one_worker(two, flags, policy):
     assert last["train/lr"] == read_metrics(two / "fsdp" / policy)[-1]["train/lr"]
 
 
+@pytest.mark.slow
 def test_sharded_on_ray(two, flags):
     """`python -m ray_jobs.train --ray.num_workers=2 --ray.parallelism=fsdp` trains as the bare loop does."""
     command = flags("pi0", "ray", "--ray.num_workers=2", "--ray.parallelism=fsdp", "--ray.address=local")

@@ -260,6 +260,7 @@ def test_killed_slot(common, tmp_path):
         assert sorted(trial.intermediate_values) == list(range(2, 19, 2))
 
 
+@pytest.mark.slow
 def test_lost_node(common, tmp_path):
     """Two machines (raylets) with a GPU each, cut in two: four trials at a time. One machine is killed while its trials
     run; the search ends by itself with every trial."""

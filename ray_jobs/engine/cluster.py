@@ -119,8 +119,6 @@ def start(address: str | None) -> Future:
             )
         else:
             done.set_result(None)
-            import ray.train.torch  # noqa: F401  (takes seconds, which the caller spends on imports as well)
-
             # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
             threading.Event().wait()
 

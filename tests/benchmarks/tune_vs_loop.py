@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument(
         "--skip-full", action="store_true", help="leave out the trainings in full by our loop"
     )
+    parser.add_argument("--skip-stock", action="store_true", help="leave out lerobot-train")
     args = parser.parse_args()
     quiet()
     os.environ["SVT_LOG"] = "1"  # the AV1 encoder: errors only
@@ -109,16 +110,17 @@ def main() -> None:
     episodes = f"--dataset.episodes={[e for e in range(20) if e not in HELD_OUT]}"
     configs = {t.number: flags(t.user_attrs["config"]) for t in trials}
     stock_s = 0.0
-    for number, config in configs.items():
+    for number, config in configs.items() if not args.skip_stock else ():
         seconds = run(
             "lerobot.scripts.lerobot_train", *common, *config, episodes, f"--output_dir={folder}/stock-{number}",
             f"--save_freq={args.steps}",
         )  # fmt: skip
         stock_s += seconds
         print(f"lerobot-train, configuration {number}: {seconds:.0f} s", flush=True)
-    print(f"\nlerobot-train, {len(trials)} runs      {stock_s:8.0f} s")
-    print(f"ray_jobs.tune, the same         {search_s:8.0f} s")
-    print(f"ratio                           {stock_s / search_s:8.1f}")
+    if not args.skip_stock:
+        print(f"\nlerobot-train, {len(trials)} runs      {stock_s:8.0f} s")
+        print(f"ray_jobs.tune, the same         {search_s:8.0f} s")
+        print(f"ratio                           {stock_s / search_s:8.1f}")
     if not args.skip_full:
 
         def in_full(number: int) -> float:
