@@ -58,7 +58,7 @@ class Table:
         self.parameters = [p for p in self.space.spaces[0].parameters if p.distribution is not None]
         self.points = [self._point(row["params"]) for row in self.rows]
         self.steps = sorted(int(step) for step in self.rows[0]["values"])
-        wanted = steps_between(self.steps[-1], len(self.rows))
+        wanted = steps_between(self.steps[-1])
         self.first = min(self.steps, key=lambda step: abs(step - wanted))  # where trials are judged
         self.best = min(min(row["values"].values()) for row in self.rows)
 
