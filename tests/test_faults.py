@@ -92,6 +92,7 @@ def test_killed_worker_is_replaced(parts, undisturbed, tmp_path):
     assert_same_end(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_controller_is_replaced(parts, undisturbed, tmp_path):
     """Ray Train's own process, which takes its workers along."""
     run = Run(tiny_act(parts, tmp_path / "run", *STEPS))
@@ -117,6 +118,7 @@ def test_killed_driver_resumes(parts, undisturbed, tmp_path):
     assert_same_end(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_while_saving(parts, undisturbed, tmp_path):
     """SIGKILL in the middle of writing a checkpoint leaves no torn one, and the run ends the same."""
     output_dir = tmp_path / "run"

@@ -264,6 +264,7 @@ def test_two_runs_never_share_an_address(s3, tmp_path, monkeypatch):
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_search_goes_on_on_another_node(s3, tmp_path):
     """The driver of a search is killed, its node gone with all that was on it: on a fresh one the search goes on with the
     trials that had ended, and leaves in the bucket what it else leaves in a folder."""

@@ -165,6 +165,7 @@ def test_two_workers_share_epochs_of_resized_frames(parts, tmp_path, cluster):
     assert len(set(seen)) == len(seen) == len(dataset) // 2 * 2
 
 
+@pytest.mark.slow
 def test_trains_from_a_bucket(s3, cluster, parts, tmp_path, capsys):
     """Two workers, fed by CPU tasks, with held-out episodes; stock LeRobot opens the result, and acts."""
     out = tmp_path / "run"

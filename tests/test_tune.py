@@ -316,6 +316,7 @@ def test_killed_driver(common, tmp_path, kills, trials):
         assert steps == sorted(trial.intermediate_values) == list(range(2, steps[-1] + 1, 2))
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_a_longer_search(common, tmp_path):
     """Ctrl-C: status 130, checkpoints, no process left, how to go on. Then more trials than were asked for first."""
     output = tmp_path / "run"
