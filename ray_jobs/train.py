@@ -34,8 +34,6 @@ def main(argv: list[str]) -> int:
         return _help(argv)
     _start_ray(argv)
     with no_garbage_collection():
-        import ray.train.torch  # noqa: F401  (here, not where Ray starts: two threads that import its parts trip each other)
-
         from ray_jobs.engine import preflight
         from ray_jobs.engine.recipe import resolve
 
@@ -81,6 +79,7 @@ def _train_here(recipe: "Recipe", display: Display) -> dict:
 def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     """Run the loop on Ray Train's workers, show what they report, hand on Ctrl-C; returns the summary."""
     import ray
+    import ray.train.torch  # not where Ray starts: two threads that import its parts trip each other
 
     from ray_jobs.engine.workers import train_on_workers
 

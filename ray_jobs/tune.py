@@ -117,7 +117,7 @@ def _search(
     from ray.exceptions import RayActorError
     from ray.tune import FailureConfig, RunConfig, TuneConfig
 
-    from ray_jobs.engine.workers import mark_of, start_fit
+    from ray_jobs.engine.workers import check_node, mark_of, start_fit
     from ray_jobs.search import answer, dry_run
     from ray_jobs.search.options import MORE_IS_BETTER
     from ray_jobs.search.progress import Progress
@@ -145,12 +145,13 @@ def _search(
 
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
     line = cluster.open_line()
+    shared = (None, "") if plan.remote else (plan.output_dir, mark_of(plan.output_dir))
     trainable = tune.with_resources(
         partial(
             run_trial,
             base=plan.base,
             search=plan.place,
-            mark="" if plan.remote else mark_of(plan.output_dir),
+            check=partial(check_node, plan.recipe.lerobot.dataset.root, *shared),
             group=plan.study_name,
             metrics=options.metrics,
             each=slot.each,

@@ -195,6 +195,7 @@ def test_failure_on_a_worker_is_told_once(parts, tmp_path):
     assert "a worker was lost" not in result.stdout and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_relative_paths_reach_the_workers(parts, undisturbed, tmp_path):
     """Workers run in folders of their own: a relative --policy.path means the user's folder."""
     start = os.path.relpath(undisturbed / "checkpoints/000010/pretrained_model", ROOT)

@@ -201,15 +201,21 @@ def test_a_changed_data_set_is_noticed(pictures, tmp_path):
     assert not fill(opened(moved, "none"), tmp_path / "cache")[1]
 
 
-def test_frames_off_the_grid_are_refused(pictures, tmp_path):
-    """A recording whose timestamps fit no frame of the video: no wrong frame is kept in its place."""
+@pytest.fixture
+def off_the_grid(pictures, tmp_path) -> Path:
+    """A recording with a timestamp that fits no frame of the video."""
     root = Path(shutil.copytree(pictures, tmp_path / "set"))
     (file,) = root.glob("data/*/*.parquet")
     table = pd.read_parquet(file)
     table.loc[17, "timestamp"] += 0.03
     pq.write_table(pa.Table.from_pandas(table, schema=pq.read_schema(file)), file)
+    return root
+
+
+def test_frames_off_the_grid_are_refused(off_the_grid, tmp_path):
+    """No wrong frame is kept in its place."""
     with pytest.raises(RunError, match=r"episode 2 from .*mp4: no frame at .* 0.0300 s away .*tolerance_s"):
-        fill(opened(root, "none"), tmp_path / "cache")
+        fill(opened(off_the_grid, "none"), tmp_path / "cache")
 
 
 def test_an_episode_with_too_few_rows(pictures, tmp_path):
@@ -224,16 +230,11 @@ def test_an_episode_with_too_few_rows(pictures, tmp_path):
         fill(opened(root, "none"), tmp_path / "cache")
 
 
-def test_frames_found_under_another_tolerance_are_others(pictures, tmp_path):
-    root = Path(shutil.copytree(pictures, tmp_path / "set"))
-    (file,) = root.glob("data/*/*.parquet")
-    table = pd.read_parquet(file)
-    table.loc[17, "timestamp"] += 0.03
-    pq.write_table(pa.Table.from_pandas(table, schema=pq.read_schema(file)), file)
-    dataset = LeRobotDataset("local/made", root=root, video_backend="pyav", tolerance_s=0.1)
+def test_frames_found_under_another_tolerance_are_others(off_the_grid, tmp_path):
+    dataset = LeRobotDataset("local/made", root=off_the_grid, video_backend="pyav", tolerance_s=0.1)
     fill(dataset, tmp_path / "cache")
     with pytest.raises(RunError, match="tolerance_s"):
-        fill(opened(root, "none"), tmp_path / "cache")
+        fill(opened(off_the_grid, "none"), tmp_path / "cache")
 
 
 # ---------------------------------------------------------------------- where it cannot work

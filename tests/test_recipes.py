@@ -195,6 +195,7 @@ def test_published_recipe_trains(name, real, bases, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "000002" / "pretrained_model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_published_recipe_on_ray(real, bases, tmp_path):
     """The long ACT command as a user types it: one line for the renamed flag, one for the missing GPU."""
     result = job("ray_jobs.train", *command("act", real, tmp_path / "run", bases))

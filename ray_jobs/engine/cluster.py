@@ -200,9 +200,8 @@ def share(
             "need whole ones. On one GPU, one worker with a larger --batch_size does the same."
         )
     if cpus is None:
-        hosts = [n for n in range(len(have)) if node_gpus[n] >= gpus and node_cpus[n]] or list(
-            range(len(have))
-        )
+        every = range(len(have))
+        hosts = [n for n in every if node_gpus[n] >= gpus and node_cpus[n]] or list(every)
         per_host = math.ceil(num_workers / len(hosts))
         fewest = min(node_cpus[n] for n in hosts)
         cpus = max(1, fewest // per_host)

@@ -180,9 +180,8 @@ def _statistics(meta: LeRobotDatasetMetadata, columns: dict, policy, found: Diag
         found.faults.append(f"meta/stats.json has no (whole) statistics of {', '.join(missing)}.")
     without = [key for key in features if key not in missing and not {"q01", "q99"} <= set(stats[key])]
     if without:
-        needed = (
-            FeatureType.VISUAL in quantiles.lacking(policy, meta).values()
-        )  # others a training computes itself
+        # Those of states and actions a training computes itself.
+        needed = FeatureType.VISUAL in quantiles.lacking(policy, meta).values()
         (found.faults if needed else found.warnings).append(
             f"meta/stats.json has no quantiles (q01, q99) of {', '.join(without)}; pi0.5 normalizes by them."
         )

@@ -23,6 +23,7 @@ from ray_jobs.engine.bucket import open_root
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.tracking import SUMMARY_FILE
+from ray_jobs.search.answer import BEST_DIR
 from ray_jobs.search.plan import SEARCH_FILE, SPACES_DIR, Plan
 from ray_jobs.search.study import BUSY_S, CONFIG, STUDY_FILE, ranking, trial_name, trials_of
 from ray_jobs.search.trial import TRIALS_DIR, ranked_links, trial_dir, trial_place
@@ -176,14 +177,14 @@ class BucketCopy(mirror.Mirror):
             self.sent[STUDY_FILE] = changed
 
     def _send_best(self) -> None:
-        best = self.here / "best"
+        best = self.here / BEST_DIR
         files = {str(path.relative_to(self.here)): path for path in best.rglob("*") if path.is_file()}
         before = dict(self.sent)
         for name, path in files.items():
             self._send_file(name, path, grows=False)
         if files and self.sent != before:
             self.system.invalidate_cache()
-            there = self.system.find(f"{self.place}/best")
+            there = self.system.find(f"{self.place}/{BEST_DIR}")
             for path in there:
                 if path.removeprefix(f"{self.place}/") not in files:
                     self.system.rm_file(path)

@@ -64,7 +64,7 @@ def run_trial(
     *,
     base: list[str],
     search: str,
-    mark: str,
+    check: Callable[[], None],
     group: str,
     metrics: list[str],
     each: Share,
@@ -77,7 +77,7 @@ def run_trial(
         config: From `StudySearch.suggest`.
         base: Command-line arguments that all trials share.
         search: The search's `--output_dir`, an absolute path or an address in a bucket.
-        mark: What tells that this node sees that folder (see `workers.check_node`).
+        check: Raises RunError where a node has not the folders that the driver's has (see `workers.check_node`).
         group: The study's name, for W&B.
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
@@ -94,7 +94,7 @@ def run_trial(
         from ray_jobs.engine import mirror
         from ray_jobs.engine.bucket import is_uri
         from ray_jobs.engine.patience import patiently, storage_may_return
-        from ray_jobs.engine.workers import check_node, listen_for_stop, teller, train_here, train_on_workers
+        from ray_jobs.engine.workers import listen_for_stop, teller, train_here, train_on_workers
 
     place, pruned, values = trial_place(search, config["trial"]), False, {}
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
@@ -121,7 +121,7 @@ def run_trial(
         if reason := ray.get(line.why_stopped.remote(config["trial"])):
             return tune.report({"status": reason})
         try:
-            check_node(_root_in(base), None if is_uri(search) else Path(search), mark)
+            check()
         except RunError as error:  # other trials would fail here one after the other
             ray.get(line.fail.remote(str(error)))
             return tune.report({"status": INTERRUPTED})
@@ -154,11 +154,6 @@ def run_trial(
         shutil.rmtree(folder, ignore_errors=True)  # all of it is in the bucket
     _free()
     tune.report({**result, "times": {**times, "end": time.time()}})
-
-
-def _root_in(base: list[str]) -> str | None:
-    """The data set's root, of the arguments that all trials share."""
-    return next((word.partition("=")[2] for word in base if word.startswith("--dataset.root=")), None)
 
 
 def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recipe | None":
