@@ -4,8 +4,8 @@
     python -m ray_jobs.evaluate --checkpoint=outputs/act --env.type=part_sorting --eval.n_episodes=50
 
 `--checkpoint` is a run's folder (its best checkpoint, else its last), a checkpoint, a `pretrained_model` folder, a
-search (all trials that keep checkpoints), or several of these with commas. What was held out, and how it is compared, is
-what the training said: the value is the one that it reported, to the last digit.
+search (all trials that keep checkpoints), a run's or a search's address in a bucket, or several of these with commas. What
+was held out, and how it is compared, is what the training said: the value is the one that it reported, to the last digit.
 
     --output_dir=FOLDER            for results and pictures; a new one under outputs/ if left out
     --dataset.* --data.*           other data, or other episodes: --data.eval_episodes='[18,19]'
@@ -55,13 +55,14 @@ def main(argv: list[str]) -> int:
         cluster.start(flags.get("ray.address"))
     with no_garbage_collection():
         from ray_jobs.engine import trained as trained_module
+        from ray_jobs.engine.bucket import local_folder
         from ray_jobs.engine.flags import check_flags
     check_flags(flags)
     for name in flags:
         if not name.startswith(GROUPS) and name not in FLAGS and "discover_packages_path" not in name:
             raise InputError(f"--{name} has no effect on a trained policy; --help lists what has.")
     simulator = _simulator(flags) if in_simulator else None
-    target = Path(output_dir) if output_dir else _next_folder(Path("outputs"))
+    target = local_folder(output_dir, "output_dir") if output_dir else _next_folder(Path("outputs"))
     if target.exists():
         raise InputError(f"--output_dir={target} already exists, and nothing in it is overwritten.")
     found = _find(checkpoint)
@@ -107,25 +108,28 @@ def _next_folder(parent: Path) -> Path:
 
 def _find(checkpoint: str) -> dict[str, Path]:
     """`pretrained_model` folders by a short name."""
+    from ray_jobs.engine.bucket import is_uri
     from ray_jobs.engine.checkpoint import pretrained_dir
     from ray_jobs.engine.meters import METRIC
     from ray_jobs.engine.tracking import read_json
+    from ray_jobs.search.bucket_copy import bring
     from ray_jobs.search.plan import SEARCH_FILE
     from ray_jobs.search.trial import TRIALS_DIR, ranked_checkpoint
 
     found = {}
-    paths = [Path(word.strip()) for word in checkpoint.split(",")]
-    for path in paths:
+    words = [word.strip() for word in checkpoint.split(",")]
+    for word in words:
+        path = bring(word) if is_uri(word) else Path(word)
         if (path / SEARCH_FILE).is_file():
             metrics = read_json(path / SEARCH_FILE)["flags"].get("tune.metric", METRIC).split(",")
             ranked = {t: ranked_checkpoint(t, metrics) for t in sorted((path / TRIALS_DIR).glob("*"))}
             kept = {trial.name: place for trial, place in ranked.items() if place}
             if not kept:
-                raise InputError(f"--checkpoint={path}: no trial of this search has a checkpoint (yet).")
-            of_which = f"{path} " if len(paths) > 1 else ""
+                raise InputError(f"--checkpoint={word}: no trial of this search has a checkpoint (yet).")
+            of_which = f"{word} " if len(words) > 1 else ""
             found |= {f"{of_which}trial {name}": pretrained_dir(place) for name, place in kept.items()}
         else:
-            found[str(path)] = pretrained_dir(path)
+            found[word] = pretrained_dir(path, word)
     return found
 
 
@@ -135,7 +139,7 @@ def _evaluate(one: "Trained", flags: dict, simulator: "SimulatorOptions | None",
     from ray_jobs.engine.trained import score
 
     print(f"{one.name}: {one.recipe.lerobot.policy.type}" + (f", step {one.step}" if one.step else ""))
-    folder = target / one.name.replace(" ", "-").strip("/").replace("/", "_")
+    folder = target / one.name.replace("://", "_").replace(" ", "-").strip("/").replace("/", "_")
     result: dict = {"checkpoint": str(one.folder), "policy": one.recipe.lerobot.policy.type, "step": one.step}
     if one.recipe.lerobot.dataset.repo_id:
         result, drawn = score(one, say=print)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ray_jobs.engine.bucket import local_folder
 from ray_jobs.engine.checkpoint import pretrained_dir
 from ray_jobs.engine.console import quiet, run_job
 from ray_jobs.engine.errors import InputError
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--{name} is missing, as in --{name}={example}.")
     if flags["lerobot"] not in ("0.4", "0.4.4"):
         raise InputError(f"--lerobot={flags['lerobot']}: only 0.4 is known here (tried with 0.4.4).")
-    source, target = pretrained_dir(Path(flags["checkpoint"])), Path(flags["output_dir"])
+    source, target = (local_folder(flags[name], name) for name in ("checkpoint", "output_dir"))
+    source = pretrained_dir(source)
     if target.exists():
         raise InputError(f"--output_dir={target} already exists, and nothing in it is overwritten.")
     kind = export(source, target, assets_dir=Path(flags.get("assets.dir") or "pretrained"))

@@ -6,8 +6,6 @@ A search writes its own when it ends; this writes it again, say while it runs, o
 rates (`ray_jobs.evaluate ... --output_dir=outputs/act_search/evaluation`) are then part of it.
 """
 
-from pathlib import Path
-
 from ray_jobs.engine.console import quiet, run_job
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.options import read_flags
@@ -21,7 +19,9 @@ def main(argv: list[str]) -> int:
     flags, _ = read_flags(argv)
     if set(flags) != {"output_dir"}:
         raise InputError("one flag is wanted, --output_dir: the folder of a search or of a training.")
-    folder = Path(flags["output_dir"])
+    from ray_jobs.engine.bucket import local_folder
+
+    folder = local_folder(flags["output_dir"], "output_dir")
     if not folder.is_dir():
         raise InputError(f"--output_dir={folder}: there is no such folder.")
     from ray_jobs.engine import page

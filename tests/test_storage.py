@@ -19,6 +19,7 @@ from test_data import make
 from test_faults import Run
 from test_tune import space_file
 
+from ray_jobs import evaluate
 from ray_jobs.engine import bucket, bucket_lock, checkpoint, mirror, patience, preflight, workers
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, InputError, RunError
 from ray_jobs.engine.recipe import resolve
@@ -167,6 +168,31 @@ def test_another_run_of_the_same_address(parts, s3):
     assert (summary["start_step"], summary["status"]) == (0, "finished")
     assert not [name for name in s3.find() if "000002" in name]
     assert (here.with_name(f"{here.name}.old") / "checkpoints/000002").is_dir(), "nothing of it is lost"
+
+
+def test_evaluated_from_the_bucket(parts, s3, tmp_path, capsys):
+    """A run, and the trials of a search, are scored on another node, on data in the bucket, by their addresses: the value
+    is the one that the training reported."""
+    root = s3.address.replace("runs/act", "sets/parts")
+    s3.system.put(str(parts), root, recursive=True)
+    more = ("--steps=4", "--save_freq=2", "--eval_steps=2", "--data.eval_episodes=[10,11]")
+    summary, _ = train(flags(root, s3.address, *more))
+    s3.new_node()
+    out = tmp_path / "evaluation"
+    assert evaluate.main([f"--checkpoint={s3.address}", f"--output_dir={out}"]) == 0, capsys.readouterr()
+    result = json.loads((out / "evaluation.json").read_text())["results"][s3.address]
+    assert result["val/action_error"] == summary["best"]["val/action_error"]
+    search = s3.address.replace("runs/act", "search")
+    s3.system.pipe_file(f"{search}/search.json", json.dumps({"flags": {}}).encode())
+    for trial in ("0000", "0001"):
+        s3.system.copy(s3.address, f"{search}/trials/{trial}", recursive=True)
+    found = evaluate._find(search)
+    assert list(found) == ["trial 0000", "trial 0001"] and found["trial 0001"].parts[-4] == "0001"
+    for wrong in (s3.address + "s", root):
+        with pytest.raises(InputError, match=f"checkpoint={wrong}: there is neither a run nor a search"):
+            evaluate.main([f"--checkpoint={wrong}"])
+    with pytest.raises(InputError, match="must be a folder"):
+        evaluate.main([f"--checkpoint={s3.address}", f"--output_dir={s3.address}-scores"])
 
 
 def test_torn_upload_is_never_seen(parts, s3):

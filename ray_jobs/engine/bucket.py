@@ -29,6 +29,19 @@ def is_uri(root: str | Path | None) -> bool:
     return root is not None and "://" in str(root)
 
 
+def local_folder(place: str, flag: str) -> Path:
+    """A folder that was named on the command line.
+
+    Raises:
+        InputError: It is an address, which is not used here.
+    """
+    if is_uri(place):
+        raise InputError(
+            f"--{flag}={place}: must be a folder; copy what is in a bucket, or what shall be there."
+        )
+    return Path(place)
+
+
 def check_address(root: str, flag: str = "dataset.root") -> None:
     """Refuse addresses that are no bucket's, and such with a password in them, before anything is written down.
 

@@ -44,8 +44,11 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def pretrained_dir(path: Path) -> Path:
+def pretrained_dir(path: Path, name: str | None = None) -> Path:
     """The `pretrained_model` folder that a run, a search, a checkpoint or such a folder itself stands for.
+
+    Args:
+        name: What it was called by the user, if not by its path.
 
     Raises:
         InputError: There is none.
@@ -54,7 +57,7 @@ def pretrained_dir(path: Path) -> Path:
         for folder in (path / place / PRETRAINED_MODEL_DIR, path / place):
             if (folder / CONFIG_NAME).is_file():
                 return folder.resolve()
-    raise InputError(f"--checkpoint={path}: there is no checkpoint, a {CONFIG_NAME} is missing.")
+    raise InputError(f"--checkpoint={name or path}: there is no checkpoint, a {CONFIG_NAME} is missing.")
 
 
 def checkpoint_steps(output_dir: Path) -> dict[int, Path]:

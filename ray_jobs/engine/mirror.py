@@ -213,13 +213,13 @@ def read_file(address: str, name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def told(address: str) -> Iterator[None]:
+def told(address: str, flag: str = "output_dir") -> Iterator[None]:
     try:
         yield
     except (InputError, RunError):
         raise
     except Exception as error:
-        text = f"--output_dir={address}: cannot be used: {type(error).__name__}: {first_line(error)}"
+        text = f"--{flag}={address}: cannot be used: {type(error).__name__}: {first_line(error)}"
         for_good = isinstance(error, ValueError) or getattr(error, "errno", None) == errno.ENOSPC
         raise (InputError if for_good else StorageError)(text) from None
 

@@ -155,9 +155,7 @@ def score(
     recipe = trained.recipe
     cfg, options, dataset_cfg = recipe.lerobot, recipe.options, recipe.lerobot.dataset
     if bucket.is_uri(dataset_cfg.root):
-        raise InputError(
-            f"--dataset.root={dataset_cfg.root}: policies are scored on a local copy; --dataset.root=FOLDER names it."
-        )
+        dataset_cfg.root = str(bucket.fetch_whole(dataset_cfg.root))
     meta = own_metadata(once(dataset_cfg, "metadata", lambda: open_dataset(dataset_cfg)))
     if options.data.eval_episodes is None and not dataset_cfg.eval_split:
         if not _of_other_data(trained):

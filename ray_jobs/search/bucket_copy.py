@@ -7,6 +7,7 @@ On another node the search goes on from that: what the study there does not know
 """
 
 import contextlib
+import json
 import re
 import shutil
 import sqlite3
@@ -19,8 +20,12 @@ from pathlib import Path
 from optuna.study import Study
 
 from ray_jobs.engine import mirror
-from ray_jobs.engine.bucket import open_root
+from ray_jobs.engine.bucket import check_address, open_root
 from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.fingerprint import fingerprint_of
+from ray_jobs.engine.frame_cache import default_folder
+from ray_jobs.engine.meters import METRIC
+from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.tracking import SUMMARY_FILE
 from ray_jobs.search.answer import BEST_DIR
@@ -59,6 +64,46 @@ def pull(address: str) -> Path:
                         system.get_file(file["name"], str(here / folder / name))
         (here / SEEN).write_bytes(seen)
     return here
+
+
+def bring(address: str) -> Path:
+    """A folder of this node with what can be read of the run or the search at `address`: the checkpoint that a run, or each
+    trial, is ranked by, and small files.
+
+    Raises:
+        InputError: The bucket cannot be read, or holds neither there.
+    """
+    check_address(address, "checkpoint")
+    system, place = open_root(address, flag="checkpoint")
+    with mirror.told(address, "checkpoint"):
+        system.invalidate_cache()
+        begun = next((n for n in (SEARCH_FILE, OPTIONS_FILE) if system.exists(f"{place}/{n}")), None)
+        if begun is None:
+            raise InputError(f"--checkpoint={address}: there is neither a run nor a search.")
+        text = system.cat_file(f"{place}/{begun}")
+        # Who writes there now has a folder of its own here; another run of that address is another one.
+        here = default_folder() / "fetched" / fingerprint_of(address.rstrip("/"), text.hex())
+        here.mkdir(parents=True, exist_ok=True)
+        if begun == OPTIONS_FILE:
+            mirror.pull_result(address, here, ("best", "last"))
+            return here
+        (here / SEARCH_FILE).write_bytes(text)
+        links = ranked_links(json.loads(text)["flags"].get("tune.metric", METRIC).split(","))
+        trials = [name for path in _listed(system, place) if A_TRIAL.fullmatch(name := Path(path).name)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(
+                pool.map(
+                    lambda n: mirror.pull_result(trial_place(address, n), trial_dir(here, n), links), trials
+                )
+            )
+    return here
+
+
+def _listed(system, place: str) -> list[str]:
+    """Trials of the search at a place."""
+    with contextlib.suppress(FileNotFoundError):
+        return system.ls(f"{place}/{TRIALS_DIR}", detail=False)
+    return []
 
 
 def _session_in(system, place: str) -> bytes:
@@ -113,7 +158,8 @@ class BucketCopy(mirror.Mirror):
             RunError: The study lies elsewhere, and should know them.
         """
         known = {trial_name(trial.number) for trial in trials_of(study) if CONFIG in trial.user_attrs}
-        names = [A_TRIAL.fullmatch(Path(path).name) for path in self._trials()]
+        self.system.invalidate_cache()
+        names = [A_TRIAL.fullmatch(Path(path).name) for path in _listed(self.system, self.place)]
         unknown = [name[0] for name in names if name and name[1] not in known]
         if unknown and plan.options.tune.storage:
             raise RunError(
@@ -137,12 +183,6 @@ class BucketCopy(mirror.Mirror):
         if not self.failure:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(fetch, (trial.number for trial in trials_of(study))))
-
-    def _trials(self) -> list[str]:
-        self.system.invalidate_cache()
-        with contextlib.suppress(FileNotFoundError):
-            return self.system.ls(f"{self.place}/{TRIALS_DIR}", detail=False)
-        return []
 
     def _kept(self) -> str:
         return f"What is there stays; the search's own files are in {self.here}. --resume=true goes on."
