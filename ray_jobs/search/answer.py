@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -255,7 +256,9 @@ def _best(plan: Plan, trial: FrozenTrial, summary: dict) -> str:
         "#!/usr/bin/env bash\n"
         f"# The configuration of trial {trial.number}, the best of {plan.name}, trained in full.\n"
         "# More flags may follow and go first, as --ray.num_workers=4 or --output_dir=elsewhere.\n"
-        'exec "${PYTHON:-python}" -m ray_jobs.train \\\n    '
+        f"python=${{PYTHON:-{shlex.quote(sys.executable)}}}  # the one of the search, if it is here\n"
+        'command -v "$python" > /dev/null || python=python\n'
+        'exec "$python" -m ray_jobs.train \\\n    '
         + " \\\n    ".join(shlex.quote(word) for word in _last_of_each(words))
         + ' \\\n    "$@"\n'
     )
