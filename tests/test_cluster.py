@@ -331,6 +331,47 @@ def test_submitted_jobs(machine, folder, parts, tmp_path):
 
 
 @pytest.mark.slow
+def test_several_at_once(machine, folder, parts, tmp_path):
+    """Two trainings and a search share a cluster: none takes another's name, port or folder. Then a data set's frames are
+    decoded ahead and a policy is scored, by jobs as well."""
+    jobs = {}
+    for number in (1, 2):
+        flags = tiny_act(parts, tmp_path / f"run{number}", "--steps=30", "--ray.cpus_per_worker=1")
+        jobs[f"run{number}"] = submit(machine, folder, "python", "-m", "ray_jobs.train", *flags)
+    space = folder / "space.yaml"
+    space.write_text("policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\nsearch:\n"
+                     "  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n")  # fmt: skip
+    tiny = [f for f in tiny_act(parts, tmp_path / "search", "--steps=9") if not f.startswith("--policy.type")]
+    search = (*tiny, "--space=space.yaml", "--tune.num_samples=3", "--ray.cpus_per_worker=1")
+    jobs["search"] = submit(machine, folder, "python", "-m", "ray_jobs.tune", *search)
+    for name, submitted in jobs.items():
+        state, log = wait(machine, folder, submitted)
+        assert state == "SUCCEEDED" and "Traceback" not in log, log
+        assert json.loads((tmp_path / name / "summary.json").read_text())["status"] in ("finished", "done")
+    one, two = (
+        tmp_path / run / "checkpoints/last/pretrained_model/model.safetensors" for run in ("run1", "run2")
+    )
+    assert one.read_bytes() == two.read_bytes()
+
+    data = ("--dataset.repo_id=local/parts", f"--dataset.root={parts}")
+    cache = (
+        "python",
+        "-m",
+        "ray_jobs.cache",
+        "build",
+        *data,
+        f"--data.cache={tmp_path / 'frames'}",
+        "--ray.address=auto",
+    )
+    scored = ("python", "-m", "ray_jobs.evaluate", f"--checkpoint={tmp_path / 'run1'}", "--data.eval_episodes=[0]",
+              f"--output_dir={tmp_path / 'scores'}")  # fmt: skip
+    for words in (cache, scored):
+        state, log = wait(machine, folder, submit(machine, folder, *words))
+        assert state == "SUCCEEDED" and "Traceback" not in log and "\r" not in log, log
+    assert list((tmp_path / "frames").iterdir()) and (tmp_path / "scores/evaluation.json").is_file()
+
+
+@pytest.mark.slow
 def test_stopped_job_leaves_a_checkpoint(machine, folder, parts, tmp_path):
     """`ray job stop` ends a training as Ctrl-C does; the same command with --resume=true goes on from there."""
     flags = tiny_act(parts, tmp_path / "run", "--steps=5000", "--save_freq=5000", "--ray.cpus_per_worker=2")

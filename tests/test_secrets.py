@@ -8,6 +8,7 @@ import psutil
 import pytest
 from conftest import tiny_act, train_in_process
 from test_faults import Run
+from test_tune import space_file
 
 SECRETS = {
     "WANDB_API_KEY": "f00dfeed" * 5,
@@ -43,21 +44,27 @@ def test_nothing_in_a_run(parts, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nothing_in_a_run_on_ray(parts, tmp_path):
-    """Outputs, W&B's folder, Ray's session folder with all its logs, and the arguments of every process."""
+@pytest.mark.parametrize("what", ["train", "tune"])
+def test_nothing_in_a_run_on_ray(parts, tmp_path, what):
+    """Outputs, W&B's folders, Ray's session folder with all its logs, and the arguments of every process."""
     scratch = Path(tempfile.mkdtemp(prefix="rj_"))  # short: Ray's sockets lie in it
     try:
-        flags = ("--steps=30", "--wandb.enable=true", "--wandb.mode=offline", "--ray.address=local")
-        run = Run(tiny_act(parts, tmp_path / "run", *flags), **SECRETS, RAY_TMPDIR=str(scratch))
-        run.wait_for("step 5/30")
+        flags = ["--steps=30", "--wandb.enable=true", "--wandb.mode=offline", "--ray.address=local"]
+        flags = tiny_act(parts, tmp_path / "run", *flags)
+        if what == "tune":
+            flags = [f for f in flags if not f.startswith("--policy.type")]
+            flags += [f"--space={space_file(tmp_path)}", "--tune.num_samples=4", "--tune.scheduler=none"]
+        run = Run(flags, job=f"ray_jobs.{what}", **SECRETS, RAY_TMPDIR=str(scratch))
+        run.wait_for("step 5/30" if what == "train" else " at step")
         arguments = [
             " ".join(process.cmdline()) for process in (*run.family(), psutil.Process(run.process.pid))
         ]
-        for worker in run.workers():
-            worker.kill()  # its end is logged, too
+        for process in run.family():
+            if any(name in " ".join(process.cmdline()) for name in ("RayTrainWorker", "ImplicitFunc")):
+                process.kill()  # its end is logged, too
         assert run.end() == 0, run.printed
         assert not [words for words in (*arguments, run.printed) if any(v in words for v in SECRETS.values())]
-        assert list(scratch.rglob("*.log")) and list((tmp_path / "run").glob("wandb/offline-run-*"))
+        assert list(scratch.rglob("*.log")) and list((tmp_path / "run").rglob("offline-run-*/*.wandb"))
         assert leaks(tmp_path / "run", scratch) == []
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
