@@ -116,6 +116,7 @@ def _search(
     from ray import tune
     from ray.exceptions import RayActorError
     from ray.tune import FailureConfig, RunConfig, TuneConfig
+    from ray.tune.execution import class_cache
 
     from ray_jobs.engine.workers import check_node, mark_of, start_fit
     from ray_jobs.search import answer, dry_run
@@ -133,6 +134,9 @@ def _search(
         options.max_concurrent = slot.at_once + waiting
     # Else slots would start one after the other.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slot.at_once + waiting)
+    # Ray Tune (2.60) copies these four from the driver into its actors' runtime environment, which Ray writes into its logs,
+    # keys and all; nothing else keeps it from that. Keys are every node's own.
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if "AWS" in name}
     told: queue.SimpleQueue = queue.SimpleQueue()
 
     def tell(event: dict) -> None:
