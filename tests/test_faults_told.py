@@ -99,6 +99,7 @@ def test_why_a_worker_was_lost():
         ({0: lost("The actor died because its node has died.")}, "its node is gone"),
         ({0: reset, 1: faults.Preempted()}, "rank 1: its node is being taken away, as was announced"),
         ({0: reset, 1: ValueError("no such thing")}, "rank 1: ValueError: no such thing"),
+        ({0: reset}, "rank 0: it has lost its connection to another one, RuntimeError"),
         ({0: RuntimeError("Gloo connectFullMesh failed with Connection refused")}, "NCCL_SOCKET_IFNAME"),
     ):
         assert told in faults.describe(errors)

@@ -127,11 +127,11 @@ def start(address: str | None) -> Future:
 
 
 def _silence_raylet() -> None:
-    """Ray 2.60 prints a paragraph for every process that dies, whatever `log_to_driver` says; a run tells
-    of a lost worker in one line. There is no documented switch, so its printing handler is taken off."""
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+    """Ray 2.60 prints a paragraph for every process that dies, and the end of its log for every node, whatever
+    `log_to_driver` says; a run tells of a lost worker in one line. There is no documented switch, only its debugger's."""
+    import ray
 
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    ray._private.worker._worker_logs_enabled = False
 
 
 def leave() -> None:

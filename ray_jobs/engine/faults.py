@@ -98,9 +98,12 @@ def _reason(error: Exception) -> tuple[int, str]:
     if isinstance(error, RayActorError):
         return 3, "its process was killed"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    collateral = any(sign in text for sign in ("onnection closed by peer", "onnection reset", "NCCL", "gloo"))
     told = f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
-    return (5 if collateral else 4), told + (NETWORK if any(sign in text for sign in NOT_CONNECTED) else "")
+    if any(sign in text for sign in NOT_CONNECTED):
+        return 5, told + NETWORK
+    if any(sign in text for sign in ("onnection closed by peer", "onnection reset", "NCCL", "gloo")):
+        return 5, f"it has lost its connection to another one, {told}"
+    return 4, told
 
 
 @contextmanager
