@@ -292,7 +292,6 @@ class Line:
         self.stop_reason = ""
         self.given_up: set[str] = set()
         self.failure: str | None = None
-        self.group = None
         self.told: dict[int, tuple] = {}  # rank -> its last beat, when, and when its step had changed
 
     async def tell(self, event: dict) -> None:
@@ -309,13 +308,6 @@ class Line:
         while not self.events.empty():
             heard.append(self.events.get_nowait())
         return heard
-
-    async def stand_in(self, group) -> None:
-        """The placement group of the workers."""
-        self.group = group
-
-    async def placement(self):
-        return self.group
 
     async def fail(self, reason: str) -> None:
         self.failure = self.failure or reason

@@ -83,29 +83,44 @@ def train_on_workers(
 
 class Training:
     """Ray Train's trainer, and another one when its controller dies: Ray Train 2.60 starts workers again, but not the
-    process that does so. What the workers had reserved stays reserved as long as the driver lives, unless it is given
-    back."""
+    process that does so."""
 
     def __init__(self, recipe: "Recipe", each: Share, line):
         self.recipe, self.each, self.line = recipe, each, line
 
     def fit(self) -> None:
-        import ray
         from ray.exceptions import OutOfMemoryError, RayActorError
 
         failures, most = 0, self.recipe.options.ray.max_failures
         while True:
+            _give_back()
             try:
                 make_trainer(self.recipe, self.each, self.line).fit()
                 return
             except (RayActorError, OutOfMemoryError):  # those of workers come in an error of Ray Train's
                 failures += 1
-                reserved = ray.get(self.line.placement.remote())
-                if failures > most >= 0 or reserved is None:
+                if failures > most >= 0:
                     raise
-                ray.util.remove_placement_group(reserved)
                 self.line.tell.remote({"kind": "fault", "text": "the run's controller was lost"})
                 self.line.forget_beats.remote()
+
+
+def _give_back() -> None:
+    """Remove what controllers that are dead have reserved for their workers, or have asked for: Ray keeps it as long as the
+    driver lives, and Ray Train's own cleaner comes too late for what had not started yet. Who has made a placement group
+    is not in Ray 2.60's public table of them."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup
+
+    job = ray.get_runtime_context().get_job_id()
+    for row in map(
+        PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table()
+    ):
+        removed = row.state == PlacementGroupTableData.REMOVED
+        if row.creator_actor_dead and row.creator_job_id.hex() == job and not removed:
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
 
 
 def make_trainer(recipe: "Recipe", each: Share, line):
@@ -228,8 +243,6 @@ def _worker(config: dict) -> None:
         ray.get(line.fail.remote(str(error)))
         raise
     main = context.get_world_rank() == 0
-    if main:
-        line.stand_in.remote(ray.util.get_current_placement_group())
     if context.get_world_size() == 1:
         os.environ.pop("LOCAL_RANK", None)  # else accelerate wraps the policy for a group of one
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
