@@ -248,7 +248,7 @@ def _search(
         return "failed", failure
     if "error" in outcome:
         return "failed", f"the search was given up: {outcome['error']}"
-    if search.deaths_in_a_row >= DEATHS:
+    if search.given_up:
         return "failed", f"{DEATHS} trials in a row have cost {DEATHS} processes each; Ray's logs tell why."
     return status, None
 

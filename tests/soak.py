@@ -9,6 +9,7 @@ are looked over. Prints a row for a table; exits 1 if anything was torn, lost or
 """
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -56,7 +57,8 @@ class Soak:
                 "search:\n  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n"
             )
             flags = [f for f in flags if not f.startswith(("--policy.type", "--save_freq"))]
-            return [*flags, f"--space={space}", "--tune.num_samples=20", "--tune.scheduler=none"]
+            more = ("--tune.num_samples=20", "--tune.scheduler=none", "--eval_steps=10")
+            return [*flags, f"--space={space}", *more]
         return [*flags, f"--ray.num_workers={self.workers}", "--ray.max_failures=-1"]
 
     def start(self, steps: int) -> None:
@@ -185,9 +187,10 @@ def main(argv: list[str]) -> int:
             if (soak.run / file).read_bytes() != (calm / file).read_bytes():
                 faults.append("the final weights are not those of the undisturbed run")
     else:
-        rows = (soak.run / "trials.csv").read_text().splitlines()[1:]
-        if len(rows) != 20 or any("RUNNING" in row for row in rows):
-            faults.append(f"{len(rows)} trials, {[row for row in rows if 'RUNNING' in row]}")
+        with (soak.run / "trials.csv").open() as file:
+            states = Counter(row["state"] for row in csv.DictReader(file))
+        if states != {"COMPLETE": 20}:
+            faults.append(f"trials: {dict(states)}")
     kills = ", ".join(f"{count} {kind}s" for kind, count in sorted(soak.kills.items()))
     print("| what | killed | driver started | restarts | steps lost | wall | faults |")
     name = f"{asked.what}, {asked.workers} worker(s)" if asked.what == "train" else "tune, 20 trials"

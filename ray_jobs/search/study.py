@@ -38,7 +38,7 @@ SPACE, OPTIMIZED, TERMS, REPEATS, REPEATS_COST, WALL = (  # user attributes of t
 STUDY_FILE = "study.db"
 BUSY_S = 120  # how long others, a dashboard say, may hold an SQLite file
 TRIES = 50  # drawings until one is new and keeps the constraints; then the space is taken for exhausted
-DEATHS = 3  # processes a trial may cost, and trials in a row that may cost so many
+DEATHS = 3  # processes a trial may cost without getting further, and trials in a row that may do so
 
 
 def open_study(plan: Plan, seed: int) -> Study:
@@ -222,6 +222,7 @@ class StudySearch(Searcher):
         self.exhausted = False
         self.failed_repeats: set[tuple[int, str]] = set()
         self.deaths_in_a_row = 0
+        self.given_up = False
         self.slot_was_dead: set[str] = set()  # Tune's ids of trials that could not begin
         self.dead_slots: Counter[int] = Counter()  # by trial number
 
@@ -332,7 +333,8 @@ class StudySearch(Searcher):
         status = "failed" if error else result["status"]
         reason = result.get("reason", f"its process died {DEATHS} times" if error else None)
         self.deaths_in_a_row = self.deaths_in_a_row + 1 if error else 0
-        self.stopping = self.stopping or self.deaths_in_a_row >= DEATHS
+        self.given_up = self.given_up or self.deaths_in_a_row >= DEATHS
+        self.stopping = self.stopping or self.given_up
         values = [result.get(name) for name in self.options.metrics]
         event = {
             "kind": "ended",
@@ -381,6 +383,7 @@ class StudyScheduler(FIFOScheduler):
     def __init__(self, search: StudySearch, line):
         super().__init__()
         self.search, self.line = search, line
+        self.reached: dict[str, int] = {}  # the last step of each trial
 
     def on_trial_error(self, tune_controller, trial) -> None:
         if trial.status == trial.PENDING:
@@ -388,6 +391,10 @@ class StudyScheduler(FIFOScheduler):
         super().on_trial_error(tune_controller, trial)
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
+        if result.get("step", 0) > self.reached.get(trial.trial_id, 0):
+            # What gets further between two deaths is not to blame: spot nodes may take many of its slots away.
+            self.reached[trial.trial_id] = result["step"]
+            trial.max_failures = trial.num_failures + DEATHS - 1
         if self.search.judge(trial.trial_id, result):
             ray.get(self.line.give_up.remote(trial.config["trial"]))
         return TrialScheduler.CONTINUE
