@@ -16,9 +16,10 @@ was held out, and how it is compared, is what the training said: the value is th
 """
 
 import csv
-import json
 import shlex
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,10 @@ def main(argv: list[str]) -> int:
     if target.exists():
         raise InputError(f"--output_dir={target} already exists, and nothing in it is overwritten.")
     found = _find(checkpoint)
-    policies = [trained_module.open_trained(name, folder, flags) for name, folder in found.items()]
+    policies = []
+    for name, (folder, fetch) in found.items():
+        policies.append(trained_module.open_trained(name, folder, flags))
+        policies[-1].fetch = fetch
     if simulator:
         from ray_jobs.engine.simulator import check
 
@@ -77,7 +81,7 @@ def main(argv: list[str]) -> int:
     results = {}
     try:
         for one in policies:
-            results[one.name] = _evaluate(one, flags, simulator, target)
+            _evaluate(one, flags, simulator, target, results)
     finally:
         if results:  # what is done stays, whatever became of the next
             _write(target, results, argv)
@@ -89,7 +93,7 @@ def _simulator(flags: dict[str, str]) -> "SimulatorOptions":
     import draccus
 
     from ray_jobs.engine.explain import parse
-    from ray_jobs.engine.simulator import SimulatorOptions
+    from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 
     if "env.type" not in flags:
         name = next(name for name in flags if name.startswith("env."))
@@ -97,8 +101,7 @@ def _simulator(flags: dict[str, str]) -> "SimulatorOptions":
     ours = {k: v for k, v in flags.items() if k.startswith(("env.", "eval.")) or k == "seed"}
     words = [f"--{k}={v}" for k, v in ours.items() if "discover_packages_path" not in k]
     options = parse(lambda: draccus.parse(SimulatorOptions, args=words), flags)
-    if options.eval.n_episodes < 1 or options.eval.recording:
-        raise InputError("--eval.n_episodes must be at least 1, and --eval.recording is lerobot-eval's.")
+    check_eval(options.eval)
     return options
 
 
@@ -106,8 +109,8 @@ def _next_folder(parent: Path) -> Path:
     return next(path for n in range(1, 10**6) if not (path := parent / f"evaluation-{n}").exists())
 
 
-def _find(checkpoint: str) -> dict[str, Path]:
-    """`pretrained_model` folders by a short name."""
+def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
+    """`pretrained_model` folders by a short name, each with what has brought it here, if it lies in a bucket."""
     from ray_jobs.engine.bucket import is_uri
     from ray_jobs.engine.checkpoint import pretrained_dir
     from ray_jobs.engine.meters import METRIC
@@ -119,7 +122,8 @@ def _find(checkpoint: str) -> dict[str, Path]:
     found = {}
     words = [word.strip() for word in checkpoint.split(",")]
     for word in words:
-        path = bring(word) if is_uri(word) else Path(word)
+        fetch = partial(bring, word) if is_uri(word) else None
+        path = fetch() if fetch else Path(word)
         if (path / SEARCH_FILE).is_file():
             metrics = read_json(path / SEARCH_FILE)["flags"].get("tune.metric", METRIC).split(",")
             ranked = {t: ranked_checkpoint(t, metrics) for t in sorted((path / TRIALS_DIR).glob("*"))}
@@ -127,14 +131,17 @@ def _find(checkpoint: str) -> dict[str, Path]:
             if not kept:
                 raise InputError(f"--checkpoint={word}: no trial of this search has a checkpoint (yet).")
             of_which = f"{word} " if len(words) > 1 else ""
-            found |= {f"{of_which}trial {name}": pretrained_dir(place) for name, place in kept.items()}
+            for name, place in kept.items():
+                found[f"{of_which}trial {name}"] = pretrained_dir(place), fetch
         else:
-            found[word] = pretrained_dir(path, word)
+            found[word] = pretrained_dir(path, word), fetch
     return found
 
 
-def _evaluate(one: "Trained", flags: dict, simulator: "SimulatorOptions | None", target: Path) -> dict:
-    """All about one checkpoint; writes its pictures and videos."""
+def _evaluate(
+    one: "Trained", flags: dict, simulator: "SimulatorOptions | None", target: Path, results: dict[str, dict]
+) -> None:
+    """Put all about one checkpoint into `results`, as soon as it is known; writes its pictures and videos."""
     from ray_jobs.engine.pictures import predicted_against_recorded
     from ray_jobs.engine.trained import score
 
@@ -143,6 +150,7 @@ def _evaluate(one: "Trained", flags: dict, simulator: "SimulatorOptions | None",
     result: dict = {"checkpoint": str(one.folder), "policy": one.recipe.lerobot.policy.type, "step": one.step}
     if one.recipe.lerobot.dataset.repo_id:
         result, drawn = score(one, say=print)
+        results[one.name] = result
         folder.mkdir(parents=True, exist_ok=True)
         predicted_against_recorded(drawn, folder / "predicted_against_recorded.png")
     elif simulator is None:
@@ -151,8 +159,7 @@ def _evaluate(one: "Trained", flags: dict, simulator: "SimulatorOptions | None",
             "the data to score it on, --env.type a simulator."
         )
     if simulator:
-        result["simulator"] = _run_simulator(one, flags, simulator, folder)
-    return result
+        results[one.name] = {**result, "simulator": _run_simulator(one, flags, simulator, folder)}
 
 
 def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", folder: Path) -> dict:
@@ -196,11 +203,12 @@ def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", fol
 
 def _write(target: Path, results: dict[str, dict], argv: list[str]) -> None:
     from ray_jobs.engine.pictures import errors
+    from ray_jobs.engine.tracking import write_json
 
     target.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "ray_jobs.evaluate", *argv])
     content = {"command": command, "results": results}
-    (target / RESULTS).write_text(json.dumps(content, indent=2) + "\n")
+    write_json(target / RESULTS, content)
     scored = {name: result for name, result in results.items() if "joints" in result}
     tables = {
         "checkpoints.csv": [_row(name, result) for name, result in results.items()],

@@ -17,7 +17,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     flags, _ = read_flags(argv)
-    if set(flags) != {"output_dir"}:
+    plugins = {name: value for name, value in flags.items() if "discover_packages_path" in name}
+    if set(flags) - set(plugins) != {"output_dir"}:
         raise InputError("one flag is wanted, --output_dir: the folder of a search or of a training.")
     from ray_jobs.engine.bucket import local_folder
 
@@ -25,9 +26,12 @@ def main(argv: list[str]) -> int:
     if not folder.is_dir():
         raise InputError(f"--output_dir={folder}: there is no such folder.")
     from ray_jobs.engine import page
+    from ray_jobs.engine.flags import check_flags
     from ray_jobs.search import report
     from ray_jobs.search.plan import SEARCH_FILE
 
+    if plugins:
+        check_flags(plugins)
     write = report.write_search if (folder / SEARCH_FILE).is_file() else page.write_run
     print(f"report      {write(folder.absolute())}")
     return 0

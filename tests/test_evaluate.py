@@ -11,15 +11,21 @@ import pytest
 from conftest import stock, tiny_act, tiny_diffusion
 
 from ray_jobs import evaluate
-from ray_jobs.engine import loop, preflight
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine import loop, preflight, rollouts
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.recipe import resolve
 from ray_jobs.engine.simulator import wilson
+from ray_jobs.engine.trained import open_trained
 
 PLUGIN = "--discover_packages_path=colour_follower"
 FLAGS = {"act": tiny_act, "diffusion": tiny_diffusion}
 RUNS = {
-    "act": ("--data.eval_episodes=[10,11]", "--max_eval_samples=20", "--ray.ema=true"),
+    "act": (
+        "--data.eval_episodes=[10,11]",
+        "--max_eval_samples=20",
+        "--ray.ema=true",
+        "--ray.cpus_per_worker=8",
+    ),
     "act resized": (
         "--dataset.eval_split=0.2",
         "--eval_steps=2",
@@ -139,6 +145,24 @@ def test_batches_of_episodes_are_the_same_episodes(follower, tmp_path):
     assert successes(3) == successes(1)
 
 
+def test_a_simulator_that_fails_leaves_the_score(runs, tmp_path, monkeypatch):
+    def fail(*args, **more):
+        raise RunError("a worker of the simulator failed")
+
+    monkeypatch.setattr(rollouts, "run", fail)
+    with pytest.raises(RunError, match="a worker of the simulator failed"):
+        evaluated(tmp_path / "out", f"--checkpoint={runs['act']}", *IN_PARTS, "--ray.num_workers=0")
+    result = json.loads((tmp_path / "out" / evaluate.RESULTS).read_text())["results"][str(runs["act"])]
+    assert result["val/action_error"] == result["reported"] and "simulator" not in result
+
+
+def test_what_a_training_reserved_is_not_asked_for_again(runs):
+    run = runs["act"]
+    assert json.loads((run / "options.json").read_text())["ray"]["cpus_per_worker"] == 8
+    policy = open_trained("act", (run / "checkpoints/last/pretrained_model").resolve(), {})
+    assert policy.recipe.options.ray.cpus_per_worker is None
+
+
 def test_wilson():
     """Against the values of Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
     for wins, trials, low, high in (
@@ -173,6 +197,13 @@ def test_mistakes(runs, follower, numbers_only, tmp_path, no_network):
         ([act, "--steps=7"], "--steps has no effect on a trained policy"),
         ([act, "--data.eval_episode=[1]"], "did you mean --data.eval_episodes"),
         ([act, "--data.eval_episodes=[99]"], "there is no episode 99"),
+        ([act, f"--data.eval_episodes={list(range(1, 13))}"], "there is no episode 12"),
+        ([act, "--max_eval_samples=-5"], "max_eval_samples=-5"),
+        (
+            [act, "--dataset.repo_id=local/elsewhere"],
+            "local/elsewhere",
+        ),  # not the old data under another name
+        ([act, *IN_PARTS, "--eval.batch_size=-1"], "--eval.batch_size must be at least 1"),
         ([act, "--data.eval_horizon=9"], "eval_horizon=9: the policy predicts 8 actions"),
         ([act, "--env.image_size=64"], "--env.type is missing"),
         ([act, "--env.type=pusht"], r"not installed here; `pip install 'lerobot\[pusht\]==0.6.1'` brings it"),

@@ -168,7 +168,7 @@ def test_trials_of_two_searches(searched, tmp_path):
     (other / "search.json").write_text(json.dumps(search))
     found = evaluate._find(f"{searched},{other}")
     assert len(found) == 6 and len({name.rpartition(" ")[2] for name in found}) == 3
-    for name, place in found.items():
+    for name, (place, _) in found.items():
         wanted = "best" if name.startswith(f"{searched} ") else "last"
         run = (searched if wanted == "best" else other) / "trials" / name.rpartition(" ")[2]
         assert place == (run / "checkpoints" / wanted / "pretrained_model").resolve()
@@ -197,6 +197,14 @@ def test_a_single_training(parts, tmp_path):
                 assert of_the_board.pop((record["step"], name)) == pytest.approx(value, rel=1e-6)
     assert not of_the_board
     assert "training loss" in page.text and "target_closed" in page.text and page.images == 6
+    assert "finished" in page.text and "4 of 4" in page.text
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:  # it is resumed, and has not ended
+        file.write(json.dumps({"step": 5, "train/loss": 1.0}) + "\n")
+    (tmp_path / "run" / "evaluation-1").mkdir()
+    (tmp_path / "run" / "evaluation-1" / "evaluation.json").write_text('{"results": {')
+    assert report.main([f"--output_dir={tmp_path / 'run'}"]) == 0
+    page = Page(tmp_path / "run" / "report.html").check()
+    assert "not finished" in page.text and "5 of 4" not in page.text
 
 
 def events(file: Path) -> list[Event]:

@@ -187,7 +187,7 @@ def test_evaluated_from_the_bucket(parts, s3, tmp_path, capsys):
     for trial in ("0000", "0001"):
         s3.system.copy(s3.address, f"{search}/trials/{trial}", recursive=True)
     found = evaluate._find(search)
-    assert list(found) == ["trial 0000", "trial 0001"] and found["trial 0001"].parts[-4] == "0001"
+    assert list(found) == ["trial 0000", "trial 0001"] and found["trial 0001"][0].parts[-4] == "0001"
     for wrong in (s3.address + "s", root):
         with pytest.raises(InputError, match=f"checkpoint={wrong}: there is neither a run nor a search"):
             evaluate.main([f"--checkpoint={wrong}"])

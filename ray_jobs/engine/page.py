@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ray_jobs.engine.console import duration
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.svg import Chart, short
 from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
 
@@ -22,6 +22,7 @@ REPORT_FILE = "report.html"
 FRAME_WIDTH = 220  # pixels of a camera frame in a strip
 PANELS = 32  # joints that are drawn
 PREDICTIONS = 20  # that are timed
+LARGEST_GB = 2  # policies that are opened to show what they predict
 
 
 @dataclass
@@ -63,12 +64,18 @@ def actions(checkpoint: Path) -> list[Section]:
     had (no held-out episodes, the data has moved), which is said in its place."""
     from ray_jobs.engine.trained import open_trained, score
 
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    adapters = (checkpoint / "adapter_config.json").is_file()
+    if adapters or size > LARGEST_GB * 1e9:
+        why = "the policy is adapters on a large one" if adapters else f"the policy has {size / 1e9:.1f} GB"
+        text = f"Not shown: {why}. `python -m ray_jobs.evaluate --checkpoint={checkpoint}` on a machine with a GPU draws it."
+        return [Section("Predicted against recorded actions", [text])]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             result, drawn = score(
                 open_trained(str(checkpoint), checkpoint, {}), predictions=PREDICTIONS, say=lambda text: None
             )
-    except (InputError, RunError, OSError) as error:
+    except Exception as error:  # whatever it is, the rest of the page is worth having
         return [Section("Predicted against recorded actions", [f"Not shown: {error}"])]
     seconds = (np.arange(len(drawn.recorded)) / drawn.fps).tolist()
     panels = []
@@ -118,10 +125,13 @@ def in_simulator(folder: Path) -> list[Section]:
     """Success rates that `ray_jobs.evaluate` has left in the folder."""
     rows = []
     for file in sorted(folder.glob("evaluation*/evaluation.json")):
-        for name, result in read_json(file)["results"].items():
-            if found := result.get("simulator"):
-                rows.append([_within(folder, name), found["env"], str(found["episodes"]),
-                             f"{found['success_rate']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}"])  # fmt: skip
+        with contextlib.suppress(
+            ValueError, LookupError, AttributeError, TypeError
+        ):  # not one of ours, or half written
+            for name, result in read_json(file)["results"].items():
+                if found := result.get("simulator"):
+                    rows.append([_within(folder, name), found["env"], str(found["episodes"]),
+                                 f"{found['success_rate']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}"])  # fmt: skip
     head = ["policy", "environment", "episodes", "success", "95 % interval (Wilson)"]
     return [Section("In the simulator", head=head, rows=rows)] if rows else []
 
@@ -129,6 +139,8 @@ def in_simulator(folder: Path) -> list[Section]:
 def _within(folder: Path, name: str) -> str:
     """A path that lies in the folder, as seen from there."""
     path = Path(name).absolute()
+    if path == folder.absolute():
+        return folder.name
     return str(path.relative_to(folder.absolute())) if path.is_relative_to(folder.absolute()) else name
 
 
@@ -164,6 +176,8 @@ def write_run(folder: Path) -> Path:
     if not records:
         raise InputError(f"--output_dir={folder}: no training has logged anything there (metrics.jsonl).")
     summary = read_json(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).is_file() else {}
+    if records[-1]["step"] > summary.get("step", 0):
+        summary = {}  # of an earlier session: the run has gone on since
     charts = []
     for key, label in (
         ("train/loss", "training loss"),

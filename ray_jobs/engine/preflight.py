@@ -44,7 +44,7 @@ from ray_jobs.engine.preflight_data import (
     where_it_is,
 )
 from ray_jobs.engine.recipe import Recipe
-from ray_jobs.engine.simulator import SimulatorOptions
+from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
 from ray_jobs.engine.trust import check_processor, read_json
 
@@ -114,8 +114,7 @@ def _simulator(recipe: Recipe, features: dict[str, PolicyFeature]) -> None:
             f"--env.type={cfg.env.type}: with --ray.parallelism=fsdp no worker holds a whole policy to act with; "
             "--env_eval_freq=0, and `ray_jobs.evaluate` afterwards."
         )
-    if cfg.eval.n_episodes < 1 or cfg.eval.recording:
-        raise InputError("--eval.n_episodes must be at least 1, and --eval.recording is lerobot-eval's.")
+    check_eval(cfg.eval)
     options = SimulatorOptions(cfg.env, cfg.eval)
     policy = with_features(cfg.policy, features)
     what = f"environment {draccus.encode(options)} for {policy.input_features}"

@@ -178,21 +178,24 @@ def check_resize(
     set_frame_size(meta, size)
 
 
+def check_episodes(flag: str, episodes: list[int], total: int) -> None:
+    """Raises InputError unless these are some of the data set's episodes, each once."""
+    if not episodes or len(set(episodes)) < len(episodes):
+        fault = "names an episode twice" if episodes else "name at least one episode, or leave it out"
+        raise InputError(f"--{flag}={episodes}: {fault}.")
+    if wrong := sorted(set(episodes) - set(range(total))):
+        raise InputError(
+            f"--{flag}={episodes}: there is no episode {wrong[0]}; the data set has 0 to {total - 1}."
+        )
+
+
 def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
     """Work out the training episodes and see that some are left."""
     dataset, held_out = recipe.lerobot.dataset, recipe.options.data.eval_episodes
     everything = list(range(meta.total_episodes))
     for name, episodes in (("dataset.episodes", dataset.episodes), ("data.eval_episodes", held_out)):
-        if episodes is None:
-            continue
-        if not episodes or len(set(episodes)) < len(episodes):
-            fault = "names an episode twice" if episodes else "name at least one episode, or leave it out"
-            raise InputError(f"--{name}={episodes}: {fault}.")
-        wrong = sorted(set(episodes) - set(everything))
-        if wrong:
-            raise InputError(
-                f"--{name}={episodes}: there is no episode {wrong[0]}; the data set has 0 to {everything[-1]}."
-            )
+        if episodes is not None:
+            check_episodes(name, episodes, meta.total_episodes)
     chosen = dataset.episodes if dataset.episodes is not None else everything
     if held_out is not None:
         dataset.episodes = [episode for episode in chosen if episode not in set(held_out)]

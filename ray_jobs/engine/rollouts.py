@@ -100,4 +100,6 @@ def _worker(work: bytes, plugins: list[str], batches: list, videos: int) -> Iter
     for package in plugins:
         load_plugin(package)
     trained, options = pickle.loads(work)
+    if trained.fetch:
+        trained.fetch()
     yield from _in_this_process(trained, options, batches, videos)

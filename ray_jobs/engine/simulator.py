@@ -53,6 +53,14 @@ class SimulatorOptions:
         return [(self.seed + done, min(size, n - done)) for done in range(0, n, size)]
 
 
+def check_eval(asked: EvalConfig) -> None:
+    """Raises InputError where `lerobot-eval`'s own flags will not do."""
+    if min(asked.n_episodes, asked.batch_size) < 1 or asked.recording:
+        raise InputError(
+            "--eval.n_episodes and --eval.batch_size must be at least 1, and --eval.recording is lerobot-eval's."
+        )
+
+
 def check(options: SimulatorOptions, policy: PreTrainedConfig, rename_map: dict[str, str]) -> None:
     """See that the environment can be made, and gives the policy what it takes.
 

@@ -26,10 +26,16 @@ from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.objective import Validation, chunk_length
 from ray_jobs.engine.opened import once, own_metadata
-from ray_jobs.engine.options import ASKED, OPTIONS_FILE, asked_device, parse_options, split_flags
+from ray_jobs.engine.options import ASKED, OPTIONS_FILE, asked_device, at_least, parse_options, split_flags
 from ray_jobs.engine.pictures import Replay, joint_names, replay
 from ray_jobs.engine.policy import check_loaded, loading, make_processors
-from ray_jobs.engine.preflight_data import check_files, check_resize, choose_episodes, open_dataset
+from ray_jobs.engine.preflight_data import (
+    check_episodes,
+    check_files,
+    check_resize,
+    choose_episodes,
+    open_dataset,
+)
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
 
@@ -53,6 +59,8 @@ class Trained:
     recipe: Recipe
     step: int | None
     threads: int | None
+    fetch: Callable[[], Path] | None = None
+    """Brings it to a node, under the same path, if it lies in a bucket."""
 
     @property
     def run_dir(self) -> Path:
@@ -86,6 +94,7 @@ def open_trained(name: str, folder: Path, flags: dict[str, str]) -> Trained:
     except Exception as error:
         raise InputError(f"--checkpoint={name}: its configs cannot be read: {error}") from None
     threads = saved.pop(ASKED, {}).get("threads")
+    saved.pop("ray", None)  # what its training reserved
     if before is None and "dataset.repo_id" not in flags:
         theirs = [*theirs, "--dataset.repo_id="]
     file = train_config if before else None
@@ -101,6 +110,11 @@ def open_trained(name: str, folder: Path, flags: dict[str, str]) -> Trained:
         options.data.eval_episodes = None if "data.eval_episodes" not in flags else options.data.eval_episodes
         cfg.dataset.eval_split = 0.0
         cfg.dataset.episodes = None
+        for place in ("root", "revision"):  # where the old data lies
+            if f"dataset.{place}" not in flags:
+                setattr(cfg.dataset, place, None)
+    for number in ("num_workers", "max_eval_samples", "tolerance_s"):
+        at_least(number, getattr(cfg, number), 0)
     cfg.policy, cfg.resume = policy, True  # processors stay as they were saved
     policy.pretrained_path = folder
     counter = folder.parent / TRAINING_STATE_DIR / TRAINING_STEP
@@ -169,6 +183,7 @@ def score(
         recipe.eval_steps = 1
         known = dataset_cfg.episodes if dataset_cfg.episodes is not None else range(meta.total_episodes)
         dataset_cfg.episodes = None
+        check_episodes("data.eval_episodes", held_out, meta.total_episodes)
         if len(held_out) < meta.total_episodes:
             choose_episodes(recipe, meta)
         if not _of_other_data(trained) and (seen := sorted(set(held_out) & set(known))):
@@ -237,6 +252,8 @@ def _of_other_data(trained: Trained) -> bool:
 
 def _reported(trained: Trained) -> float | None:
     """What the training said about this checkpoint, if it still lies in its run's or its search's folder."""
+    if _of_other_data(trained):
+        return None
     summary = trained.run_dir / SUMMARY_FILE
     if trained.folder.parents[1].name == "best" and summary.is_file():
         return (read_json(summary).get("best") or {"values": {}})["values"].get(METRIC)

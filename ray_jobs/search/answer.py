@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import duration
+from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, write_json
@@ -235,7 +236,10 @@ def _best(plan: Plan, trial: FrozenTrial, summary: dict) -> str:
     source = ranked_checkpoint(checkpoints.parent, plan.options.tune.metrics)
     if source is not None:
         shutil.copytree(source.resolve(), scratch / "checkpoint", copy_function=_link_or_copy)
-        card.write(plan, summary, scratch / "checkpoint")
+        with contextlib.suppress(
+            InputError, OSError
+        ):  # the data may be gone by now; the answer is worth more
+            card.write(plan, summary, scratch / "checkpoint")
         shutil.copyfile(source / "pretrained_model" / "train_config.json", scratch / "train_config.json")
         shutil.copyfile(checkpoints.parent / OPTIONS_FILE, scratch / OPTIONS_FILE)  # what was held out, say
     words = [word for word in plan.base if word[2:].partition("=")[0] not in OF_THE_SEARCH]

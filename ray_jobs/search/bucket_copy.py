@@ -7,6 +7,7 @@ On another node the search goes on from that: what the study there does not know
 """
 
 import contextlib
+import fcntl
 import json
 import re
 import shutil
@@ -75,7 +76,7 @@ def bring(address: str) -> Path:
     """
     check_address(address, "checkpoint")
     system, place = open_root(address, flag="checkpoint")
-    with mirror.told(address, "checkpoint"):
+    with mirror.told(address, "checkpoint"), contextlib.ExitStack() as stack:
         system.invalidate_cache()
         begun = next((n for n in (SEARCH_FILE, OPTIONS_FILE) if system.exists(f"{place}/{n}")), None)
         if begun is None:
@@ -84,6 +85,8 @@ def bring(address: str) -> Path:
         # Who writes there now has a folder of its own here; another run of that address is another one.
         here = default_folder() / "fetched" / fingerprint_of(address.rstrip("/"), text.hex())
         here.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((here / ".lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node
         if begun == OPTIONS_FILE:
             mirror.pull_result(address, here, ("best", "last"))
             return here

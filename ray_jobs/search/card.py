@@ -1,6 +1,7 @@
 """The model card of a search's best policy: what it was trained on, how, how good it is, and how sure that is."""
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -9,6 +10,8 @@ from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import PRETRAINED
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write(plan: Plan, summary: dict, checkpoint: Path) -> Path:
@@ -22,7 +25,7 @@ def write(plan: Plan, summary: dict, checkpoint: Path) -> Path:
     cfg, config = plan.recipe.lerobot, best["config"]
     meta = open_dataset(cfg.dataset)
     start = config.get(PRETRAINED) or plan.typed.get(PRETRAINED) or plan.typed.get("policy.path")
-    on_the_hub = start if start and not Path(str(start)).is_absolute() else None
+    on_the_hub = start if start and HUB_NAME.fullmatch(str(start)) and not Path(str(start)).exists() else None
     licence = plan.typed.get("policy.license")
     data = ModelCardData(
         library_name="lerobot",

@@ -20,7 +20,6 @@ from ray_jobs.search.trial import trial_dir
 
 FIXED_COLUMNS = ("trial", "state", "best_step", "steps", "wall_s", "baseline", "other_seeds", "reason")
 SLICES = 6  # parameters that are shown one by one
-LARGEST_GB = 2  # policies that a search's driver opens to show what they predict
 KINDS = {  # of trials, in the order in which they are drawn: those that matter come last
     "pruned": "pruned",
     "fail": "failed",
@@ -303,15 +302,6 @@ def _actions(found: Found) -> list[Section]:
         return [
             Section("Predicted against recorded actions", ["Not shown: the best trial left no checkpoint."])
         ]
-    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    adapters = (checkpoint / "adapter_config.json").is_file()
-    if adapters or size > LARGEST_GB * 1e9:
-        why = "the policy is adapters on a large one" if adapters else f"the policy has {size / 1e9:.1f} GB"
-        text = (
-            f"Not shown: {why}. `python -m ray_jobs.evaluate --checkpoint={checkpoint}` on a machine "
-            "with a GPU draws it."
-        )
-        return [Section("Predicted against recorded actions", [text])]
     return actions(checkpoint)
 
 
