@@ -95,7 +95,8 @@ class Soak:
             if sum(self.kills.values()) < kills:
                 if self.random.random() < 0.7:  # the other kills hit what is only being started
                     self.wait_for_a_step()
-                time.sleep(self.random.uniform(0, 5))
+                # A trial that dies three times without getting further is given up, as it should be.
+                time.sleep(self.random.uniform(0, 5) + (10 if self.what == "tune" else 0))
                 self.kill()
             else:
                 time.sleep(2)
