@@ -156,6 +156,17 @@ def test_a_simulator_that_fails_leaves_the_score(runs, tmp_path, monkeypatch):
     assert result["val/action_error"] == result["reported"] and "simulator" not in result
 
 
+def test_only_the_simulator(parts, tmp_path, capsys):
+    """A run without held-out episodes acts in a simulator all the same; images of another size are told of."""
+    trained(tiny_act(parts, tmp_path / "run", "--steps=1"))
+    flags = (*IN_PARTS, "--env.image_size=96", "--eval.n_episodes=1", "--ray.num_workers=0")
+    (result,) = evaluated(tmp_path / "out", f"--checkpoint={tmp_path / 'run'}", *flags).values()
+    assert result["simulator"]["episodes"] == 1 and "val/action_error" not in result
+    printed = capsys.readouterr().out
+    assert "trained without held-out episodes" in printed
+    assert "as 96x96, the policy was trained on 64x64 and does not resize" in printed
+
+
 def test_what_a_training_reserved_is_not_asked_for_again(runs):
     run = runs["act"]
     assert json.loads((run / "options.json").read_text())["ray"]["cpus_per_worker"] == 8
@@ -206,6 +217,7 @@ def test_mistakes(runs, follower, numbers_only, tmp_path, no_network):
         ([act, *IN_PARTS, "--eval.batch_size=-1"], "--eval.batch_size must be at least 1"),
         ([act, "--data.eval_horizon=9"], "eval_horizon=9: the policy predicts 8 actions"),
         ([act, "--env.image_size=64"], "--env.type is missing"),
+        ([act, "--eval.n_episodes=50"], "--eval.n_episodes is of a simulator"),
         ([act, "--env.type=pusht"], r"not installed here; `pip install 'lerobot\[pusht\]==0.6.1'` brings it"),
         ([other, data], r"observation.state: the policy has shape \(14,\), the data set \(3,\)"),
         (

@@ -3,9 +3,11 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 import struct
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from test_tune import ACT, search, study_of
 
 from ray_jobs import evaluate, report
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.recipe import resolve
 from ray_jobs.engine.tracking import read_json, read_metrics
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -198,6 +201,10 @@ def test_a_single_training(parts, tmp_path):
     assert not of_the_board
     assert "training loss" in page.text and "target_closed" in page.text and page.images == 6
     assert "finished" in page.text and "4 of 4" in page.text
+    again = unescape(re.search("python -m ray_jobs.train .*?(?=</)", page.text, re.DOTALL)[0])
+    recipe = resolve(shlex.split(again.replace("\\\n", ""))[3:])
+    assert recipe.output_dir == tmp_path / "run-again" and recipe.lerobot.steps == 4
+    assert recipe.options.data.eval_episodes == [10] and recipe.lerobot.max_eval_samples == 4
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:  # it is resumed, and has not ended
         file.write(json.dumps({"step": 5, "train/loss": 1.0}) + "\n")
     (tmp_path / "run" / "evaluation-1").mkdir()

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ray_jobs.engine.console import duration
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.options import ASKED, OPTIONS_FILE
 from ray_jobs.engine.svg import Chart, short
 from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
 
@@ -164,6 +165,13 @@ def _image(frame: np.ndarray) -> str:
 # ---------------------------------------------------------------------- a single training
 
 
+def _typed(folder: Path) -> dict[str, str]:
+    """The flags that a run was begun with."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return read_json(folder / OPTIONS_FILE).get(ASKED, {}).get("typed") or {}
+    return {}
+
+
 def write_run(folder: Path) -> Path:
     """The report of a single training, finished or not.
 
@@ -175,7 +183,10 @@ def write_run(folder: Path) -> Path:
     records = read_metrics(folder)
     if not records:
         raise InputError(f"--output_dir={folder}: no training has logged anything there (metrics.jsonl).")
-    summary = read_json(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).is_file() else {}
+    try:
+        summary = read_json(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).is_file() else {}
+    except ValueError as error:
+        raise InputError(f"--output_dir={folder}: {SUMMARY_FILE} is damaged: {error}") from None
     if records[-1]["step"] > summary.get("step", 0):
         summary = {}  # of an earlier session: the run has gone on since
     charts = []
@@ -215,12 +226,11 @@ def write_run(folder: Path) -> Path:
         if isinstance(value, int | float | str) and key not in ("output_dir", "checkpoint", "status")
     ]
     commands = []
+    if typed := _typed(folder):
+        again = [f"--{name}={value}" for name, value in (typed | {"output_dir": f"{folder}-again"}).items()]
+        commands.append("python -m ray_jobs.train \\\n    " + " \\\n    ".join(map(shlex.quote, again)))
     if checkpoint is not None:
-        config = shlex.quote(str(checkpoint / "train_config.json"))
-        commands = [
-            f"python -m ray_jobs.train --config_path={config} --resume=true",
-            f"lerobot-eval --policy.path={checkpoint} ...",
-        ]
+        commands.append(f"python -m ray_jobs.evaluate --checkpoint={shlex.quote(str(folder))}")
     sections.append(reproduce(commands, facts))
     subtitle = f"{summary.get('policy', '')} on {summary.get('dataset', '')}, {summary.get('status', 'not finished')}"
     return write(folder, f"Training {folder.name}", subtitle, [], tiles, sections)

@@ -118,7 +118,8 @@ def _simulator(recipe: Recipe, features: dict[str, PolicyFeature]) -> None:
     options = SimulatorOptions(cfg.env, cfg.eval)
     policy = with_features(cfg.policy, features)
     what = f"environment {draccus.encode(options)} for {policy.input_features}"
-    once(cfg.dataset, what, lambda: check_simulator(options, policy, cfg.rename_map))
+    found = once(cfg.dataset, what, lambda: check_simulator(options, policy, cfg.rename_map))
+    recipe.notices += [] if recipe.options.data.resize else found
 
 
 def _validation(recipe: Recipe) -> None:

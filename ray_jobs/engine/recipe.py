@@ -73,6 +73,8 @@ class Recipe:
     """Tells this driver's run from others: a worker may take the place of one that is not dead yet."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """The same whenever the run is resumed."""
+    typed: dict[str, str] = field(default_factory=dict)
+    """The flags that the run was begun with."""
     trainings: int = 1
     """That will read the same data."""
     gpu_share: float = 1.0
@@ -91,6 +93,7 @@ class Recipe:
             "eval_steps": self.eval_steps,
             "wandb_run_id": self.lerobot.wandb.run_id,
             "id": self.id,
+            "typed": self.typed,
             "threads": torch.get_num_threads(),  # the last digits of what a CPU computes depend on it
         }
         content = {**draccus.encode(self.options), ASKED: asked}
@@ -109,6 +112,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     """
     flags, notices = read_flags(argv)
     check_flags(flags)
+    begun_with = dict(flags)
     asked_resume = asks_to_resume(flags)
     remote = flags.get("output_dir") if is_uri(flags.get("output_dir")) else None
     if remote:
@@ -175,6 +179,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     plugins = [value for name, value in flags.items() if lerobot_parser.PLUGIN_DISCOVERY_SUFFIX in name]
     recipe = Recipe(cfg, options, device, eval_steps, notices, remote=remote, plugins=plugins)
     recipe.id = asked.get("id", recipe.id)
+    recipe.typed = asked.get("typed", {} if asked_resume else begun_with)
     return recipe
 
 

@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator
 
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import first_line
 
 
@@ -34,9 +34,14 @@ def run(
         if num_workers == 0
         else _on_workers(trained, options, batches, num_workers, plugins, videos)
     )
-    for episodes in arriving:
-        done += episodes
-        show(done)
+    try:
+        for episodes in arriving:
+            done += episodes
+            show(done)
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        raise RunError(f"the simulator failed: {type(error).__name__}: {first_line(error)}") from error
     return sorted(done, key=lambda episode: (episode["task"], episode["seed"]))
 
 

@@ -23,7 +23,9 @@ from lerobot.configs.types import FeatureType
 from lerobot.envs import EnvConfig, close_envs, make_env, make_env_pre_post_processors
 from lerobot.envs.utils import env_to_policy_features
 from lerobot.policies import PreTrainedPolicy
+from lerobot.processor import ImageCropResizeProcessorStep
 from lerobot.scripts.lerobot_eval import eval_policy
+from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.random_utils import seeded_context
 
 from ray_jobs.engine.errors import InputError
@@ -61,8 +63,8 @@ def check_eval(asked: EvalConfig) -> None:
         )
 
 
-def check(options: SimulatorOptions, policy: PreTrainedConfig, rename_map: dict[str, str]) -> None:
-    """See that the environment can be made, and gives the policy what it takes.
+def check(options: SimulatorOptions, policy: PreTrainedConfig, rename_map: dict[str, str]) -> list[str]:
+    """See that the environment can be made, and gives the policy what it takes; returns what to mind.
 
     Raises:
         InputError: It is not installed, or made for another robot.
@@ -87,6 +89,7 @@ def check(options: SimulatorOptions, policy: PreTrainedConfig, rename_map: dict[
                 f"--env.type={kind}: the environment cannot be made in processes of its own ({first_line(error)}). "
                 "--eval.use_async_envs=false makes it in this one."
             ) from None
+    notices: list[str] = []
     gives = {rename_map.get(key, key): f for key, f in env_to_policy_features(options.env).items()}
     takes = {**(policy.input_features or {}), **(policy.output_features or {})}
     for key, feature in takes.items():
@@ -98,9 +101,23 @@ def check(options: SimulatorOptions, policy: PreTrainedConfig, rename_map: dict[
                 f"{tuple(feature.shape)} as well. If names differ only, --rename_map helps."
             )
         ours, theirs = tuple(feature.shape), tuple(gives[key].shape)
-        # Images of another size are the business of the policy's own resizing, if it has one.
+        if feature.type is FeatureType.VISUAL and ours != theirs and not _resizes(policy):
+            notices.append(
+                f"--env.type={kind} gives {key} as {theirs[1]}x{theirs[2]}, the policy was trained on {ours[1]}x{ours[2]} and "
+                "does not resize: its success will say little."
+            )
         if feature.type is not FeatureType.VISUAL and ours != theirs and not hasattr(policy, "max_state_dim"):
             raise InputError(f"{key}: the policy has shape {ours}, --env.type={kind} {theirs}.")
+    return notices
+
+
+def _resizes(policy: PreTrainedConfig) -> bool:
+    """Whether images of any size become the one that the policy was trained on: by itself, or by its preprocessor."""
+    own = ("resize_imgs_with_padding", "image_resolution", "resize_shape", "resize_size")
+    if any(getattr(policy, name, None) for name in own):
+        return True
+    saved = Path(policy.pretrained_path or "") / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
+    return saved.is_file() and ImageCropResizeProcessorStep._registry_name in saved.read_text()
 
 
 class Simulator:

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 
+from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import PRETRAINED
@@ -35,6 +36,9 @@ def write(plan: Plan, summary: dict, checkpoint: Path) -> Path:
         base_model=on_the_hub,
         tags=["robotics", "lerobot", best["policy"]],
     )
+    simulated = ""
+    if cfg.env is not None and SUCCESS in best["values"]:
+        simulated = f"`{SUCCESS}` is the share of {cfg.eval.n_episodes} episodes of {cfg.env.type} in which it succeeded. "
     held_out = plan.recipe.options.data.eval_episodes
     which = (
         f"episodes {held_out}"
@@ -76,7 +80,7 @@ Held out from training: {which}.
 {_table(values)}
 
 `val/action_error` is the mean absolute error of the first {summary["horizon"]} predicted actions in standard deviations of the
-recorded ones, on the held-out episodes. {"One seed: nothing is known about its spread." if seeds == 1 else f"{seeds} seeds."}
+recorded ones, on the held-out episodes. {simulated}{"One seed: nothing is known about its spread." if seeds == 1 else f"{seeds} seeds."}
 
 ## Recipe
 

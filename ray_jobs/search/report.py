@@ -9,6 +9,7 @@ from pathlib import Path
 from ray_jobs.engine.checkpoint import pretrained_dir
 from ray_jobs.engine.console import duration
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.page import Section, actions, in_simulator, reproduce, write
 from ray_jobs.engine.svg import Chart, bars, parallel, short
 from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
@@ -193,7 +194,12 @@ def _against_published(found: Found) -> Section:
         for value in found.seeds(row):
             chart.dot(value, name, kind, f"trial {row['trial']}: {short(value)}", 5)
     seeds = max(len(found.seeds(row)) for _, row in both)
-    texts = ["Both were trained for the same number of steps and scored on the same held-out episodes."]
+    on = (
+        "in the same episodes of the simulator"
+        if found.metric == SUCCESS
+        else "on the same held-out episodes"
+    )
+    texts = [f"Both were trained for the same number of steps and scored {on}."]
     if not published:
         texts = ["The published recipe was not trained to its end."]
     texts.append(
@@ -342,7 +348,8 @@ def _table(found: Found) -> Section:
 
 
 def _reproduce(found: Found) -> Section:
-    flags = {**found.flags, "output_dir": f"{found.flags['output_dir']}-again"}
+    names = ("output_dir", "tune.study_name")  # of another search
+    flags = found.flags | {n: f"{found.flags[n]}-again" for n in names if n in found.flags}
     words = [f"--{name}={shlex.quote(value)}" for name, value in flags.items()]
     commands = ["# the search\npython -m ray_jobs.tune \\\n    " + " \\\n    ".join(words)]
     script = found.folder / BEST_DIR / COMMAND_FILE
