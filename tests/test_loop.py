@@ -136,7 +136,11 @@ def test_stop_saves_where_it_is_and_goes_on_exactly(numbers, tmp_path):
     )
     assert (stopped["status"], stopped["step"]) == ("interrupted", 5)
     assert list(checkpoint_steps(tmp_path / "stopped")) == [5]
+    *done, seconds = (tmp_path / "stopped" / ".progress").read_text().split()
+    assert done == ["5", "0", "0"] and 0 < float(seconds) <= stopped["wall_s"] + 0.1
+    (tmp_path / "stopped" / ".progress").write_text(" ".join([*done, "1000.0"]))
     resumed = train([*flags("stopped"), "--resume=true"])
+    assert resumed["wall_s"] > 1000, "the time of all sessions"
     whole = train(flags("whole"))
     assert_same_checkpoint(Path(whole["checkpoint"]), Path(resumed["checkpoint"]))
 

@@ -166,7 +166,7 @@ def train(
     # ------------------------------------------------------------------ tell
     if main:
         checkpoint.sweep(recipe.output_dir)
-        tracker = Tracker(recipe.lerobot, step, tell)
+        tracker = Tracker(recipe.lerobot, step, started, tell)
     lost = {"lost_steps": tracker.lost_steps, "restarts": tracker.restarts} if main else {}
     learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
@@ -240,7 +240,7 @@ def train(
             **more,
             **facts,
             "step": step,
-            "wall_s": round(time.time() - started, 1),
+            "wall_s": round(tracker.wall_s if main else time.time() - started, 1),
             "last": scores.last_values,
             "best": scores.best,
             "checkpoint": str(newest or ""),

@@ -3,13 +3,14 @@
 Only the main process tracks. `metrics.jsonl` holds one JSON object per log or validation step; after a
 resume the lines behind the checkpoint are dropped, so that every step stands in it once. TensorBoard and W&B see the same
 values under the same names; W&B in one run with one id however often the training was restarted. `.progress` holds how
-far the run had come, written in every step, so that after a kill of whatever is counted what it has cost.
+far the run had come, and in what time, written in every step, so that after a kill of whatever is counted what it has cost.
 """
 
 import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,14 @@ def read_metrics(output_dir: Path) -> list[dict]:
     return records
 
 
-def read_progress(output_dir: Path) -> tuple[int | None, int, int]:
-    """The step that a run had reached (None: it was never begun), the steps it had to do again, and how often it
-    was taken up again."""
+def read_progress(output_dir: Path) -> tuple[int | None, int, int, float]:
+    """The step that a run had reached (None: it was never begun), the steps it had to do again, how often it was taken up
+    again, and the seconds that it had taken."""
     try:
-        reached, lost, restarts = (output_dir / PROGRESS_FILE).read_text().split()
-        return int(reached), int(lost), int(restarts)
+        reached, lost, restarts, *seconds = (output_dir / PROGRESS_FILE).read_text().split()
+        return int(reached), int(lost), int(restarts), float(seconds[0]) if seconds else 0.0
     except (OSError, ValueError):
-        return None, 0, 0
+        return None, 0, 0, 0.0
 
 
 def read_json(path: Path) -> dict:
@@ -66,13 +67,18 @@ class Tracker:
     Args:
         cfg: LeRobot's training config; `cfg.wandb.run_id` must be set when W&B is enabled.
         start_step: Training step the run goes on from; later lines are dropped.
+        started: When this session began, in seconds since 1970.
         tell: Called with a line of text when storage fails, and when it is back.
     """
 
     def __init__(
-        self, cfg: TrainPipelineConfig, start_step: int, tell: Callable[[str], None] = lambda text: None
+        self,
+        cfg: TrainPipelineConfig,
+        start_step: int,
+        started: float,
+        tell: Callable[[str], None] = lambda text: None,
     ):
-        self.cfg, self.tell = cfg, tell
+        self.cfg, self.started, self.tell = cfg, started, tell
         self.output_dir = Path(cfg.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(self.output_dir) if record["step"] <= start_step]
@@ -80,7 +86,7 @@ class Tracker:
         scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
         scratch.replace(self.output_dir / METRICS_FILE)
         self.history = kept
-        reached, self.lost_steps, self.restarts = read_progress(self.output_dir)
+        reached, self.lost_steps, self.restarts, self.earlier_s = read_progress(self.output_dir)
         if reached is not None:
             self.lost_steps += max(0, reached - start_step)
             self.restarts += 1
@@ -94,7 +100,13 @@ class Tracker:
     def reached(self, step: int) -> None:
         """Note that a step is done: in place, a microsecond's work."""
         with contextlib.suppress(OSError):  # the next one will
-            os.pwrite(self.progress, b"%-12d %-12d %-12d\n" % (step, self.lost_steps, self.restarts), 0)
+            line = b"%-12d %-12d %-12d %-12.1f\n" % (step, self.lost_steps, self.restarts, self.wall_s)
+            os.pwrite(self.progress, line, 0)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the run has taken in all its sessions."""
+        return self.earlier_s + time.time() - self.started
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         record = {"step": step, **metrics}
