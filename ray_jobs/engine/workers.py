@@ -115,9 +115,8 @@ def _give_back() -> None:
     from ray.util.placement_group import PlacementGroup
 
     job = ray.get_runtime_context().get_job_id()
-    for row in map(
-        PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table()
-    ):
+    table = state._connect_and_get_accessor().get_placement_group_table()
+    for row in map(PlacementGroupTableData.FromString, table):
         removed = row.state == PlacementGroupTableData.REMOVED
         if row.creator_actor_dead and row.creator_job_id.hex() == job and not removed:
             ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
