@@ -117,8 +117,10 @@ def _give_back() -> None:
     job = ray.get_runtime_context().get_job_id()
     table = state._connect_and_get_accessor().get_placement_group_table()
     for row in map(PlacementGroupTableData.FromString, table):
-        removed = row.state == PlacementGroupTableData.REMOVED
-        if row.creator_actor_dead and row.creator_job_id.hex() == job and not removed:
+        if ray.ActorID(row.creator_actor_id).is_nil():
+            continue  # made by the driver, as those of a search's slots are, for which Ray says "dead" as well
+        dead = row.creator_actor_dead and row.creator_job_id.hex() == job
+        if dead and row.state != PlacementGroupTableData.REMOVED:
             ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
 
 
