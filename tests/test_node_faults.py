@@ -122,7 +122,7 @@ def test_one_of_two_workers_killed(cluster, parts, tmp_path):
     wait_for_step(run, 30)
     workers_of(cluster.second)[0].kill()
     assert process.end(300) == 0, process.printed
-    assert re.search("its process was killed|rank 0: it has lost its connection to another", process.printed)
+    assert "its process was killed" in process.printed, process.printed
     assert "(raylet)" not in process.printed, process.printed
     summary = summary_of(run)
     assert summary["restarts"] == 1 and 0 < summary["lost_steps"] <= 20
