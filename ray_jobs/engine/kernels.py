@@ -72,10 +72,10 @@ class ConvWithNorm(nn.Conv2d):
 
 
 def drop_quickly(policy: nn.Module) -> None:
-    """Let a policy that trains on CPUs in mixed precision draw its dropout with other random numbers, four times as fast.
+    """Let a policy that trains on CPUs draw its dropout with other random numbers, four times as fast.
 
-    torch draws 64 bits for each value, on one thread. In float32, where a training is that of `lerobot-train` number by
-    number, it stays as it is.
+    torch draws 64 bits for each value, on one thread. Not for a training that is `lerobot-train`'s number by number:
+    one in float32, on images as they are.
     """
     for module in list(policy.modules()):
         for name, child in module.named_children():

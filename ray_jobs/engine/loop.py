@@ -126,7 +126,8 @@ def train(
         policy = build(cfg, dataset.meta, device="cpu" if sharded else cfg.policy.device, tell=tell)
         if not sharded:
             kernels.speed_up(policy)
-        if accelerator.device.type == "cpu" and accelerator.mixed_precision != "no":
+        as_stock = accelerator.mixed_precision == "no" and not options.data.resize
+        if accelerator.device.type == "cpu" and not as_stock:
             kernels.drop_quickly(policy)
         with checkpoint.readable(cfg.policy.pretrained_path or cfg.dataset.repo_id):
             preprocessor, postprocessor = make_processors(cfg, policy, dataset.meta.stats, accelerator.device)
