@@ -128,7 +128,7 @@ def test_an_epoch_holds_lerobots_samples(policy, root, tmp_path, cluster):
             if key in dataset.meta.camera_keys and value.dtype == torch.float32:
                 # LeRobot divides images that lie in parquet when it reads them, the loop all of them on the device.
                 assert ours.dtype == torch.uint8
-                ours = ours.to(torch.float32).div_(255)
+                ours = to_device({key: ours}, [key], torch.device("cpu"))[key]
             assert value.dtype == ours.dtype and torch.equal(value, ours), key
     assert sorted(seen) == sorted(wanted)
 
