@@ -13,12 +13,12 @@ median, and the mean:
     random + asha, random
 
 The tables were made by `ray_jobs.tune --space=tests/benchmarks/table_space.yaml --tune.sampler=random
---tune.scheduler=none --tune.num_samples=104 --ray.cpus_per_worker=1 --max_eval_samples=96` and
+--tune.scheduler=none --tune.num_samples=104 --ray.cpus_per_worker=1 --max_eval_samples=96 --steps=240` and
 
-    demo    --dataset.root=outputs/demo/dataset (50 episodes) --data.eval_episodes='[45,46,47,48,49]' --batch_size=4
-            --steps=90 --eval_steps=10, on two CPU cores
+    demo    --dataset.root=outputs/demo/dataset (200 episodes) --data.eval_episodes='[180, ..., 199]' --batch_size=4
+            --eval_steps=30, on two CPU cores
     real    --dataset.root=DATASET (a Unitree G1, 20 episodes) --data.resize='[96,128]' --data.eval_episodes='[17,18,19]'
-            --batch_size=8 --steps=240 --eval_steps=15, eight at a time on an H100 (99), the others on a CPU
+            --batch_size=8 --eval_steps=15, eight at a time on an H100 (99), the others on a CPU
 
 and kept with `search_quality.py --table=real --record=outputs/table`.
 """

@@ -1,6 +1,6 @@
 """A search of ours against stock `lerobot-train` runs of the same configurations, one after the other.
 
-    uv run python tests/benchmarks/tune_vs_loop.py --root=DATASET [--trials=16] [--steps=220]
+    uv run python tests/benchmarks/tune_vs_loop.py --root=DATASET [--trials=16] [--steps=220] [--amp] [--eval_steps=55]
 
 The data set is first copied at 96x128, so that both sides do the same work. Then: the search (ASHA), whole, as a user
 starts it; every one of its configurations with `lerobot-train`, whole; and every one trained to its end by our loop,
@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="a LeRobot v3.0 data set with a camera")
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--amp", action="store_true", help="mixed precision on all sides")
+    parser.add_argument("--eval_steps", type=int, help="of the search: trials are judged there first")
     parser.add_argument("--copy", type=Path, help="where the resized copy is, or shall be")
     parser.add_argument(
         "--skip-full", action="store_true", help="leave out the trainings in full by our loop"
@@ -93,11 +95,13 @@ def main() -> None:
         "--dataset.repo_id=local/copy", f"--dataset.root={root}", "--dataset.video_backend=pyav",
         "--policy.pretrained_backbone_weights=null", "--policy.device=cpu", "--policy.push_to_hub=false",
         "--batch_size=8", f"--steps={args.steps}", "--seed=1000", "--num_workers=2", "--env_eval_freq=0", *SMALL,
+        f"--policy.use_amp={str(args.amp).lower()}",
     ]  # fmt: skip
+    judged = [f"--eval_steps={args.eval_steps}"] if args.eval_steps else []
     output = folder / "search"
     search_s = run(
         "ray_jobs.tune", f"--space={SPACE}", f"--output_dir={output}", f"--tune.num_samples={args.trials}",
-        f"--data.eval_episodes={HELD_OUT}", f"--data.cache={folder / 'frames'}", *common,
+        f"--data.eval_episodes={HELD_OUT}", f"--data.cache={folder / 'frames'}", *judged, *common,
     )  # fmt: skip
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{output / 'study.db'}")
     trials = [t for t in study.trials if "config" in t.user_attrs]
