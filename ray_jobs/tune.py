@@ -34,7 +34,7 @@ TUNE_ENV = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 DONE = "done"
-LOOK_EVERY_S = 3  # between looks for nodes that have joined
+LOOK_EVERY_S = 3  # between looks for nodes that have joined, or will be taken away
 
 
 def main(argv: list[str]) -> int:
@@ -118,6 +118,7 @@ def _search(
     from ray.tune import FailureConfig, RunConfig, TuneConfig
     from ray.tune.execution import class_cache
 
+    from ray_jobs.engine.watchdog import Watchdog
     from ray_jobs.engine.workers import check_node, mark_of, start_fit
     from ray_jobs.search import answer, dry_run
     from ray_jobs.search.options import MORE_IS_BETTER
@@ -196,6 +197,8 @@ def _search(
         best=(best[0].values[0], trial_name(best[0].number)) if best else None,
     )
     progress.say(dry_run.intro(plan, slot))
+    # Trials with several workers look after these themselves.
+    watchdog = Watchdog(line, plan.recipe.options.ray.hang_timeout if options.workers_per_trial == 1 else 0)
     fitting, outcome = start_fit(tuner)
     status, started = DONE, time.monotonic()
     looked, failure = started, None
@@ -216,11 +219,16 @@ def _search(
                 if copy and copy.failure and status == DONE:  # told when the copy is closed
                     stop(INTERRUPTED)
                 if status == DONE and (failure := ray.get(line.why_failed.remote())):
-                    stop("failed")
-                if counted and time.monotonic() - looked > LOOK_EVERY_S:
+                    stop("failed")  # what has failed for one trial would for all
+                for hung in watchdog.look_at_trials():
+                    progress.say(hung)
+                if time.monotonic() - looked > LOOK_EVERY_S:
                     looked = time.monotonic()
-                    room = cluster.room_for(slot.each) // options.workers_per_trial
-                    options.max_concurrent = max(1, room) + waiting
+                    for node in cluster.leaving():
+                        line.leave.remote(node)
+                    if counted:
+                        room = cluster.room_for(slot.each) // options.workers_per_trial
+                        options.max_concurrent = max(1, room) + waiting
                 if (
                     options.time_budget_s
                     and status == DONE
@@ -245,7 +253,7 @@ def _search(
         ray.kill(line)  # Tune's registry would keep it as long as this process lives
     shutil.rmtree(scratch, ignore_errors=True)
     if failure:
-        return "failed", failure
+        return "failed", str(failure)
     if "error" in outcome:
         return "failed", f"the search was given up: {outcome['error']}"
     if search.given_up:

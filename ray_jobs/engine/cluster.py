@@ -6,16 +6,18 @@ are still importing torch and LeRobot.
 
 import asyncio
 import concurrent.futures.thread  # noqa: F401  (its fork hooks must not appear while Ray is being forked off)
+import contextlib
 import math
 import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.engine.errors import PRUNED, InputError
+from ray_jobs.engine.errors import GO_ON, PREEMPTED, PRUNED, InputError, RunError
 
 # For Ray Train's controller and workers.
 TRAIN_ENV = {
@@ -98,11 +100,13 @@ def start(address: str | None) -> Future:
             os.environ.setdefault(name, value)
         try:
             try:
-                ray.init(address=address, **how)
+                with _loopback_only() if _is_to_start(address) else contextlib.nullcontext():
+                    ray.init(address=address, **how)
             except ConnectionError:
                 if asked:
                     raise
-                ray.init(address="local", **how)  # the one that `ray start` has left a note of is gone
+                with _loopback_only():  # the one that `ray start` has left a note of is gone
+                    ray.init(address="local", **how)
             # Ray says it nowhere else: whether this process started the cluster or joined one.
             ours = ray._private.worker.global_worker.node.is_head()
             os.environ.update(TRAIN_ENV | OWN_CLUSTER_ENV if ours else TRAIN_ENV)
@@ -124,6 +128,28 @@ def start(address: str | None) -> Future:
 
     threading.Thread(target=connect, daemon=True).start()
     return done
+
+
+def _is_to_start(address: str | None) -> bool:
+    """Whether `ray.init` will start a cluster for such an address, and not join one."""
+    from ray._private.utils import read_ray_address  # the note of `ray start`
+
+    return address == "local" or not (address or os.environ.get("RAY_ADDRESS") or read_ray_address(None))
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Within, a Ray that is started is to be reached from this machine alone. Ray (2.60) does so on macOS and Windows, by a
+    constant; the environment variable for it is read while Ray is imported, and would hold for clusters that are joined, too.
+    """
+    from ray._private import ray_constants
+
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = usual
 
 
 def _silence_raylet() -> None:
@@ -246,6 +272,13 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in alive] + more
 
 
+def leaving() -> set[str]:
+    """Ids of nodes that will be taken away, as somebody has announced to Ray."""
+    from ray._private.state import state  # Ray 2.60 tells it nowhere else
+
+    return set(state.get_draining_nodes())
+
+
 def may_grow() -> bool:
     """Whether an autoscaler may add nodes that `nodes` does not know of: it runs elsewhere (KubeRay's), or the
     driver does."""
@@ -288,11 +321,14 @@ class Line:
 
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
-        self.stop = asyncio.Event()
-        self.stop_reason = ""
+        self.asked = asyncio.Condition()  # that somebody shall stop
+        self.stop_reason = GO_ON
+        self.leaving: set[str] = set()  # nodes
         self.given_up: set[str] = set()
-        self.failure: str | None = None
-        self.told: dict[int, tuple] = {}  # rank -> its last beat, when, and when its step had changed
+        self.failure: RunError | InputError | None = None
+        self.told: dict[
+            int | str, tuple
+        ] = {}  # rank or trial -> its last beat, when, when its step had changed
 
     async def tell(self, event: dict) -> None:
         await self.events.put(event)
@@ -309,17 +345,24 @@ class Line:
             heard.append(self.events.get_nowait())
         return heard
 
-    async def fail(self, reason: str) -> None:
-        self.failure = self.failure or reason
+    async def fail(self, error: RunError | InputError) -> None:
+        self.failure = self.failure or error
 
-    async def why_failed(self) -> str | None:
+    async def why_failed(self) -> RunError | InputError | None:
         """What a worker gave the run up for: no other need try."""
         return self.failure
 
     async def ask_to_stop(self, reason: str) -> None:
         """`reason` is one of the loop's STOP_REASONS; the first one counts."""
-        self.stop_reason = self.stop_reason or reason
-        self.stop.set()
+        async with self.asked:
+            self.stop_reason = self.stop_reason or reason
+            self.asked.notify_all()
+
+    async def leave(self, node: str) -> None:
+        """Ask the trials that run on a node to stop: it will be taken away."""
+        async with self.asked:
+            self.leaving.add(node)
+            self.asked.notify_all()
 
     async def beat(self, beat) -> None:
         """What a worker tells of itself (see `watchdog`)."""
@@ -327,12 +370,12 @@ class Line:
         same = before and (before[0].pid, before[0].step, before[0].slow) == (beat.pid, beat.step, beat.slow)
         self.told[beat.rank] = beat, now, before[2] if same else now
 
-    async def beats(self) -> dict[int, tuple]:
-        """By rank, the last beat, the seconds since, and the seconds since its step has changed."""
+    async def beats(self) -> dict[int | str, tuple]:
+        """By rank or trial, the last beat, the seconds since, and the seconds since its step has changed."""
         now = time.monotonic()
         return {rank: (beat, now - at, now - since) for rank, (beat, at, since) in self.told.items()}
 
-    async def forget_beat(self, rank: int) -> None:
+    async def forget_beat(self, rank: int | str) -> None:
         self.told.pop(rank, None)
 
     async def forget_beats(self) -> None:
@@ -346,10 +389,15 @@ class Line:
         """The reason, or nothing if nobody has asked this trial to stop."""
         return self.stop_reason or (PRUNED if trial in self.given_up else "")
 
-    async def stop_asked(self) -> str:
-        """Returns the reason once somebody asked to stop."""
-        await self.stop.wait()
-        return self.stop_reason
+    async def stop_asked(self, node: str | None = None) -> str:
+        """Returns the reason once somebody asked to stop.
+
+        Args:
+            node: Where the trial runs that asks. Other runs' workers hear from Ray Train that a node will be taken away.
+        """
+        async with self.asked:
+            await self.asked.wait_for(lambda: self.stop_reason or node in self.leaving)
+            return self.stop_reason or PREEMPTED
 
 
 def open_line():

@@ -17,4 +17,4 @@ class StorageError(InputError):
 
 
 class StorageLost(RunError):
-    """Storage has failed for too long."""
+    """Storage has failed for too long, or is full."""

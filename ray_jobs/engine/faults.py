@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import UserCallback
 
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.errors import InputError, RunError, StorageLost
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -114,18 +114,18 @@ def in_plain_words(recipe: "Recipe") -> Iterator[None]:
     except (InputError, RunError):
         raise
     except Exception as error:
-        if reason := _for_good(error, recipe):
-            raise RunError(reason) from error
+        if told := _for_good(error, recipe):
+            raise told from error
         raise
 
 
-def _for_good(error: Exception, recipe: "Recipe") -> str | None:
+def _for_good(error: Exception, recipe: "Recipe") -> RunError | None:
     import torch
 
     text = str(error)
     if getattr(error, "errno", None) in FULL or "No space left on device" in text:
         place = getattr(error, "filename", None) or recipe.output_dir
-        return (
+        return StorageLost(
             f"no space is left for {place}. The last checkpoint is intact: make room, or lower --checkpoint.keep_last; "
             "--resume=true goes on from it."
         )
@@ -134,7 +134,7 @@ def _for_good(error: Exception, recipe: "Recipe") -> str | None:
         memory = recipe.memory
         need = f" The estimate was {memory}." if memory else ""
         less = memory.savings(recipe) if memory else "a smaller --batch_size"
-        return (
+        return RunError(
             f"out of {'GPU ' if gpu else ''}memory: {text.strip().splitlines()[0][:200] if text else 'MemoryError'}\n"
             f"{need.strip()} What makes it less: {less}."
         )

@@ -230,7 +230,8 @@ def train(
                 shards=shards.count,
             )
             patiently(write, f"the checkpoint of step {step}", tell)
-            scores.keep(recipe.output_dir, step, options.checkpoint, only_best=only_best)
+            keep = partial(scores.keep, recipe.output_dir, step, options.checkpoint, only_best=only_best)
+            patiently(keep, "the folder of checkpoints", tell)
         accelerator.wait_for_everyone()
         report({"kind": "checkpoint", "step": step})
 

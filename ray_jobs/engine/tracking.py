@@ -19,7 +19,9 @@ import torch
 from lerobot.common.wandb_utils import cfg_to_group, get_safe_wandb_artifact_name
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from ray_jobs.engine.patience import patiently
 
@@ -61,6 +63,31 @@ def write_json(path: Path, content: dict) -> None:
     scratch.replace(path)
 
 
+class Board:
+    """TensorBoard's events, each written at once. (tensorboardX's own writer has a thread, which dies of the first error of
+    storage, unheard, and a queue, which is lost with a killed process.)
+
+    Args:
+        first_step: Of this session; of an earlier one, TensorBoard leaves out what lies behind.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tell: Callable[[str], None]):
+        self.tell = tell
+        self.writer = EventsWriter(str(folder / "events"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._write(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _write(self, event: Event) -> None:
+        self.writer.write_event(event)
+        patiently(self.writer.flush, "TensorBoard's file", self.tell)  # until then it stays in its buffer
+
+
 class Tracker:
     """Writes a run's metrics.
 
@@ -93,8 +120,7 @@ class Tracker:
         self.progress = os.open(self.output_dir / PROGRESS_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
         self.reached(start_step)
         self.file = (self.output_dir / METRICS_FILE).open("a")
-        # Of an earlier session, TensorBoard leaves out what lies behind the checkpoint.
-        self.board = SummaryWriter(str(self.output_dir), purge_step=start_step + 1, flush_secs=10)
+        self.board = Board(self.output_dir, start_step + 1, tell)
         self.wandb = _init_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
 
     def reached(self, step: int) -> None:
@@ -114,8 +140,7 @@ class Tracker:
         self.file.write(json.dumps(record) + "\n")
         patiently(self.file.flush, METRICS_FILE, self.tell)  # what could not be written stays in its buffer
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-        for name, value in numbers.items():
-            self.board.add_scalar(name, value, step)
+        self.board.log(step, numbers)
         if self.wandb:
             self.wandb.log(numbers, step=step)
 

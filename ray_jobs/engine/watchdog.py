@@ -2,7 +2,8 @@
 says which.
 
 Each worker has a thread that tells the run's line, every few seconds, how far its training is and where in the code. A
-worker that tells nothing has stopped, or its node is cut off; one that tells of the same step for too long hangs.
+worker that tells nothing has stopped, or its node is cut off; one that tells of the same step for too long hangs. So it is
+with a search's trials that have one worker each; nobody waits for those but the search.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ SLOW = (
     "patience.py",
     "mirror.py",
     "hf_api.py",
+    "trainable_fn_utils.py",  # Ray Tune has been told of a validation, and the search decides
 )
 WAITING = (
     "backward",
@@ -43,7 +45,8 @@ WAITING = (
 class Beat:
     """What a worker tells of itself."""
 
-    rank: int
+    rank: int | str
+    """The trial's name in a search."""
     node_id: str
     address: str
     pid: int
@@ -57,16 +60,16 @@ class Beat:
     """It waits for other workers."""
 
 
-def beat(line, rank: int) -> Callable[[dict], None]:
+def beat(line, rank: int | str) -> Callable[[dict], None]:
     """Begin to tell, of the thread that calls this. Returns what must hear of the run's events."""
     import ray
 
     context = ray.get_runtime_context()
     node, address, pid = context.get_node_id(), ray.util.get_node_ip_address(), os.getpid()
-    training, step = threading.get_ident(), None
+    training, step = threading.current_thread(), None
 
     def tell() -> None:
-        while (frame := sys._current_frames().get(training)) is not None:
+        while training.is_alive() and (frame := sys._current_frames().get(training.ident)) is not None:
             files, names = [], []
             while frame is not None:
                 files.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
@@ -106,30 +109,58 @@ class Watchdog:
     def look(self) -> str | None:
         """Call now and then. If the run hangs: end the worker that it waits for, so that Ray Train starts the group
         again, and return what to tell."""
-        import ray
-
-        if not self.patience_s or time.monotonic() - self.looked < BEAT_S:
-            return None
-        self.looked = time.monotonic()
-        beats = ray.get(self.line.beats.remote())
+        beats = self._beats()
         found = culprit(beats, self.patience_s)
         if found is None:
             return None
         beat, reason = found
-        ray.get(self.line.forget_beats.remote())
-        here = {"ray.io/node-id": beat.node_id}
-        end = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_end)
-        ray.wait([end.remote(beat.pid)], timeout=10)  # on a node cut off it will not run
+        self.line.forget_beats.remote()
+        _end(beat)
         return f"rank {beat.rank} on {beat.address} (process {beat.pid}) {reason}; it is replaced"
 
+    def look_at_trials(self) -> list[str]:
+        """The same for a search. Ray Tune has a trial go on in another process."""
+        told = []
+        for trial, one in self._beats().items():
+            if found := culprit({trial: one}, self.patience_s):
+                beat, reason = found
+                self.line.forget_beat.remote(trial)
+                if _end(beat):  # else it has died, which Ray Tune knows
+                    where = f"on {beat.address} (process {beat.pid})"
+                    told.append(f"trial {trial} {where} {reason}; it goes on in another process")
+        return told
 
-def _end(pid: int) -> None:
-    process = psutil.Process(pid)
-    if any("ray::" in word for word in process.cmdline()):  # and not another one that has got its number
-        process.kill()
+    def _beats(self) -> dict[int | str, tuple[Beat, float, float]]:
+        import ray
+
+        if not self.patience_s or time.monotonic() - self.looked < BEAT_S:
+            return {}
+        self.looked = time.monotonic()
+        return ray.get(self.line.beats.remote())
 
 
-def culprit(beats: dict[int, tuple[Beat, float, float]], patience_s: float) -> tuple[Beat, str] | None:
+def _end(beat: Beat) -> bool:
+    """End a worker; False if it was no longer there. On a node that is cut off this does not run."""
+    import ray
+
+    here = {"ray.io/node-id": beat.node_id}
+    kill = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_kill)
+    done, _ = ray.wait([asked := kill.remote(beat.pid)], timeout=10)
+    with contextlib.suppress(ray.exceptions.RayError):
+        return not done or ray.get(asked)
+    return True
+
+
+def _kill(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if any("ray::" in word for word in process.cmdline()):  # and not another one that has got its number
+            process.kill()
+            return True
+    return False
+
+
+def culprit(beats: dict[int | str, tuple[Beat, float, float]], patience_s: float) -> tuple[Beat, str] | None:
     """The worker that a run waits for, and why it is thought to be; None while the run goes on.
 
     Args:

@@ -26,6 +26,9 @@ LOCK_FILE = ".lock"
 MARK_FILE = ".driver"  # what tells workers that they see the driver's folder
 LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
 CUT_OFF_S = 300  # on a node that is cut off it ends itself after two minutes (see `watchdog`); NFS then frees its lock
+LONGEST_WAIT_S = (
+    6 * 3600
+)  # of workers for one that validates or waits for storage; who hangs is found by the `watchdog`
 HANDED_ON = ("WANDB_RUN_GROUP",)  # from the process that starts the workers
 TELL_EVERY_S = 0.5  # how often the driver hears of steps
 
@@ -132,7 +135,7 @@ def make_trainer(recipe: "Recipe", each: Share, line):
         line: Handle of a `cluster.Line`, which will carry the run's events and the wish to stop it.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     from ray_jobs.engine.faults import Witness
 
@@ -149,6 +152,7 @@ def make_trainer(recipe: "Recipe", each: Share, line):
         datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
         train_loop_config={"recipe": pickle.dumps(recipe), "line": line},
+        torch_config=TorchConfig(timeout_s=LONGEST_WAIT_S),
         scaling_config=ScalingConfig(
             num_workers=(options.min_workers, options.num_workers)
             if options.min_workers
@@ -205,8 +209,8 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
 
     from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
 
-    if reason := ray.get(line.why_failed.remote()):
-        raise RunError(reason)
+    if error := ray.get(line.why_failed.remote()):
+        raise error
     if isinstance(outcome.get("error"), InputError | RunError):
         raise outcome["error"]
     if "error" in outcome:
@@ -241,7 +245,7 @@ def _worker(config: dict) -> None:
     try:
         check_node(recipe.lerobot.dataset.root, None if recipe.remote else recipe.output_dir, recipe.mark)
     except RunError as error:
-        ray.get(line.fail.remote(str(error)))
+        ray.get(line.fail.remote(error))
         raise
     main = context.get_world_rank() == 0
     if context.get_world_size() == 1:
@@ -272,7 +276,7 @@ def _worker(config: dict) -> None:
             )
         summary = run_loop(recipe, main=main, **how, stream=stream)
     except (InputError, RunError) as error:
-        ray.get(line.fail.remote(str(error)))
+        ray.get(line.fail.remote(error))
         raise
     if summary["status"] == PREEMPTED:
         raise Preempted()
@@ -330,13 +334,17 @@ def teller(line) -> Callable[[dict], None]:
 _asked_to_stop: dict = {}  # line -> the reason it has told; one listening thread for each, however many trials
 
 
-def listen_for_stop(line) -> Callable[[], str]:
-    """The loop's `should_stop`: what the run was asked to stop for, as far as the line has told."""
+def listen_for_stop(line, node: str | None = None) -> Callable[[], str]:
+    """The loop's `should_stop`: what the run was asked to stop for, as far as the line has told.
+
+    Args:
+        node: This one, for a trial, which has nobody else to hear from that it will be taken away.
+    """
     import ray
 
     def wait() -> None:
         with contextlib.suppress(Exception):  # the driver is gone: Ray ends this process
-            _asked_to_stop[line] = ray.get(line.stop_asked.remote())
+            _asked_to_stop[line] = ray.get(line.stop_asked.remote(node))
 
     if line not in _asked_to_stop:
         _asked_to_stop[line] = ""

@@ -14,11 +14,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.errors import INTERRUPTED, PRUNED, InputError, RunError, StorageLost
+from ray_jobs.engine.errors import INTERRUPTED, PREEMPTED, PRUNED, InputError, RunError, StorageLost
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.workers import ERROR_LOG
@@ -91,19 +91,22 @@ def run_trial(
         import torch
         from ray import tune
 
-        from ray_jobs.engine import mirror
+        from ray_jobs.engine import mirror, watchdog
         from ray_jobs.engine.bucket import is_uri
+        from ray_jobs.engine.faults import Preempted
         from ray_jobs.engine.patience import patiently, storage_may_return
         from ray_jobs.engine.workers import listen_for_stop, teller, train_here, train_on_workers
 
     place, pruned, values = trial_place(search, config["trial"]), False, {}
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
-    asked_to_stop, tell = listen_for_stop(line), teller(line)
+    node = ray.get_runtime_context().get_node_id()
+    asked_to_stop, tell, hear = listen_for_stop(line, node), teller(line), lambda event: None
     tell({"kind": "begun", "trial": config["trial"]})
     times = {"slot": f"{platform.node()}:{os.getpid()}", "begun": time.time()}
 
     def report(event: dict) -> None:
         nonlocal pruned
+        hear(event)
         if event["kind"] in ("start", "step"):
             times.setdefault(event["kind"], time.time())
         tell({**event, "trial": config["trial"]})
@@ -111,6 +114,10 @@ def run_trial(
             values.update((key, event[key]) for key in ("step", *metrics))
             tune.report({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
             pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
+
+    def leave() -> Never:
+        tell({"kind": "notice", "text": f"trial {config['trial']} leaves its node, which will be taken away"})
+        raise Preempted()  # Ray Tune has it go on elsewhere, and does not count it as a failure
 
     def patient[Result](use: Callable[[], Result]) -> Result:
         tell_of_storage = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
@@ -120,10 +127,12 @@ def run_trial(
         # Drawn before the search was told to end, or given up when its slot died.
         if reason := ray.get(line.why_stopped.remote(config["trial"])):
             return tune.report({"status": reason})
+        if asked_to_stop() == PREEMPTED:  # the slot is one that had waited there for a trial
+            leave()
         try:
             check()
         except RunError as error:  # other trials would fail here one after the other
-            ray.get(line.fail.remote(str(error)))
+            ray.get(line.fail.remote(error))
             return tune.report({"status": INTERRUPTED})
         recipe = patient(lambda: _prepare(base, config, search, folder))
         if recipe is None:  # its slot died before it could tell
@@ -137,13 +146,21 @@ def run_trial(
             if recipe.remote:  # they ran on other nodes
                 patient(lambda: mirror.pull_result(place, folder))
         else:
+            hear = watchdog.beat(line, config["trial"])
             summary = train_here(recipe, report, should_stop)
+            if summary["status"] == PREEMPTED:
+                leave()
         result = {**_outcome(summary), **(values if pruned else best_values(folder, metrics))}
     except StorageLost as error:  # nothing is wrong with the trial; it goes on when the search does
-        ray.get(line.fail.remote(str(error)))
+        ray.get(line.fail.remote(error))
         return tune.report({"status": INTERRUPTED})
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
+    except (
+        Preempted,
+        torch.AcceleratorError,
+    ):  # a GPU that reports an error serves no other trial in this process
+        raise
     except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ERROR_LOG).write_text(traceback.format_exc())
