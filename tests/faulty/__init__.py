@@ -1,0 +1,41 @@
+"""A LeRobot plugin (`--discover_packages_path=faulty`) for faults that a test cannot make from outside: there is no GPU here
+whose memory could run out, and no mount whose server could be stopped. `FAULT` says which one, `AWAY` names a file that is
+there as long as the mount is away, `PATIENCE` is in seconds what else are 15 minutes.
+"""
+
+import errno
+import os
+from pathlib import Path
+
+import torch
+from lerobot.policies.act.modeling_act import ACTPolicy
+
+from ray_jobs.engine import patience
+
+FAULT, AWAY = os.environ.get("FAULT"), Path(os.environ.get("AWAY", "/nowhere"))
+patience.PATIENCE_S = float(os.environ.get("PATIENCE", patience.PATIENCE_S))
+forward, fsync = ACTPolicy.forward, os.fsync
+batches = 0
+
+
+def exhausted(self, batch):
+    """The third batch is too large."""
+    global batches
+    batches += 1
+    if batches == 3 and FAULT == "gpu":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+    if batches == 3:
+        torch.empty(2**60, dtype=torch.uint8)  # which Linux refuses
+    return forward(self, batch)
+
+
+def unreachable(descriptor: int) -> None:
+    if AWAY.exists():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    fsync(descriptor)
+
+
+if FAULT in ("gpu", "main"):
+    ACTPolicy.forward = exhausted
+if FAULT == "mount":
+    os.fsync = unreachable
