@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -133,7 +135,7 @@ class Nodes:
                 more = f" --temp-dir={self.scratch / name} --dashboard-agent-listen-port={free_port()}"
                 more += f" --dashboard-port={self.dashboard}" if name == "head" else ""
                 self.launch(
-                    f"{command} --num-cpus=2{more}",
+                    f"{command} --num-cpus=2{more}" if "ray start" in command else command,
                     {"RAY_HEAD_IP": "127.0.0.1", "RAY_NODE_TYPE_NAME": kind, "RAY_enable_autoscaler_v2": 1},
                 )
 
@@ -180,6 +182,35 @@ class Nodes:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
+class Metadata(ThreadingHTTPServer):
+    """What AWS tells an instance about itself (IMDSv2): with a token, whether it is about to be taken away."""
+
+    announced, asked = False, 0
+
+    class RequestHandlerClass(BaseHTTPRequestHandler):
+        def do_PUT(self):
+            valid = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+            self.answer(200 if valid else 400, b"a token")
+
+        def do_GET(self):
+            if self.headers["X-aws-ec2-metadata-token"] != "a token":
+                return self.answer(401)
+            self.server.asked += 1
+            there = self.path == "/latest/meta-data/spot/instance-action" and self.server.announced
+            self.answer(200 if there else 404, b'{"action": "terminate", "time": "2030-01-01T00:00:00Z"}')
+
+        def answer(self, code: int, body: bytes = b""):
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), self.RequestHandlerClass)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -198,11 +229,20 @@ def new_home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def nodes(launched, tmp_path_factory):
+def metadata():
+    with Metadata() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes(launched, metadata, tmp_path_factory):
     home = new_home(tmp_path_factory)
     (home / ".ray").mkdir()
     (home / ".ray/auth_token").write_text(uuid.uuid4().hex)
     cluster = Nodes(home)
+    cluster.env["AWS_EC2_METADATA_SERVICE_ENDPOINT"] = f"http://127.0.0.1:{metadata.server_port}"
     try:
         cluster.start_by_the_file(launched[0])
         yield cluster
@@ -299,6 +339,52 @@ def wait(machine, folder: Path, name: str, until=lambda log: False) -> tuple[str
             return state, log_of(machine, folder, name)
         assert time.monotonic() < give_up, log
         time.sleep(3)
+
+
+LEAVING = """
+import time, ray
+from ray._private.state import state
+from ray.core.generated.common_pb2 import NodeDeathInfo
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+@ray.remote
+class Work:
+    def begin(self):
+        pass
+
+ray.init()
+(worker,) = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" not in node["Resources"]]
+work = Work.options(scheduling_strategy=On(worker, False)).remote()  # a node without any would leave at once
+ray.get(work.begin.remote())
+print("draining before:", state.get_draining_nodes(), flush=True)
+while not (draining := state.get_draining_nodes()):  # what Ray Train asks
+    time.sleep(1)
+assert list(draining) == [worker] and 60 < draining[worker] / 1000 - time.time() < 120, draining
+ray.kill(work)
+while (node := next(node for node in ray.nodes() if node["NodeID"] == worker))["Alive"]:
+    time.sleep(1)
+print("left:", NodeDeathInfo.Reason.Name(node["DeathReason"]), node["DeathReasonMessage"])
+"""
+
+
+@pytest.mark.slow
+def test_spot_notice_reaches_ray(nodes, metadata, tmp_path):
+    """What AWS tells a spot instance alone, the loop there tells Ray, which reports the node as being preempted. The last
+    test on these nodes, for one of them leaves."""
+
+    def loops() -> list[psutil.Process]:
+        return [p for p in nodes.processes() if p.name() == "bash" and os.getsid(p.pid) == p.pid]
+
+    assert len(loops()) == 1
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    name = submit(nodes, tmp_path, "python", "leaving.py")
+    state, log = wait(nodes, tmp_path, name, until=lambda log: "draining before:" in log and metadata.asked)
+    assert state == "RUNNING" and "draining before: {}" in log, log
+    metadata.announced = True
+    state, log = wait(nodes, tmp_path, name)
+    assert state == "SUCCEEDED", log + (nodes.home / "spot_notice.log").read_text()
+    assert "left: AUTOSCALER_DRAIN_PREEMPTED spot notice" in log, log
+    assert not loops()
 
 
 @pytest.mark.slow
