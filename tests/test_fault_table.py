@@ -121,6 +121,17 @@ def test_killed_while_saving(parts, tmp_path, kind):
     assert not [left for made in run.runs() for left in (made / "checkpoints").glob(".*")]
 
 
+def test_killed_driver_of_two_workers(parts, tmp_path):
+    """`test_faults` has it for one, `test_tune` for a search."""
+    run = Victim("two", parts, tmp_path / "run", tmp_path)
+    run.wait_for_step(random.randint(EVERY + 1, 50))
+    run.process.kill()
+    run.end()
+    again = run.again()
+    assert again.end(180) == 0, again.printed
+    assert run.lost() <= EVERY
+
+
 @pytest.mark.parametrize("kind", ["one", "two", "search of two"])
 def test_killed_controller(parts, tmp_path, kind):
     """Ray Train's own process, which takes its workers along; of a search's, trials with several workers have one."""

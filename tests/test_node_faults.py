@@ -4,6 +4,7 @@ Minutes long, so `-m slow`. Its findings are the fault table in the README.
 """
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -22,9 +23,9 @@ from conftest import ROOT, tiny_act, train_in_process
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from test_fault_table import SPACE
 from test_faults import Run
-
-from ray_jobs.engine import checkpoint
+from test_tune import space_file
 
 pytestmark = pytest.mark.slow
 NOT_RUN = pytest.mark.xfail(
@@ -70,13 +71,13 @@ def train(cluster, root: Path, run: Path, *flags: str) -> Run:
     return cluster.drivers[-1]
 
 
-def workers_of(node) -> list[psutil.Process]:
-    """Training workers of a node."""
+def workers_of(node, name: str = "RayTrainWorker") -> list[psutil.Process]:
+    """Training workers of a node, or its other processes of that name."""
     raylet = next(
         info.process for kind, infos in node.all_processes.items() if kind == "raylet" for info in infos
     )
     children = psutil.Process(raylet.pid).children(recursive=True)
-    return [p for p in children if "RayTrainWorker" in " ".join(p.cmdline())]
+    return [p for p in children if name in " ".join(p.cmdline())]
 
 
 def step_of(run: Path) -> int:
@@ -92,6 +93,15 @@ def wait_for_step(run: Path, step: int, timeout: float = 180) -> None:
 
 def summary_of(run: Path) -> dict:
     return json.loads((run / "summary.json").read_text())
+
+
+def drain(cluster, node) -> None:
+    """Announce that a node will be taken away in two minutes."""
+    deadline = int((time.time() + 120) * 1000)
+    accepted, why = GcsClient(address=cluster.address).drain_node(
+        node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", deadline
+    )
+    assert accepted, why
 
 
 def node_with_workers(cluster):
@@ -140,17 +150,31 @@ def test_announced_preemption_loses_nothing(cluster, parts, tmp_path, workers):
     leaving = node_with_workers(cluster)
     if workers == 2:
         cluster.add_node(num_cpus=1)
-    deadline = int((time.time() + 120) * 1000)
-    accepted, why = GcsClient(address=cluster.address).drain_node(
-        leaving.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", deadline
-    )
-    assert accepted, why
+    drain(cluster, leaving)
     begin = time.monotonic()
     assert process.end(300) == 0, process.printed
     assert "is being taken away" in process.printed, process.printed
     summary = summary_of(run)
     assert (summary["restarts"], summary["lost_steps"]) == (1, 0)
     print(f"lost no step; over after {time.monotonic() - begin:.0f} s, the notice was 120 s")
+
+
+def test_announced_preemption_of_a_search(cluster, parts, tmp_path):
+    """Of its trials, those of the node save a checkpoint of that very step and go on elsewhere."""
+    run = tmp_path / "run"
+    flags = tiny_act(parts, run, "--steps=150", "--eval_steps=150", f"--ray.address={cluster.address}")
+    flags = [flag for flag in flags if not flag.startswith("--policy.type")]
+    flags += [f"--space={space_file(tmp_path, SPACE)}", "--tune.num_samples=2", "--tune.max_concurrent=1"]
+    cluster.drivers.append(search := Run(flags + ["--ray.cpus_per_worker=1"], "ray_jobs.tune"))
+    wait_for_step(run / "trials/0000", 30)
+    leaving = next(node for node in (cluster.first, cluster.second) if workers_of(node, "ImplicitFunc.train"))
+    drain(cluster, leaving)
+    assert search.end(300) == 0, search.printed
+    assert "trial 0000 leaves its node, which will be taken away" in search.printed, search.printed
+    with (run / "trials.csv").open() as file:
+        assert [row["state"] for row in csv.DictReader(file)] == ["COMPLETE"] * 2, search.printed
+    summaries = [summary_of(run / "trials" / trial) for trial in ("0000", "0001")]
+    assert [(s["restarts"], s["lost_steps"]) for s in summaries] == [(1, 0), (0, 0)]
 
 
 @pytest.mark.parametrize("hung", [0, 1])
@@ -308,35 +332,6 @@ def test_elastic(cluster, parts, tmp_path):
     print(f"{ours=}\n{least=}\n{most=}")
     spread = most - least
     assert (least - spread <= ours).all() and (ours <= most + spread).all()
-
-
-def test_full_disk(parts, tmp_path):
-    """A disk that fills up while a checkpoint is written: one line, the last checkpoint intact, no torn one; with room
-    made, --resume=true goes on."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
-        flags = tiny_act(parts, disk / "run", "--steps=60", "--save_freq=10", "--ray.address=local")
-        run = Run(flags)
-        run.wait_for("step 5/60")
-        size = shutil.disk_usage(disk).free - 150 * 2**20
-        (disk / "ballast").write_bytes(bytes(size))
-        assert run.end() == 1, run.printed
-        assert "no space is left for" in run.printed and "last checkpoint is intact" in run.printed, (
-            run.printed
-        )
-        assert "Traceback" not in run.printed and run.printed.count("failed:") == 1
-        whole = checkpoint.checkpoint_steps(disk / "run")
-        assert whole and [checkpoint.fault(path) for path in whole.values()] == [None] * len(whole)
-        assert not list((disk / "run/checkpoints").glob(".0*"))
-        (disk / "ballast").unlink()
-        run = Run([*flags, "--resume=true", "--checkpoint.keep_last=1"])
-        assert run.end() == 0, run.printed
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("what", [("train", 1), ("train", 2), ("tune", 1)])
