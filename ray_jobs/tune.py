@@ -123,7 +123,15 @@ def _search(
     from ray_jobs.search import answer, dry_run
     from ray_jobs.search.options import MORE_IS_BETTER
     from ray_jobs.search.progress import Progress
-    from ray_jobs.search.study import DEATHS, StudyScheduler, StudySearch, finished, trial_name, trials_of
+    from ray_jobs.search.study import (
+        DEATHS,
+        StudyScheduler,
+        StudySearch,
+        TrialWitness,
+        finished,
+        trial_name,
+        trials_of,
+    )
     from ray_jobs.search.trial import run_trial
 
     options = plan.options.tune
@@ -183,6 +191,7 @@ def _search(
             name=scratch.name,
             storage_path=str(plan.output_dir),
             failure_config=FailureConfig(max_failures=DEATHS - 1),
+            callbacks=[TrialWitness(tell)],
             verbose=0,
         ),
     )

@@ -118,6 +118,25 @@ def test_killed_driver_resumes(parts, undisturbed, tmp_path):
     assert_same_end(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
+def test_failures_are_counted_between_checkpoints(parts, undisturbed, tmp_path):
+    """`--ray.max_failures=1`: three losses are survived with checkpoints in between, two without one are not."""
+    run = Run(tiny_act(parts, tmp_path / "run", *STEPS, "--ray.max_failures=1"))
+    for step in (12, 22, 32):
+        run.wait_for(f"step {step}/40")
+        for worker in run.workers():
+            worker.kill()
+    assert run.end() == 0, run.printed
+    assert_same_end(tmp_path / "run", undisturbed)
+
+    run = Run(tiny_act(parts, tmp_path / "again", "--steps=40", "--save_freq=40", "--ray.max_failures=1"))
+    for _ in range(2):
+        run.wait_for("step 5/40")
+        for worker in run.workers():
+            worker.kill()
+    assert run.end() == 1 and "its process was killed), and that for good" in run.printed, run.printed
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_leaves_a_checkpoint(parts, tmp_path, workers):
     """Ctrl-C stops within seconds with a usable checkpoint and no process left, and says how to go on."""

@@ -326,7 +326,7 @@ def test_space_that_never_ends(tmp_path):
 
 URIS = ("s3://", "s3:///", "s3://bucket/../../etc", "file:///etc", "http://127.0.0.1:1/latest/meta-data", "memory://set",
         "zip://*::http://127.0.0.1:1/x.zip", "simplecache::s3://bucket/set", "local:///etc", "github://a:b@/", "evil://x",
-        "s3://user:secret@bucket/set", "ftp://127.0.0.1:1/set", "data:///x", "s3://anonymous@/", "s3://b/\x00")  # fmt: skip
+        "s3://user:secret@bucket/set", "s3://key:a/secret@bucket/set", "ftp://127.0.0.1:1/set", "data:///x", "s3://anonymous@/", "s3://b/\x00")  # fmt: skip
 
 
 @pytest.mark.parametrize("uri", URIS)

@@ -8,6 +8,7 @@ import psutil
 import pytest
 from conftest import tiny_act, train_in_process
 from test_faults import Run
+from test_storage import Bucket, fsspec
 from test_tune import space_file
 
 SECRETS = {
@@ -44,17 +45,29 @@ def test_nothing_in_a_run(parts, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["folder", "bucket"])
 @pytest.mark.parametrize("what", ["train", "tune"])
-def test_nothing_in_a_run_on_ray(parts, tmp_path, what):
-    """Outputs, W&B's folders, Ray's session folder with all its logs, and the arguments of every process."""
+def test_nothing_in_a_run_on_ray(parts, tmp_path, monkeypatch, what, where):
+    """Outputs, also those that were sent to a bucket with the keys, W&B's folders, Ray's session folder with all its logs,
+    and the arguments of every process."""
+    monkeypatch.delenv(
+        "WANDB_SERVICE", raising=False
+    )  # W&B's process of the tests, which outlives a killed worker
     scratch = Path(tempfile.mkdtemp(prefix="rj_"))  # short: Ray's sockets lie in it
+    left, place, env = tmp_path / "run", tmp_path / "run", dict(SECRETS)
+    if where == "bucket":
+        server, place = Bucket(), "s3://bucket/run"
+        env |= {"AWS_ENDPOINT_URL": server.address, "RAY_JOBS_CACHE": str(tmp_path / "cache")}
+        keys = {"key": SECRETS["AWS_ACCESS_KEY_ID"], "secret": SECRETS["AWS_SECRET_ACCESS_KEY"]}
+        system = fsspec.filesystem("s3", endpoint_url=server.address, skip_instance_cache=True, **keys)
+        system.mkdir("bucket")
     try:
         flags = ["--steps=30", "--wandb.enable=true", "--wandb.mode=offline", "--ray.address=local"]
-        flags = tiny_act(parts, tmp_path / "run", *flags)
+        flags = tiny_act(parts, place, *flags)
         if what == "tune":
             flags = [f for f in flags if not f.startswith("--policy.type")]
             flags += [f"--space={space_file(tmp_path)}", "--tune.num_samples=4", "--tune.scheduler=none"]
-        run = Run(flags, job=f"ray_jobs.{what}", **SECRETS, RAY_TMPDIR=str(scratch))
+        run = Run(flags, job=f"ray_jobs.{what}", **env, RAY_TMPDIR=str(scratch))
         run.wait_for("step 5/30" if what == "train" else " at step")
         arguments = [
             " ".join(process.cmdline()) for process in (*run.family(), psutil.Process(run.process.pid))
@@ -64,7 +77,11 @@ def test_nothing_in_a_run_on_ray(parts, tmp_path, what):
                 process.kill()  # its end is logged, too
         assert run.end() == 0, run.printed
         assert not [words for words in (*arguments, run.printed) if any(v in words for v in SECRETS.values())]
-        assert list(scratch.rglob("*.log")) and list((tmp_path / "run").rglob("offline-run-*/*.wandb"))
-        assert leaks(tmp_path / "run", scratch) == []
+        if where == "bucket":
+            system.get(place, str(left), recursive=True)
+        assert list(scratch.rglob("*.log")) and list(left.rglob("offline-run-*/*.wandb"))
+        assert leaks(left, tmp_path / "cache", scratch) == []
     finally:
+        if where == "bucket":
+            server.end()
         shutil.rmtree(scratch, ignore_errors=True)

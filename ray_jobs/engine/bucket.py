@@ -49,7 +49,10 @@ def check_address(root: str, flag: str = "dataset.root") -> None:
         InputError: It is one of those.
     """
     kind, _, rest = root.partition("://")
-    if "@" in rest.partition("/")[0] and not rest.startswith(ANONYMOUS):
+    before, at, _ = rest.partition("@")
+    if (
+        at and not rest.startswith(ANONYMOUS) and (":" in before or "/" not in before)
+    ):  # a key may have a / in it
         raise InputError(
             f"--{flag}: an address as {kind}://...@{rest.partition('@')[2]} has credentials in it, which would be in every log. "
             "They belong into the environment (AWS_ACCESS_KEY_ID ...)."

@@ -321,6 +321,7 @@ class Line:
 
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
+        self.saved: int | None = None
         self.asked = asyncio.Condition()  # that somebody shall stop
         self.stop_reason = GO_ON
         self.leaving: set[str] = set()  # nodes
@@ -331,7 +332,13 @@ class Line:
         ] = {}  # rank or trial -> its last beat, when, when its step had changed
 
     async def tell(self, event: dict) -> None:
+        if event["kind"] == "checkpoint":
+            self.saved = event["step"]
         await self.events.put(event)
+
+    async def last_saved(self) -> int | None:
+        """Step of the newest checkpoint that was written since the line was opened."""
+        return self.saved
 
     async def hear(self, timeout_s: float) -> list[dict]:
         """Events since the last call; waits up to `timeout_s` for the first."""

@@ -74,9 +74,14 @@ def without_line() -> Iterator[None]:
         yield
     except RayError as error:
         raise RunError(
-            f"the run's helper process on this node is gone: {_reason(error)[1]}\n"
+            f"the run's helper process on this node is gone: {why(error)}\n"
             "The last checkpoint is intact; --resume=true goes on from it."
         ) from error
+
+
+def why(error: Exception) -> str:
+    """Why one process has ended."""
+    return _reason(getattr(error, "cause", None) or error)[1]
 
 
 def _reason(error: Exception) -> tuple[int, str]:

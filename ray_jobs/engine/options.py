@@ -42,7 +42,7 @@ class RayOptions:
     address: str | None = None
     """`local` starts a cluster, `auto` or an address joins one. Default: join if there is one."""
     max_failures: int = 3
-    """How often lost workers are replaced before the run is given up; -1 for ever."""
+    """How often workers are lost between two checkpoints before the run is given up; -1: it never is."""
     hang_timeout: int = 600
     """Seconds without a step after which the worker that the others wait for is replaced; 0 never."""
     parallelism: str = "ddp"

@@ -119,7 +119,7 @@ class Watchdog:
         return f"rank {beat.rank} on {beat.address} (process {beat.pid}) {reason}; it is replaced"
 
     def look_at_trials(self) -> list[str]:
-        """The same for a search. Ray Tune has a trial go on in another process."""
+        """The same for a search, whose trials Ray Tune has go on in other processes."""
         told = []
         for trial, one in self._beats().items():
             if found := culprit({trial: one}, self.patience_s):
@@ -127,7 +127,7 @@ class Watchdog:
                 self.line.forget_beat.remote(trial)
                 if _end(beat):  # else it has died, which Ray Tune knows
                     where = f"on {beat.address} (process {beat.pid})"
-                    told.append(f"trial {trial} {where} {reason}; it goes on in another process")
+                    told.append(f"trial {trial} {where} {reason}; the process is ended")
         return told
 
     def _beats(self) -> dict[int | str, tuple[Beat, float, float]]:

@@ -85,24 +85,33 @@ def train_on_workers(
 
 
 class Training:
-    """Ray Train's trainer, and another one when its controller dies: Ray Train 2.60 starts workers again, but not the
-    process that does so."""
+    """Ray Train's trainer, and another one when its controller dies, since Ray Train 2.60 starts workers again, but not the
+    process that does so; or when it has given up a run that had got on: `--ray.max_failures` is for one that does not, and
+    not for a week on spot nodes."""
 
     def __init__(self, recipe: "Recipe", each: Share, line):
         self.recipe, self.each, self.line = recipe, each, line
 
     def fit(self) -> None:
+        import ray
         from ray.exceptions import OutOfMemoryError, RayActorError
+        from ray.train import WorkerGroupError
 
-        failures, most = 0, self.recipe.options.ray.max_failures
+        most, lost_controllers, saved = self.recipe.options.ray.max_failures, 0, None
         while True:
             _give_back()
             try:
                 make_trainer(self.recipe, self.each, self.line).fit()
                 return
-            except (RayActorError, OutOfMemoryError):  # those of workers come in an error of Ray Train's
-                failures += 1
-                if failures > most >= 0:
+            except (RayActorError, OutOfMemoryError, WorkerGroupError) as error:
+                before, saved = saved, ray.get(self.line.last_saved.remote())
+                lost_controllers = 0 if saved != before else lost_controllers
+                if isinstance(error, WorkerGroupError):  # workers were lost more often than they may
+                    if most == 0 or saved == before or ray.get(self.line.why_failed.remote()):
+                        raise
+                    continue
+                lost_controllers += 1
+                if lost_controllers > most >= 0:
                     raise
                 self.line.tell.remote({"kind": "fault", "text": "the run's controller was lost"})
                 self.line.forget_beats.remote()

@@ -59,7 +59,7 @@ class Progress:
                 self.said.add(event["text"])
                 self.say(event["text"])
             case "fault":
-                self.say(f"trial {trial}: {event['text']}; its workers start again")
+                self.say(f"trial {trial}: {event['text']}; it goes on from its last checkpoint")
             case "ended":
                 self._ended(event)
             case "step" | "log" if row:

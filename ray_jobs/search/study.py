@@ -19,11 +19,13 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ray_jobs.engine.errors import INTERRUPTED, InputError
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.faults import why
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import FRAMES, NOT_COMPARED, Plan
 from ray_jobs.search.space import SearchSpace, flags
@@ -370,6 +372,19 @@ class StudySearch(Searcher):
             else:
                 self.study.tell(trial, values)
         self.tell(event)
+
+
+class TrialWitness(Callback):
+    """Tells why a trial is about to go on in another process."""
+
+    def __init__(self, tell: Callable[[dict], None]):
+        self.tell = tell
+
+    def __getstate__(self) -> dict:
+        return {}  # as in `StudySearch`
+
+    def on_trial_recover(self, iteration: int, trials: list, trial, **info) -> None:
+        self.tell({"kind": "fault", "trial": trial.config["trial"], "text": why(trial.get_pickled_error())})
 
 
 class StudyScheduler(FIFOScheduler):

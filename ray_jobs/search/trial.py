@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
@@ -115,10 +115,6 @@ def run_trial(
             tune.report({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
             pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
 
-    def leave() -> Never:
-        tell({"kind": "notice", "text": f"trial {config['trial']} leaves its node, which will be taken away"})
-        raise Preempted()  # Ray Tune has it go on elsewhere, and does not count it as a failure
-
     def patient[Result](use: Callable[[], Result]) -> Result:
         tell_of_storage = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
         return patiently(use, place, tell_of_storage, doing="used", passing=storage_may_return)
@@ -128,7 +124,7 @@ def run_trial(
         if reason := ray.get(line.why_stopped.remote(config["trial"])):
             return tune.report({"status": reason})
         if asked_to_stop() == PREEMPTED:  # the slot is one that had waited there for a trial
-            leave()
+            raise Preempted()
         try:
             check()
         except RunError as error:  # other trials would fail here one after the other
@@ -149,7 +145,7 @@ def run_trial(
             hear = watchdog.beat(line, config["trial"])
             summary = train_here(recipe, report, should_stop)
             if summary["status"] == PREEMPTED:
-                leave()
+                raise Preempted()  # Ray Tune has it go on elsewhere, and does not count it as a failure
         result = {**_outcome(summary), **(values if pruned else best_values(folder, metrics))}
     except StorageLost as error:  # nothing is wrong with the trial; it goes on when the search does
         ray.get(line.fail.remote(error))
