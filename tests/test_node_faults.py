@@ -28,9 +28,6 @@ from test_faults import Run
 from test_tune import space_file
 
 pytestmark = pytest.mark.slow
-NOT_RUN = pytest.mark.xfail(
-    reason="never run to its end: it needs a machine that nobody else uses", strict=False
-)
 
 
 @pytest.fixture
@@ -143,7 +140,6 @@ def test_lost_node(cluster, parts, tmp_path, workers):
     print(f"lost {summary['lost_steps']} steps")
 
 
-@NOT_RUN
 def test_one_of_two_workers_killed(cluster, parts, tmp_path):
     """SIGKILL to a worker: both go on from the last checkpoint; what is told is the killed one, not that the other lost it."""
     run = tmp_path / "run"
@@ -250,7 +246,7 @@ class Network:
         self.ip("netns", "del", self.name)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=NOT_RUN)])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_cut_off_node(head, parts, tmp_path, workers):
     """The network to a node fails, its worker lives on there, holding the run's folder: the run goes on elsewhere from the
     last checkpoint, and never are there two that write."""
