@@ -81,6 +81,7 @@ def assert_same_end(output_dir: Path, undisturbed: Path) -> None:
     assert steps == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_killed_worker_is_replaced(parts, undisturbed, tmp_path):
     """SIGKILL to the worker at a random step: the run finishes by itself, bit for bit the same."""
     run = Run(tiny_act(parts, tmp_path / "run", *STEPS))
@@ -211,3 +212,20 @@ def test_more_workers_than_there_is_room_for(parts, tmp_path):
         and "this cluster has room for" in result.stderr
     )
     assert not (tmp_path / "run").exists()
+
+
+SLOW_SOAKS = [("train", 2, 5, 150), ("tune", 1, 5, 150)]
+
+
+@pytest.mark.parametrize(
+    "soak", [("train", 1, 3, 60), *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SOAKS)]
+)
+def test_short_soak(soak):
+    """A few kills at random; the long version is run by hand (see `soak.py`)."""
+    what, workers, kills, steps = soak
+    words = [f"--what={what}", f"--workers={workers}", f"--kills={kills}", f"--steps={steps}"]
+    result = subprocess.run(
+        [sys.executable, "tests/soak.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=1200
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    print(result.stdout)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, tiny_act, train_in_process
+from conftest import tiny_act, train_in_process
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
@@ -378,15 +378,3 @@ def test_elastic(cluster, parts, tmp_path):
     print(f"{ours=}\n{least=}\n{most=}")
     spread = most - least
     assert (least - spread <= ours).all() and (ours <= most + spread).all()
-
-
-@pytest.mark.parametrize("what", [("train", 1), ("train", 2), ("tune", 1)])
-def test_short_soak(what):
-    """A few random kills; the long version is `python tests/soak.py`."""
-    kind, workers = what
-    words = [f"--what={kind}", f"--workers={workers}", "--kills=5", "--steps=150"]
-    result = subprocess.run(
-        [sys.executable, "tests/soak.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=1200
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-    print(result.stdout)

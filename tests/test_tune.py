@@ -141,6 +141,12 @@ def test_slots_are_reused(asha):
     assert len(set(slots)) <= 3 and len(slots) == 12  # two, or three where both had ended in the same moment
 
 
+def test_ray_of_our_own_is_reached_from_this_machine_alone(asha):
+    processes = (psutil.Process(), *psutil.Process().children(recursive=True))
+    addresses = [c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert len(addresses) > 5 and {ip.removeprefix("::ffff:") for ip in addresses} == {"127.0.0.1"}
+
+
 def test_answer(asha, tmp_path):
     """trials.csv has every trial; best/ holds the winner's checkpoint and a command that trains it, as it is."""
     study = study_of(asha)

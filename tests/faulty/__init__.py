@@ -1,6 +1,6 @@
 """A LeRobot plugin (`--discover_packages_path=faulty`) for faults that a test cannot make from outside: there is no GPU here
-whose memory could run out, and no mount whose server could be stopped. `FAULT` says which one, `AWAY` names a file that is
-there as long as the mount is away, `PATIENCE` is in seconds what else are 15 minutes.
+whose memory could run out, and no mount whose server could be stopped. `FAULT` says which one; it lasts as long as there is
+the file that `FAULT_FILE` names. `PATIENCE` is in seconds what else are 15 minutes.
 """
 
 import errno
@@ -12,25 +12,25 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 
 from ray_jobs.engine import patience
 
-FAULT, AWAY = os.environ.get("FAULT"), Path(os.environ.get("AWAY", "/nowhere"))
+FAULT, FILE = os.environ.get("FAULT"), Path(os.environ.get("FAULT_FILE", "/nowhere"))
 patience.PATIENCE_S = float(os.environ.get("PATIENCE", patience.PATIENCE_S))
 forward, fsync = ACTPolicy.forward, os.fsync
 batches = 0
 
 
 def exhausted(self, batch):
-    """The third batch is too large."""
+    """From the third batch on too large."""
     global batches
     batches += 1
-    if batches == 3 and FAULT == "gpu":
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
-    if batches == 3:
+    if batches >= 3 and FILE.exists():
+        if FAULT == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
         torch.empty(2**60, dtype=torch.uint8)  # which Linux refuses
     return forward(self, batch)
 
 
 def unreachable(descriptor: int) -> None:
-    if AWAY.exists():
+    if FILE.exists():
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     fsync(descriptor)
 
