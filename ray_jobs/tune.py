@@ -45,6 +45,8 @@ def main(argv: list[str]) -> int:
         return _help()
     _start_ray(argv)
     with no_garbage_collection():
+        from sqlalchemy.exc import SQLAlchemyError
+
         from ray_jobs.engine.explain import first_line
         from ray_jobs.engine.workers import lock
         from ray_jobs.search import answer, bucket_copy, dry_run, report
@@ -79,9 +81,13 @@ def main(argv: list[str]) -> int:
         with bucket_copy.kept(plan, study, print) as copy:
             started = time.monotonic()
             status, error = _search(plan, study, slot, seed, copy)
-            if copy:
-                copy.gather(plan, study)
-            summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)
+            try:
+                if copy:
+                    copy.gather(plan, study)
+                summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)
+            except (OSError, SQLAlchemyError) as failure:  # a disk that is full, say
+                more = f"what was found cannot be written: {first_line(failure)}"
+                raise RunError(f"{error or more}\nThe study is intact; --resume=true goes on.") from failure
             answer.last_screen(plan, summary, print)
             if plan.pushes and summary["best"]:
                 print(answer.upload(plan))
@@ -118,6 +124,7 @@ def _search(
     from ray.tune import FailureConfig, RunConfig, TuneConfig
     from ray.tune.execution import class_cache
 
+    from ray_jobs.engine.patience import patiently
     from ray_jobs.engine.watchdog import Watchdog
     from ray_jobs.engine.workers import check_node, mark_of, start_fit
     from ray_jobs.search import answer, dry_run
@@ -151,7 +158,8 @@ def _search(
     def tell(event: dict) -> None:
         # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
         if event["kind"] == "ended":
-            hopeless = answer.note(plan, study)
+            notice = lambda text: told.put({"kind": "notice", "text": text})  # noqa: E731
+            hopeless = patiently(partial(answer.note, plan, study), "trials.csv", notice)
             if copy:
                 copy.ended(hopeless)
         told.put(event)
@@ -191,7 +199,7 @@ def _search(
             name=scratch.name,
             storage_path=str(plan.output_dir),
             failure_config=FailureConfig(max_failures=DEATHS - 1),
-            callbacks=[TrialWitness(tell)],
+            callbacks=[TrialWitness(tell, line)],
             verbose=0,
         ),
     )

@@ -56,7 +56,7 @@ class Soak:
                 "policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\n"
                 "search:\n  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n"
             )
-            flags = [f for f in flags if not f.startswith(("--policy.type", "--save_freq"))]
+            flags = [f for f in flags if not f.startswith("--policy.type")]
             more = ("--tune.num_samples=20", "--tune.scheduler=none", "--eval_steps=10")
             return [*flags, f"--space={space}", *more]
         return [*flags, f"--ray.num_workers={self.workers}", "--ray.max_failures=-1"]
@@ -78,20 +78,16 @@ class Soak:
         """Run to the end, killing as often as was asked for, as long as it lasts."""
         give_up = time.monotonic() + LONGEST_S
         self.start(steps)
-        log = (self.run.parent / "driver.log").open("a")
-        os.set_blocking(self.driver.process.stdout.fileno(), False)
+        log = self.run.parent / "driver.log"
         while time.monotonic() < give_up:
             if self.driver.process.poll() is not None:
-                log.write(self.driver.process.stdout.read() or "")
+                log.write_text((log.read_text() if log.exists() else "") + self.driver.printed)
                 if self.driver.process.returncode == 0:
                     return
                 if self.failed_at == sum(self.kills.values()):
-                    raise SystemExit(f"the driver failed twice without a kill, see {log.name}")
+                    raise SystemExit(f"the driver failed twice without a kill, see {log}")
                 self.failed_at = sum(self.kills.values())
                 self.start(steps)
-                os.set_blocking(self.driver.process.stdout.fileno(), False)
-            with suppress(TypeError, OSError):
-                log.write(self.driver.process.stdout.read() or "")
             if sum(self.kills.values()) < kills:
                 if self.random.random() < 0.7:  # the other kills hit what is only being started
                     self.wait_for_a_step()
@@ -169,16 +165,16 @@ def main(argv: list[str]) -> int:
     finally:
         soak.cluster.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
-    summary = json.loads((soak.run / "summary.json").read_text())
-    faults = list(soak.torn)
-    lost = restarts = "-"
+    faults, lost, restarts = list(soak.torn), 0, 0
+    for run in sorted(soak.run.glob("trials/*")) or [soak.run]:
+        trained = json.loads((run / "summary.json").read_text())
+        lost, restarts = lost + trained["lost_steps"], restarts + trained["restarts"]
+        if trained["lost_steps"] > SAVE_EVERY * trained["restarts"]:
+            faults.append(f"{run.name}: {trained['lost_steps']} steps lost, {trained['restarts']} restarts")
+        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if [r["step"] for r in records if "train/loss" in r] != list(range(1, asked.steps + 1)):
+            faults.append(f"{run.name}: a step is missing in metrics.jsonl, or stands there twice")
     if asked.what == "train":
-        lost, restarts = summary["lost_steps"], summary["restarts"]
-        if lost > SAVE_EVERY * restarts:
-            faults.append(f"{lost} steps were lost over {restarts} restarts")
-        steps = [json.loads(line)["step"] for line in (soak.run / "metrics.jsonl").read_text().splitlines()]
-        if steps != list(range(1, asked.steps + 1)):
-            faults.append("a step is missing in metrics.jsonl, or stands there twice")
         if asked.workers == 1:
             calm = folder / "calm"
             more = (f"--steps={asked.steps}", f"--save_freq={asked.steps}")

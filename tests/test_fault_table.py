@@ -74,7 +74,7 @@ class Victim(Run):
                 if reached and int(reached[0]) >= step:
                     return run
             time.sleep(0.01)
-        raise AssertionError(f"step {step} was not reached:\n{self.process.communicate(timeout=60)[0]}")
+        raise AssertionError(f"step {step} was not reached:\n{self.printed}")
 
     def of(self, *names: str) -> list[psutil.Process]:
         return [p for p in self.family() if any(name in " ".join(p.cmdline()) for name in names)]
@@ -115,9 +115,7 @@ def test_killed_while_saving(parts, tmp_path, kind):
     assert not torn[0].with_name(torn[0].name[1:7]).exists(), "the kill came too late to prove anything"
     assert run.whole()
     assert run.end(180) == 0, run.printed
-    assert (
-        0 < run.lost() <= (3 if kind == "search" else 1) * EVERY
-    )  # a trial saves what is better than before
+    assert 0 < run.lost() <= EVERY
     assert not [left for made in run.runs() for left in (made / "checkpoints").glob(".*")]
 
 
@@ -141,7 +139,7 @@ def test_killed_controller(parts, tmp_path, kind):
     controller.kill()
     assert run.end(180) == 0, run.printed
     assert "the run's controller was lost" in run.printed, run.printed
-    assert run.lost() <= (5 if kind == "search of two" else 1) * EVERY
+    assert run.lost() <= EVERY
 
 
 @pytest.mark.parametrize("kind", ["one", "search"])
@@ -154,7 +152,7 @@ def test_hung_worker(parts, tmp_path, kind):
         worker.suspend()
     assert run.end(240) == 0, run.printed
     assert any(f"(process {p.pid}) has stopped answering after step" in run.printed for p in stopped)
-    assert run.lost() <= (3 if kind == "search" else 1) * EVERY
+    assert run.lost() <= EVERY
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "search"])
@@ -204,7 +202,7 @@ def test_mount_away(parts, tmp_path, kind, for_ever):
     away.unlink()
     again = run.again()
     assert again.end(180) == 0, again.printed
-    assert run.lost() <= (5 if kind == "search" else 1) * EVERY
+    assert run.lost() <= EVERY
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "search"])
@@ -230,7 +228,7 @@ def test_full_disk(parts, tmp_path, kind):
         (disk / "ballast").unlink()
         again = run.again()
         assert again.end(180) == 0, again.printed
-        assert run.lost() <= (3 if kind == "search" else 1) * EVERY
+        assert run.lost() <= EVERY
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -299,10 +297,12 @@ def test_bucket_away(parts, tmp_path, bucket, kind, for_ever):
     assert "Traceback" not in run.printed and run.printed.count("failed:") == for_ever, run.printed
     if for_ever:
         bucket.do("start")
-    there = bucket.whole()
-    assert there
-    if for_ever:
+        assert bucket.whole()
+        again = run.again()
+        again.wait_for("goes on from the checkpoint of step" if kind != "search" else "trials, 1 running")
+        os.killpg(again.process.pid, signal.SIGINT)
+        assert again.end(180) == 130, again.printed
         return
-    trained = json.loads(bucket.system.cat_file(f"{bucket.run}/summary.json"))
-    if kind != "search":
-        assert trained["lost_steps"] == 0 and f"{trained['step']:06d}" in there
+    trained = "/trials/0000" if kind == "search" else ""
+    summary = json.loads(bucket.system.cat_file(f"{bucket.run}{trained}/summary.json"))
+    assert summary["lost_steps"] == summary["restarts"] == 0 and f"{summary['step']:06d}" in bucket.whole()

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -45,22 +46,35 @@ class Run:
             env={**os.environ, **env},
             start_new_session=True,
         )
-        self.printed = ""
+        self.lines: list[str] = []
+        self.seen = 0  # lines that `wait_for` has looked at
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
+        self.reader.start()
+
+    @property
+    def printed(self) -> str:
+        return "".join(self.lines)
 
     def wait_for(self, text: str) -> None:
-        for line in self.process.stdout:
-            self.printed += line
-            if text in line:
+        """Return once a line with this text was printed, after those that were waited for before."""
+        while self.reader.is_alive() or self.seen < len(self.lines):
+            if self.seen == len(self.lines):
+                time.sleep(0.01)
+                continue
+            self.seen += 1
+            if text in self.lines[self.seen - 1]:
                 return
         raise AssertionError(f"ended without printing {text!r}:\n{self.printed}")
 
     def end(self, timeout: float = 120) -> int:
         try:
-            self.printed += self.process.communicate(timeout=timeout)[0]
+            self.process.wait(timeout)
         except subprocess.TimeoutExpired:
+            print(self.printed)
             for process in (*self.family(), self.process):  # Ray's have sessions of their own
                 process.kill()
             raise
+        self.reader.join(10)
         return self.process.returncode
 
     def family(self) -> list[psutil.Process]:
@@ -130,9 +144,10 @@ def test_failures_are_counted_between_checkpoints(parts, undisturbed, tmp_path):
     assert run.end() == 0, run.printed
     assert_same_end(tmp_path / "run", undisturbed)
 
-    run = Run(tiny_act(parts, tmp_path / "again", "--steps=40", "--save_freq=40", "--ray.max_failures=1"))
+    run = Run(tiny_act(parts, tmp_path / "again", "--steps=40", "--save_freq=10", "--ray.max_failures=1"))
+    run.wait_for("step 11/40")
     for _ in range(2):
-        run.wait_for("step 5/40")
+        run.wait_for("step 15/40")
         for worker in run.workers():
             worker.kill()
     assert run.end() == 1 and "its process was killed), and that for good" in run.printed, run.printed

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import tempfile
 import threading
@@ -36,6 +37,7 @@ from ray_jobs import tune
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.tracking import read_json, read_metrics
 from ray_jobs.search import answer
+from ray_jobs.search import study as study_module
 from ray_jobs.search.answer import importances
 from ray_jobs.search.study import BASELINE
 
@@ -337,6 +339,25 @@ def test_ctrl_c_and_a_longer_search(common, tmp_path):
     assert alive(left) == []
     assert search(f"--output_dir={output}", "--resume=true", "--tune.num_samples=5") == 0
     assert [t.state.is_finished() for t in study_of(output).trials] == [True] * 5
+
+
+def test_study_that_is_away_for_a_while(tmp_path, capsys, monkeypatch):
+    """Somebody else holds the file for longer than SQLite waits: the search waits on, and says so."""
+    monkeypatch.setattr(study_module, "BUSY_S", 0.1)
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    storage = study_module._storage(url)
+    study = optuna.create_study(storage=storage, study_name="s")
+    storage.patient = True
+    other = sqlite3.connect(tmp_path / "study.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    threading.Timer(1.5, other.execute, ["COMMIT"]).start()
+    trial = study.ask()
+    study.tell(trial, 1.0)
+    assert optuna.load_study(study_name="s", storage=url).best_value == 1.0
+    printed = capsys.readouterr().out
+    assert (
+        "the study cannot be used, trying again: OperationalError" in printed and "is back after" in printed
+    )
 
 
 def test_time_budget(common, tmp_path, capsys):

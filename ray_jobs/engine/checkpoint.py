@@ -164,9 +164,10 @@ def save(
     except Exception:
         shutil.rmtree(scratch, ignore_errors=True)  # a disk that is full has room again
         raise
-    if target.exists():  # the same step again, after a resume from an earlier one
-        shutil.rmtree(target)
-    scratch.rename(target)
+    if target.exists():  # the same step again, after a resume from an earlier one, or an error of storage
+        _remove(target, now=scratch)
+    else:
+        scratch.rename(target)
     _flush(target.parent)
     link(target, LAST_CHECKPOINT_LINK)
     return target
@@ -215,11 +216,17 @@ def prune(output_dir: Path, keep: Iterable[int]) -> None:
     """Remove all checkpoints but those of the steps in `keep`; the newest always stays."""
     steps = checkpoint_steps(output_dir)
     for step in set(steps) - set(keep) - {max(steps, default=None)}:
-        # Renamed first: a checkpoint half removed must not look whole.
-        doomed = steps[step].with_name(f".{steps[step].name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        steps[step].rename(doomed)
-        shutil.rmtree(doomed)
+        _remove(steps[step])
+
+
+def _remove(checkpoint_dir: Path, now: Path | None = None) -> None:
+    """Remove a checkpoint, which must not look whole when half of it is gone; `now` takes its place."""
+    doomed = checkpoint_dir.with_name(f".{checkpoint_dir.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint_dir.rename(doomed)
+    if now is not None:
+        now.rename(checkpoint_dir)
+    shutil.rmtree(doomed, ignore_errors=True)  # what is left is swept when the run goes on
 
 
 def sweep(output_dir: Path) -> None:

@@ -53,6 +53,7 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` mu
 GPU_DEVICE = Path("/dev/nvidiactl")  # is there where a GPU is
 NODE_GROUP = "ray.io/node-group"  # Ray's label of a node that an autoscaler or launcher has started
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves its file on the head node
+ANSWERED_AFTER_S = 60
 UNLIMITED = 100  # nodes of a group without a limit that are reckoned with
 
 _ready: Future | None = None  # set once this process has begun to connect
@@ -134,7 +135,8 @@ def _is_to_start(address: str | None) -> bool:
     """Whether `ray.init` will start a cluster for such an address, and not join one."""
     from ray._private.utils import read_ray_address  # the note of `ray start`
 
-    return address == "local" or not (address or os.environ.get("RAY_ADDRESS") or read_ray_address(None))
+    address = address or os.environ.get("RAY_ADDRESS")
+    return address == "local" or not (address or read_ray_address(None))
 
 
 @contextlib.contextmanager
@@ -321,7 +323,7 @@ class Line:
 
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
-        self.saved: int | None = None
+        self.losses = 0  # of workers, since a checkpoint was written last
         self.asked = asyncio.Condition()  # that somebody shall stop
         self.stop_reason = GO_ON
         self.leaving: set[str] = set()  # nodes
@@ -333,12 +335,14 @@ class Line:
 
     async def tell(self, event: dict) -> None:
         if event["kind"] == "checkpoint":
-            self.saved = event["step"]
+            self.losses = 0
+        if event["kind"] == "fault" and not event.get("announced"):
+            self.losses += 1
         await self.events.put(event)
 
-    async def last_saved(self) -> int | None:
-        """Step of the newest checkpoint that was written since the line was opened."""
-        return self.saved
+    async def losses_in_a_row(self) -> int:
+        """How often workers were lost since a checkpoint was written last."""
+        return self.losses
 
     async def hear(self, timeout_s: float) -> list[dict]:
         """Events since the last call; waits up to `timeout_s` for the first."""
@@ -397,14 +401,16 @@ class Line:
         return self.stop_reason or (PRUNED if trial in self.given_up else "")
 
     async def stop_asked(self, node: str | None = None) -> str:
-        """Returns the reason once somebody asked to stop.
+        """Returns the reason once somebody asked to stop, or GO_ON after a while: whoever asks may be dead.
 
         Args:
             node: Where the trial runs that asks. Other runs' workers hear from Ray Train that a node will be taken away.
         """
         async with self.asked:
-            await self.asked.wait_for(lambda: self.stop_reason or node in self.leaving)
-            return self.stop_reason or PREEMPTED
+            with contextlib.suppress(TimeoutError):
+                asked = self.asked.wait_for(lambda: self.stop_reason or node in self.leaving)
+                await asyncio.wait_for(asked, ANSWERED_AFTER_S)
+            return self.stop_reason or (PREEMPTED if node in self.leaving else GO_ON)
 
 
 def open_line():

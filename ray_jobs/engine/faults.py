@@ -47,7 +47,9 @@ class Witness(UserCallback):
         self.line = line
 
     def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
-        self.line.tell.remote({"kind": "fault", "text": describe(worker_exceptions)})
+        announced = any(getattr(error, "preempted", False) for error in worker_exceptions.values())
+        text = describe(worker_exceptions)
+        self.line.tell.remote({"kind": "fault", "text": text, "announced": announced})
         self.line.forget_beats.remote()
 
 
@@ -103,7 +105,10 @@ def _reason(error: Exception) -> tuple[int, str]:
     if isinstance(error, RayActorError):
         return 3, "its process was killed"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+    last = next(
+        (line for line in lines if "CUDA error" in line), lines[-1] if lines else ""
+    )  # advice follows it
+    told = f"{type(error).__name__}: {last}"[:300]
     if any(sign in text for sign in NOT_CONNECTED):
         return 5, told + NETWORK
     if any(sign in text for sign in ("onnection closed by peer", "onnection reset", "NCCL", "gloo")):

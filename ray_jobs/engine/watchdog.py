@@ -28,7 +28,7 @@ SLOW = (
     "patience.py",
     "mirror.py",
     "hf_api.py",
-    "trainable_fn_utils.py",  # Ray Tune has been told of a validation, and the search decides
+    "session.py",  # Ray Tune has been told of a validation, or of a trial's end, and decides what comes next
 )
 WAITING = (
     "backward",
@@ -147,7 +147,9 @@ def _end(beat: Beat) -> bool:
     kill = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_kill)
     done, _ = ray.wait([asked := kill.remote(beat.pid)], timeout=10)
     with contextlib.suppress(ray.exceptions.RayError):
-        return not done or ray.get(asked)
+        if done:
+            return ray.get(asked)
+        ray.cancel(asked)
     return True
 
 

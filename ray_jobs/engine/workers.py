@@ -97,24 +97,19 @@ class Training:
         from ray.exceptions import OutOfMemoryError, RayActorError
         from ray.train import WorkerGroupError
 
-        most, lost_controllers, saved = self.recipe.options.ray.max_failures, 0, None
+        most, losses = self.recipe.options.ray.max_failures, 0
         while True:
             _give_back()
             try:
-                make_trainer(self.recipe, self.each, self.line).fit()
+                make_trainer(self.recipe, self.each, self.line, max(most - losses, -1)).fit()
                 return
             except (RayActorError, OutOfMemoryError, WorkerGroupError) as error:
-                before, saved = saved, ray.get(self.line.last_saved.remote())
-                lost_controllers = 0 if saved != before else lost_controllers
-                if isinstance(error, WorkerGroupError):  # workers were lost more often than they may
-                    if most == 0 or saved == before or ray.get(self.line.why_failed.remote()):
-                        raise
-                    continue
-                lost_controllers += 1
-                if lost_controllers > most >= 0:
+                if not isinstance(error, WorkerGroupError):
+                    ray.get(self.line.tell.remote({"kind": "fault", "text": "the run's controller was lost"}))
+                    self.line.forget_beats.remote()
+                losses = ray.get(self.line.losses_in_a_row.remote())
+                if losses > most >= 0 or ray.get(self.line.why_failed.remote()):
                     raise
-                self.line.tell.remote({"kind": "fault", "text": "the run's controller was lost"})
-                self.line.forget_beats.remote()
 
 
 def _give_back() -> None:
@@ -136,12 +131,13 @@ def _give_back() -> None:
             ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
 
 
-def make_trainer(recipe: "Recipe", each: Share, line):
+def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
     """A `TorchTrainer` that runs the recipe on `--ray.num_workers` workers.
 
     Args:
         each: What each worker reserves.
         line: Handle of a `cluster.Line`, which will carry the run's events and the wish to stop it.
+        max_failures: How often workers are replaced, -1 for ever.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -174,7 +170,7 @@ def make_trainer(recipe: "Recipe", each: Share, line):
             name=".ray",
             storage_path=str(recipe.output_dir),
             # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
-            failure_config=FailureConfig(max_failures=options.max_failures),
+            failure_config=FailureConfig(max_failures=max_failures),
             callbacks=[Witness(line)],
             worker_runtime_env={
                 "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
@@ -219,7 +215,7 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
     from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
 
     if error := ray.get(line.why_failed.remote()):
-        raise error
+        raise error if isinstance(error, RunError) else RunError(str(error))
     if isinstance(outcome.get("error"), InputError | RunError):
         raise outcome["error"]
     if "error" in outcome:
@@ -353,7 +349,8 @@ def listen_for_stop(line, node: str | None = None) -> Callable[[], str]:
 
     def wait() -> None:
         with contextlib.suppress(Exception):  # the driver is gone: Ray ends this process
-            _asked_to_stop[line] = ray.get(line.stop_asked.remote(node))
+            while not _asked_to_stop[line]:
+                _asked_to_stop[line] = ray.get(line.stop_asked.remote(node))
 
     if line not in _asked_to_stop:
         _asked_to_stop[line] = ""

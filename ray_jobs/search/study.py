@@ -6,26 +6,33 @@ intermediate values and failed ones are FAIL. Stopping is decided by Optuna's pr
 study: a search that was killed goes on with all it knew.
 """
 
+import contextlib
+import functools
 import json
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import optuna
 import ray
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from ray import cloudpickle
 from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from sqlalchemy.exc import OperationalError
 
 from ray_jobs.engine.errors import INTERRUPTED, InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.faults import why
+from ray_jobs.engine.patience import patiently
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import FRAMES, NOT_COMPARED, Plan
 from ray_jobs.search.space import SearchSpace, flags
@@ -54,8 +61,9 @@ def open_study(plan: Plan, seed: int) -> Study:
     options, name = plan.options.tune, plan.study_name
     url = options.storage or f"sqlite:///{plan.output_dir / STUDY_FILE}"
     try:
+        storage = _storage(url)
         study = optuna.create_study(
-            storage=_storage(url),
+            storage=storage,
             study_name=name,
             directions=options.directions,
             load_if_exists=True,
@@ -92,6 +100,7 @@ def open_study(plan: Plan, seed: int) -> Study:
     # A sampler that is made anew must not draw its first numbers again.
     study.sampler = make_sampler(options, seed + len(study.get_trials(deepcopy=False)))
     study.pruner = _pruner(plan)
+    storage.patient = True
     return study
 
 
@@ -105,10 +114,42 @@ def _storage(url: str) -> BaseStorage:
     if url.startswith("journal://"):
         return JournalStorage(JournalFileBackend(url.removeprefix("journal://")))
     if url.startswith("sqlite:"):
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_S}})
-    return RDBStorage(
+        return PatientStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_S}})
+    return PatientStorage(
         url, engine_kwargs={"pool_pre_ping": True}
     )  # else a connection lost overnight stays lost
+
+
+class PatientStorage(RDBStorage):
+    """Optuna's database, whose disk or server may be away for a while (see `patience`), once it has been opened. Each of its
+    methods is one transaction, which can be tried again."""
+
+    patient = False
+
+    def _patiently(self, method: Callable, *args, **kwargs):
+        def use():
+            try:
+                return method(self, *args, **kwargs)
+            except StorageInternalError as error:
+                raise (error.__cause__ or error) from error  # it says what is wrong
+
+        kept = lambda: "What is in it stays; --resume=true goes on."  # noqa: E731
+        return patiently(use, "the study", print, doing="used", passing=self._may_return, kept=kept)
+
+    def _may_return(self, error: Exception) -> bool:
+        return self.patient and isinstance(error, OperationalError) and "disk is full" not in str(error)
+
+
+def _patient(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def patient(self: PatientStorage, *args, **kwargs):
+        return self._patiently(method, *args, **kwargs)
+
+    return patient
+
+
+for _name in BaseStorage.__abstractmethods__:
+    setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 
 
 def make_sampler(options: TuneOptions, seed: int) -> BaseSampler:
@@ -318,6 +359,8 @@ class StudySearch(Searcher):
         trial, repeat = self.live[trial_id]
         if repeat or "status" in result or len(self.options.metrics) > 1:
             return False
+        if result["step"] in trial.storage.get_trial(trial._trial_id).intermediate_values:
+            return False  # it has gone back to a checkpoint, or tells what the study may not know
         trial.report(result[self.options.metrics[0]], result["step"])
         # Asked for the published ones, too: Optuna's pruners remember only whom they were asked about.
         hopeless = trial.should_prune()
@@ -332,7 +375,7 @@ class StudySearch(Searcher):
                 self.left_behind += [t for t in trials_of(self.study) if t.number == trial.number]
             return
         result = result or {}
-        status = "failed" if error else result["status"]
+        status = "failed" if error else result.get("status", INTERRUPTED)
         reason = result.get("reason", f"its process died {DEATHS} times" if error else None)
         self.deaths_in_a_row = self.deaths_in_a_row + 1 if error else 0
         self.given_up = self.given_up or self.deaths_in_a_row >= DEATHS
@@ -375,16 +418,27 @@ class StudySearch(Searcher):
 
 
 class TrialWitness(Callback):
-    """Tells why a trial is about to go on in another process."""
+    """Tells why a trial is about to go on in another process.
 
-    def __init__(self, tell: Callable[[dict], None]):
-        self.tell = tell
+    Args:
+        tell: Called with an event dict.
+        line: Handle of the search's `cluster.Line`.
+    """
+
+    def __init__(self, tell: Callable[[dict], None], line):
+        self.tell, self.line = tell, line
 
     def __getstate__(self) -> dict:
         return {}  # as in `StudySearch`
 
     def on_trial_recover(self, iteration: int, trials: list, trial, **info) -> None:
-        self.tell({"kind": "fault", "trial": trial.config["trial"], "text": why(trial.get_pickled_error())})
+        name, text = trial.config["trial"], "its process has ended"
+        with contextlib.suppress(
+            Exception
+        ):  # what `get_pickled_error` reads (Ray 2.60) is a copy that lags behind
+            text = why(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+        self.line.forget_beat.remote(name)
+        self.tell({"kind": "fault", "trial": name, "text": text})
 
 
 class StudyScheduler(FIFOScheduler):
@@ -403,7 +457,15 @@ class StudyScheduler(FIFOScheduler):
     def on_trial_error(self, tune_controller, trial) -> None:
         if trial.status == trial.PENDING:
             self.search.slot_was_dead.add(trial.trial_id)
+        self.line.forget_beat.remote(trial.config["trial"])
         super().on_trial_error(tune_controller, trial)
+
+    def choose_trial_to_run(self, tune_controller):
+        trial = super().choose_trial_to_run(tune_controller)
+        if trial and self.search.stopping:  # there may never be a slot for it again
+            tune_controller.stop_trial(trial)
+            return None
+        return trial
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
         if result.get("step", 0) > self.reached.get(trial.trial_id, 0):

@@ -94,7 +94,7 @@ def run_trial(
         from ray_jobs.engine import mirror, watchdog
         from ray_jobs.engine.bucket import is_uri
         from ray_jobs.engine.faults import Preempted
-        from ray_jobs.engine.patience import patiently, storage_may_return
+        from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
         from ray_jobs.engine.workers import listen_for_stop, teller, train_here, train_on_workers
 
     place, pruned, values = trial_place(search, config["trial"]), False, {}
@@ -131,6 +131,8 @@ def run_trial(
             ray.get(line.fail.remote(error))
             return tune.report({"status": INTERRUPTED})
         recipe = patient(lambda: _prepare(base, config, search, folder))
+        for record in validations(folder, metrics):  # of a copy, the study may know less than this
+            tune.report({key: record[key] for key in ("step", *metrics)})
         if recipe is None:  # its slot died before it could tell
             return tune.report({**_ended(folder), **best_values(folder, metrics)})
         recipe.trainings, recipe.gpu_share = trials, min(1.0, each.gpus)
@@ -152,16 +154,16 @@ def run_trial(
         return tune.report({"status": INTERRUPTED})
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
-    except (
-        Preempted,
-        torch.AcceleratorError,
-    ):  # a GPU that reports an error serves no other trial in this process
+    except Preempted:
         raise
     except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ERROR_LOG).write_text(traceback.format_exc())
         if is_uri(place):
             mirror.send(place, ERROR_LOG, folder / ERROR_LOG)
+        # After an error of its GPU a process can't use it any more, and storage may be back: Ray Tune tries another process.
+        if isinstance(error, torch.AcceleratorError) or may_pass(error):
+            raise
         result = {"status": "failed", "reason": f"{type(error).__name__}, see {place}/{ERROR_LOG}"}
     if is_uri(place) and result["status"] != "failed":
         shutil.rmtree(folder, ignore_errors=True)  # all of it is in the bucket
@@ -192,12 +194,17 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recip
     return recipe
 
 
+def validations(folder: Path, metrics: list[str]) -> list[dict]:
+    """The records of a run's metrics.jsonl that have all of `metrics`."""
+    from ray_jobs.engine.tracking import read_metrics
+
+    return [record for record in read_metrics(folder) if all(name in record for name in metrics)]
+
+
 def best_values(folder: Path, metrics: list[str]) -> dict:
     """The validation that a run is judged by: the one with the least action error, whose checkpoint stays; under
     another metric, the last one. `step` and the metrics, or nothing if there was no validation."""
-    from ray_jobs.engine.tracking import read_metrics
-
-    records = [record for record in read_metrics(folder) if all(name in record for name in metrics)]
+    records = validations(folder, metrics)
     if not records:
         return {}
     best = min(records, key=lambda r: r[METRIC]) if metrics[0] == METRIC else records[-1]
