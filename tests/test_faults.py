@@ -55,16 +55,17 @@ class Run:
     def printed(self) -> str:
         return "".join(self.lines)
 
-    def wait_for(self, text: str) -> None:
+    def wait_for(self, text: str, timeout: float = 240) -> None:
         """Return once a line with this text was printed, after those that were waited for before."""
-        while self.reader.is_alive() or self.seen < len(self.lines):
+        give_up = time.monotonic() + timeout
+        while time.monotonic() < give_up and (self.reader.is_alive() or self.seen < len(self.lines)):
             if self.seen == len(self.lines):
                 time.sleep(0.01)
                 continue
             self.seen += 1
             if text in self.lines[self.seen - 1]:
                 return
-        raise AssertionError(f"ended without printing {text!r}:\n{self.printed}")
+        raise AssertionError(f"{text!r} was not printed:\n{self.printed}")
 
     def end(self, timeout: float = 120) -> int:
         try:

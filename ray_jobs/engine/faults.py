@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 from ray.train import UserCallback
 
 from ray_jobs.engine.errors import InputError, RunError, StorageLost
@@ -102,6 +102,8 @@ def _reason(error: Exception) -> tuple[int, str]:
         sign in text for sign in ("node has died", "node was terminated", "node is dead")
     ):
         return 2, "its node is gone"
+    if isinstance(error, ActorUnavailableError):  # in the first seconds after its node is gone
+        return 3, "its process does not answer any more"
     if isinstance(error, RayActorError):
         return 3, "its process was killed"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

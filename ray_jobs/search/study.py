@@ -148,7 +148,8 @@ def _patient(method: Callable) -> Callable:
     return patient
 
 
-for _name in BaseStorage.__abstractmethods__:
+# And what Optuna (5.0) itself calls on a database beside a storage's public methods.
+for _name in {*BaseStorage.__abstractmethods__, "_get_trials", "_create_new_trial"}:
     setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 
 
