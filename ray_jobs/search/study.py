@@ -149,7 +149,8 @@ def _patient(method: Callable) -> Callable:
 
 
 # And what Optuna (5.0) itself calls on a database beside a storage's public methods.
-for _name in {*BaseStorage.__abstractmethods__, "_get_trials", "_create_new_trial"}:
+PRIVATE = {"_create_new_trial", "_get_best_trial_id", "_get_trials", "_set_trial_param"}
+for _name in BaseStorage.__abstractmethods__ | PRIVATE:
     setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 
 
