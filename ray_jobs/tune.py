@@ -124,6 +124,7 @@ def _search(
     from ray.tune import FailureConfig, RunConfig, TuneConfig
     from ray.tune.execution import class_cache
 
+    from ray_jobs.engine.explain import first_line
     from ray_jobs.engine.patience import patiently
     from ray_jobs.engine.watchdog import Watchdog
     from ray_jobs.engine.workers import check_node, mark_of, start_fit
@@ -235,7 +236,7 @@ def _search(
                 progress.refresh()
                 if copy and copy.failure and status == DONE:  # told when the copy is closed
                     stop(INTERRUPTED)
-                if status == DONE and (failure := ray.get(line.why_failed.remote())):
+                if status == DONE and (failure := search.failure or ray.get(line.why_failed.remote())):
                     stop("failed")  # what has failed for one trial would for all
                 for hung in watchdog.look_at_trials():
                     progress.say(hung)
@@ -260,7 +261,7 @@ def _search(
                 stop(INTERRUPTED)
         while not told.empty():
             progress.show(told.get())
-        failure = failure or ray.get(line.why_failed.remote())
+        failure = failure or search.failure or ray.get(line.why_failed.remote())
     except RayActorError as error:
         raise RunError(
             f"the Ray cluster that the search ran on is gone ({type(error).__name__}); --resume=true goes on, on another."
@@ -270,7 +271,12 @@ def _search(
         ray.kill(line)  # Tune's registry would keep it as long as this process lives
     shutil.rmtree(scratch, ignore_errors=True)
     if failure:
-        return "failed", str(failure)
+        told = (
+            str(failure)
+            if isinstance(failure, RunError | InputError)
+            else f"the study: {first_line(failure)}"
+        )
+        return "failed", told
     if "error" in outcome:
         return "failed", f"the search was given up: {outcome['error']}"
     if search.given_up:

@@ -323,7 +323,10 @@ class Line:
 
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
-        self.losses = 0  # of workers, since a checkpoint was written last
+        self.losses, self.saved = (
+            0,
+            -1,
+        )  # how often workers were lost since a later checkpoint was written, and which
         self.asked = asyncio.Condition()  # that somebody shall stop
         self.stop_reason = GO_ON
         self.leaving: set[str] = set()  # nodes
@@ -334,14 +337,14 @@ class Line:
         ] = {}  # rank or trial -> its last beat, when, when its step had changed
 
     async def tell(self, event: dict) -> None:
-        if event["kind"] == "checkpoint":
-            self.losses = 0
+        if event["kind"] == "checkpoint" and event["step"] > self.saved:
+            self.losses, self.saved = 0, event["step"]
         if event["kind"] == "fault" and not event.get("announced"):
             self.losses += 1
         await self.events.put(event)
 
     async def losses_in_a_row(self) -> int:
-        """How often workers were lost since a checkpoint was written last."""
+        """How often workers were lost since the run has got to another checkpoint."""
         return self.losses
 
     async def hear(self, timeout_s: float) -> list[dict]:

@@ -77,14 +77,15 @@ class Board:
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._write(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+        summaries = (scalar(name, value) for name, value in values.items())
+        self._write(*(Event(step=step, wall_time=time.time(), summary=each) for each in summaries))
 
     def close(self) -> None:
         self.writer.close()
 
-    def _write(self, event: Event) -> None:
-        self.writer.write_event(event)
+    def _write(self, *events: Event) -> None:
+        for event in events:
+            self.writer.write_event(event)
         patiently(self.writer.flush, "TensorBoard's file", self.tell)  # until then it stays in its buffer
 
 

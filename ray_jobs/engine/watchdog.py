@@ -105,6 +105,7 @@ class Watchdog:
     def __init__(self, line, patience_s: float):
         self.line, self.patience_s = line, patience_s
         self.looked = time.monotonic()
+        self.out_of_reach: set[int] = set()  # processes that could not be ended yet
 
     def look(self) -> str | None:
         """Call now and then. If the run hangs: end the worker that it waits for, so that Ray Train starts the group
@@ -113,22 +114,31 @@ class Watchdog:
         found = culprit(beats, self.patience_s)
         if found is None:
             return None
-        beat, reason = found
-        self.line.forget_beats.remote()
-        _end(beat)
-        return f"rank {beat.rank} on {beat.address} (process {beat.pid}) {reason}; it is replaced"
+        told, ended = self._end(*found, "rank", "it is replaced")
+        if ended:
+            self.line.forget_beats.remote()
+        return told
 
     def look_at_trials(self) -> list[str]:
         """The same for a search, whose trials Ray Tune has go on in other processes."""
         told = []
         for trial, one in self._beats().items():
             if found := culprit({trial: one}, self.patience_s):
-                beat, reason = found
-                self.line.forget_beat.remote(trial)
-                if _end(beat):  # else it has died, which Ray Tune knows
-                    where = f"on {beat.address} (process {beat.pid})"
-                    told.append(f"trial {trial} {where} {reason}; the process is ended")
+                text, ended = self._end(*found, "trial", "the process is ended")
+                if ended:
+                    self.line.forget_beat.remote(trial)
+                told += [text] if text else []
         return told
+
+    def _end(self, beat: Beat, reason: str, kind: str, then: str) -> tuple[str | None, bool]:
+        """End a worker; returns what to tell, and whether it has ended."""
+        alive = _kill_on_its_node(beat)
+        who = f"{kind} {beat.rank} on {beat.address} (process {beat.pid}) {reason}"
+        if alive is None:  # its node is cut off, or too busy: tried again at the next look
+            new = beat.pid not in self.out_of_reach
+            self.out_of_reach.add(beat.pid)
+            return (f"{who}; its node does not answer either" if new else None), False
+        return (f"{who}; {then}" if alive else None), True  # that it has died before is Ray's to tell
 
     def _beats(self) -> dict[int | str, tuple[Beat, float, float]]:
         import ray
@@ -139,8 +149,8 @@ class Watchdog:
         return ray.get(self.line.beats.remote())
 
 
-def _end(beat: Beat) -> bool:
-    """End a worker; False if it was no longer there. On a node that is cut off this does not run."""
+def _kill_on_its_node(beat: Beat) -> bool | None:
+    """End a worker; False if it was no longer there, None if that could not be found out."""
     import ray
 
     here = {"ray.io/node-id": beat.node_id}
@@ -150,7 +160,7 @@ def _end(beat: Beat) -> bool:
         if done:
             return ray.get(asked)
         ray.cancel(asked)
-    return True
+    return None
 
 
 def _kill(pid: int) -> bool:

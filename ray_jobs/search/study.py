@@ -11,7 +11,7 @@ import functools
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -29,7 +29,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from sqlalchemy.exc import OperationalError
 
-from ray_jobs.engine.errors import INTERRUPTED, InputError
+from ray_jobs.engine.errors import INTERRUPTED, InputError, StorageLost
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.faults import why
 from ray_jobs.engine.patience import patiently
@@ -134,7 +134,11 @@ class PatientStorage(RDBStorage):
                 raise (error.__cause__ or error) from error  # it says what is wrong
 
         kept = lambda: "What is in it stays; --resume=true goes on."  # noqa: E731
-        return patiently(use, "the study", print, doing="used", passing=self._may_return, kept=kept)
+        try:
+            return patiently(use, "the study", print, doing="used", passing=self._may_return, kept=kept)
+        except StorageLost:
+            self.patient = False  # what is left to be done need not wait as long
+            raise
 
     def _may_return(self, error: Exception) -> bool:
         return self.patient and isinstance(error, OperationalError) and "disk is full" not in str(error)
@@ -268,6 +272,7 @@ class StudySearch(Searcher):
         self.failed_repeats: set[tuple[int, str]] = set()
         self.deaths_in_a_row = 0
         self.given_up = False
+        self.failure: Exception | None = None
         self.slot_was_dead: set[str] = set()  # Tune's ids of trials that could not begin
         self.dead_slots: Counter[int] = Counter()  # by trial number
 
@@ -275,7 +280,20 @@ class StudySearch(Searcher):
         """Ray Tune writes everything down for `Tuner.restore`. Nothing of this is needed: the study knows more."""
         return {}
 
+    @contextlib.contextmanager
+    def _or_end(self) -> Iterator[None]:
+        """Within, an error ends the search, which says so; Ray Tune would take it for the trial's, or hide it."""
+        try:
+            yield
+        except Exception as error:
+            self.failure, self.stopping = self.failure or error, True
+
     def suggest(self, trial_id: str) -> dict | str | None:
+        with self._or_end():
+            return self._suggest(trial_id)
+        return self.FINISHED
+
+    def _suggest(self, trial_id: str) -> dict | str | None:
         if self.stopping:
             return self.FINISHED
         if self.options.max_concurrent and len(self.live) >= self.options.max_concurrent:
@@ -358,6 +376,11 @@ class StudySearch(Searcher):
     def judge(self, trial_id: str, result: dict) -> bool:
         """Note a validation; whether its trial is hopeless. The published recipes are never given up: what is
         gained over them is said at the same number of steps."""
+        with self._or_end():
+            return self._judge(trial_id, result)
+        return False
+
+    def _judge(self, trial_id: str, result: dict) -> bool:
         trial, repeat = self.live[trial_id]
         if repeat or "status" in result or len(self.options.metrics) > 1:
             return False
@@ -369,6 +392,11 @@ class StudySearch(Searcher):
         return hopeless and result["step"] < self.steps and BASELINE not in trial.user_attrs
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        if trial_id in self.live:
+            with self._or_end():
+                self._note_end(trial_id, result or {}, error)
+
+    def _note_end(self, trial_id: str, result: dict, error: bool) -> None:
         trial, repeat = self.live.pop(trial_id)
         if trial_id in self.slot_was_dead and self.dead_slots[trial.number] < DEATHS:
             # Ray Tune gives such a trial up at once: a slot that died, with its node say, while no trial was in it.
@@ -376,7 +404,6 @@ class StudySearch(Searcher):
             if not repeat:
                 self.left_behind += [t for t in trials_of(self.study) if t.number == trial.number]
             return
-        result = result or {}
         status = "failed" if error else result.get("status", INTERRUPTED)
         reason = result.get("reason", f"its process died {DEATHS} times" if error else None)
         self.deaths_in_a_row = self.deaths_in_a_row + 1 if error else 0

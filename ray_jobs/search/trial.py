@@ -135,6 +135,8 @@ def run_trial(
             tune.report({key: record[key] for key in ("step", *metrics)})
         if recipe is None:  # its slot died before it could tell
             return tune.report({**_ended(folder), **best_values(folder, metrics)})
+        if reason := ray.get(line.why_stopped.remote(config["trial"])):  # by what it has just told, say
+            return tune.report({"status": reason, **best_values(folder, metrics)})
         recipe.trainings, recipe.gpu_share = trials, min(1.0, each.gpus)
         recipe.run = place  # not of another run: who may search there is decided by the search's own lock
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
