@@ -4,6 +4,7 @@
 Minutes long, so `-m slow`. `pytest -m slow -rP` shows what was lost.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -197,7 +198,8 @@ def test_mount_away(parts, tmp_path, kind, for_ever):
     assert run.end(180) == 1, run.printed
     assert "could not be written for 4 s: OSError" in run.printed, run.printed
     assert "The last checkpoint is intact; --resume=true goes on from it." in run.printed
-    assert run.printed.count("failed:") == 1 and "a worker was lost" not in run.printed, run.printed
+    assert "failed: TensorBoard's file" in run.printed and "Traceback" not in run.printed, run.printed
+    assert "a worker was lost" not in run.printed, run.printed
     assert run.whole()
     away.unlink()
     again = run.again()
@@ -217,12 +219,13 @@ def test_full_disk(parts, tmp_path, kind):
     try:
         run = Victim(kind, parts, disk / "run", tmp_path, "--checkpoint.keep_last=1")
         run.wait_for_step(EVERY + 1)
-        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 50 * 2**20))
+        with contextlib.suppress(OSError):  # a checkpoint is just being written: full all the same
+            (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 50 * 2**20))
         assert run.end(180) == 1, run.printed
         assert "no space is left for" in run.printed and "ast checkpoint is intact" in run.printed, (
             run.printed
         )
-        assert "Traceback" not in run.printed and run.printed.count("failed:") == 1, run.printed
+        assert "Traceback" not in run.printed and run.printed.count("no space is left for") == 1, run.printed
         assert run.whole()
         assert not [left for made in run.runs() for left in (made / "checkpoints").glob(".0*")]
         (disk / "ballast").unlink()
@@ -294,7 +297,7 @@ def test_bucket_away(parts, tmp_path, bucket, kind, for_ever):
         run.wait_for("storage is back after")
         os.killpg(run.process.pid, signal.SIGINT)
         assert run.end(180) == 130, run.printed
-    assert "Traceback" not in run.printed and run.printed.count("failed:") == for_ever, run.printed
+    assert "Traceback" not in run.printed and ("\nfailed: " in run.printed) == for_ever, run.printed
     if for_ever:
         bucket.do("start")
         assert bucket.whole()

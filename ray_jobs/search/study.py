@@ -492,6 +492,7 @@ class StudyScheduler(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller):
         trial = super().choose_trial_to_run(tune_controller)
         if trial and self.search.stopping:  # there may never be a slot for it again
+            trial.run_metadata.last_result = {"status": INTERRUPTED}  # of an empty one Ray Tune prints a line
             tune_controller.stop_trial(trial)
             return None
         return trial
