@@ -40,6 +40,8 @@ FAULTY = "--discover_packages_path=faulty"
 class Victim(Run):
     """A training with one worker or two, or a search of two trials one after the other, in a Ray of its own."""
 
+    begun: list["Run"] = []
+
     def __init__(self, kind: str, root: Path, place: Path | str, folder: Path, *more: str, **env: str):
         self.kind, self.place = kind, place
         flags = tiny_act(root, place, "--steps=60", f"--save_freq={EVERY}", "--ray.address=local")
@@ -55,12 +57,16 @@ class Victim(Run):
         super().__init__(
             self.flags, "ray_jobs.tune" if kind.startswith("search") else "ray_jobs.train", **env
         )
+        self.begun.append(self)
 
     def again(self) -> Run:
         """The command with which a user goes on."""
         if self.kind.startswith("search"):
-            return Run([f"--output_dir={self.place}", "--resume=true"], "ray_jobs.tune")
-        return Run([*self.flags, "--resume=true"])
+            run = Run([f"--output_dir={self.place}", "--resume=true"], "ray_jobs.tune")
+        else:
+            run = Run([*self.flags, "--resume=true"])
+        self.begun.append(run)
+        return run
 
     def runs(self) -> list[Path]:
         """Folders of the trainings that have begun."""
@@ -99,6 +105,16 @@ class Victim(Run):
             lost += json.loads((run / "summary.json").read_text())["lost_steps"]
         print(f"{self.kind}: {lost} steps lost")
         return lost
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    while Victim.begun:
+        run = Victim.begun.pop()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in (*run.family(), psutil.Process(run.process.pid)):
+                process.kill()
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "search"])
