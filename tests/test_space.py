@@ -122,18 +122,33 @@ def test_a_trial_whose_slot_was_dead_is_tried_again(tmp_path):
     options = TuneOptions(num_samples=1, sampler="random")
     study = optuna.create_study(sampler=make_sampler(options, 0))
     search = StudySearch(study, SearchSpace((space(tmp_path, GOOD),), {}), options, 0, 10, lambda event: None)
-    scheduler = StudyScheduler(search, line=None)
+    forgotten: list[str] = []  # by the watchdog
+    line = SimpleNamespace(forget_beat=SimpleNamespace(remote=forgotten.append))
+    scheduler = StudyScheduler(search, line)
     first = search.suggest("0")
     for number, status in enumerate(["PENDING"] * DEATHS + ["RUNNING"]):
         assert study.trials[0].state == TrialState.RUNNING
-        scheduler.on_trial_error(
-            None, SimpleNamespace(trial_id=str(number), status=status, PENDING="PENDING")
-        )
+        trial = SimpleNamespace(trial_id=str(number), status=status, PENDING="PENDING", config=first)
+        scheduler.on_trial_error(None, trial)
         search.on_trial_complete(str(number), error=True)
         if status == "PENDING":
             assert search.suggest(str(number + 1)) == first
     assert study.trials[0].state == TrialState.FAIL and len(study.trials) == 1
-    assert search.suggest("end") == search.FINISHED
+    assert search.suggest("end") == search.FINISHED and forgotten == ["0000"] * (DEATHS + 1)
+
+
+def test_an_error_of_the_study_ends_the_search(tmp_path):
+    """Its file is gone, say: no exception for Ray Tune to take for the trial's, and the reason is kept."""
+    file = tmp_path / "study.db"
+    study = optuna.create_study(storage=f"sqlite:///{file}", sampler=make_sampler(TuneOptions(), 0))
+    search = StudySearch(
+        study, SearchSpace((space(tmp_path, GOOD),), {}), TuneOptions(), 0, 10, lambda event: None
+    )
+    assert isinstance(search.suggest("0"), dict)
+    file.write_bytes(b"not a database")
+    assert search.judge("0", {"val/action_error": 1.0, "step": 5}) is False
+    search.on_trial_complete("0", {"status": "finished", "val/action_error": 1.0})
+    assert search.failure is not None and search.suggest("1") == search.FINISHED
 
 
 def test_what_the_user_types_is_not_searched(tmp_path):
