@@ -89,7 +89,9 @@ def test_shortest_chunk(tmp_path):
     assert {c["policy.chunk_size"] for c in found.chunk_corners({})} == {10, 100}
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(s, marks=pytest.mark.slow) if s == "gp" else s for s in SAMPLERS]
+)
 def test_small_spaces_are_searched_whole(tmp_path, sampler):
     """No configuration twice, and a model that has found its optimum does not take the space for exhausted."""
     small = """\
