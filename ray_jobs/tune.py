@@ -271,11 +271,12 @@ def _search(
         ray.kill(line)  # Tune's registry would keep it as long as this process lives
     shutil.rmtree(scratch, ignore_errors=True)
     if failure:
-        told = (
-            str(failure)
-            if isinstance(failure, RunError | InputError)
-            else f"the study: {first_line(failure)}"
-        )
+        told = str(failure)
+        if not isinstance(failure, RunError | InputError):
+            told = (
+                f"the search's own files: {first_line(failure)}\n"
+                "The last checkpoints are intact; --resume=true goes on from them."
+            )
         return "failed", told
     if "error" in outcome:
         return "failed", f"the search was given up: {outcome['error']}"
