@@ -302,7 +302,7 @@ def test_bucket_away(parts, tmp_path, bucket, kind, for_ever):
         time.sleep(0.1)
     if not for_ever:
         second = run.again()
-        assert second.end(180) == 1 and "another run is writing into" in second.printed, second.printed
+        assert second.end(400) == 1 and "another run is writing into" in second.printed, second.printed
     bucket.do("stop")
     run.wait_for("trying again")
     if for_ever:
