@@ -84,9 +84,14 @@ def assert_complete(search: Path) -> None:
     with (search / "trials.csv").open() as file:
         assert [row["state"] for row in csv.DictReader(file)] == ["COMPLETE"] * 2
     for trial in ("0000", "0001"):
-        lines = (search / "trials" / trial / "metrics.jsonl").read_text().splitlines()
-        steps = [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
+        steps = steps_of_trial(search / "trials" / trial)
         assert steps == list(range(1, len(steps) + 1))
+
+
+def steps_of_trial(trial: Path) -> list[int]:
+    """Those that stand in its metrics.jsonl, beside its validations."""
+    lines = (trial / "metrics.jsonl").read_text().splitlines()
+    return [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
 
 
 def workers_of(node, name: str = "RayTrainWorker") -> list[psutil.Process]:
@@ -318,9 +323,7 @@ def test_cut_off_node_of_a_search(head, parts, tmp_path):
         assert search.end(100) == 130, search.printed
     summary = summary_of(run / "trials/0000")
     assert summary["restarts"] == 1 and summary["start_step"] >= saved
-    lines = (run / "trials/0000/metrics.jsonl").read_text().splitlines()
-    steps = [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
-    assert steps == list(range(1, summary["step"] + 1))
+    assert steps_of_trial(run / "trials/0000") == list(range(1, summary["step"] + 1))
     print(f"lost {summary['lost_steps']} steps")
 
 

@@ -50,9 +50,8 @@ def test_nothing_in_a_run(parts, tmp_path, monkeypatch):
 def test_nothing_in_a_run_on_ray(parts, tmp_path, monkeypatch, what, where):
     """Outputs, also those that were sent to a bucket with the keys, W&B's folders, Ray's session folder with all its logs,
     and the arguments of every process."""
-    monkeypatch.delenv(
-        "WANDB_SERVICE", raising=False
-    )  # W&B's process of the tests, which outlives a killed worker
+    # W&B's process of the tests, which outlives a killed worker.
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     scratch = Path(tempfile.mkdtemp(prefix="rj_"))  # short: Ray's sockets lie in it
     left, place, env = tmp_path / "run", tmp_path / "run", dict(SECRETS)
     if where == "bucket":

@@ -50,9 +50,8 @@ def check_address(root: str, flag: str = "dataset.root") -> None:
     """
     kind, _, rest = root.partition("://")
     before, at, _ = rest.partition("@")
-    if (
-        at and not rest.startswith(ANONYMOUS) and (":" in before.partition("/")[0] or "/" not in before)
-    ):  # a key may have a / in it
+    keys = at and (":" in before.partition("/")[0] or "/" not in before)  # a key may have a / in it
+    if keys and not rest.startswith(ANONYMOUS):
         raise InputError(
             f"--{flag}: an address as {kind}://...@{rest.partition('@')[2]} has credentials in it, which would be in every log. "
             "They belong into the environment (AWS_ACCESS_KEY_ID ...)."

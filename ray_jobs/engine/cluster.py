@@ -323,18 +323,15 @@ class Line:
 
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
-        self.losses, self.saved = (
-            0,
-            -1,
-        )  # how often workers were lost since a later checkpoint was written, and which
+        self.losses = 0  # of workers, since a later checkpoint was written
+        self.saved = -1  # the step of that one
         self.asked = asyncio.Condition()  # that somebody shall stop
         self.stop_reason = GO_ON
         self.leaving: set[str] = set()  # nodes
         self.given_up: set[str] = set()
         self.failure: RunError | InputError | None = None
-        self.told: dict[
-            int | str, tuple
-        ] = {}  # rank or trial -> its last beat, when, when its step had changed
+        # By rank or trial: its last beat, when, and when its step had changed.
+        self.told: dict[int | str, tuple] = {}
 
     async def tell(self, event: dict) -> None:
         if event["kind"] == "checkpoint" and event["step"] > self.saved:

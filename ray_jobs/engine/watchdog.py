@@ -110,8 +110,7 @@ class Watchdog:
     def look(self) -> str | None:
         """Call now and then. If the run hangs: end the worker that it waits for, so that Ray Train starts the group
         again, and return what to tell."""
-        beats = self._beats()
-        found = culprit(beats, self.patience_s)
+        found = culprit(self._beats(), self.patience_s)
         if found is None:
             return None
         told, ended = self._end(*found, "rank", "it is replaced")

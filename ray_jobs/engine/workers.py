@@ -26,9 +26,8 @@ LOCK_FILE = ".lock"
 MARK_FILE = ".driver"  # what tells workers that they see the driver's folder
 LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
 CUT_OFF_S = 300  # on a node that is cut off it ends itself after two minutes (see `watchdog`); NFS then frees its lock
-LONGEST_WAIT_S = (
-    6 * 3600
-)  # of workers for one that validates or waits for storage; who hangs is found by the `watchdog`
+# Of workers for one that validates or waits for storage; who hangs is found by the `watchdog`.
+LONGEST_WAIT_S = 6 * 3600
 HANDED_ON = ("WANDB_RUN_GROUP",)  # from the process that starts the workers
 TELL_EVERY_S = 0.5  # how often the driver hears of steps
 

@@ -462,9 +462,8 @@ class TrialWitness(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial, **info) -> None:
         name, text = trial.config["trial"], "its process has ended"
-        with contextlib.suppress(
-            Exception
-        ):  # what `get_pickled_error` reads (Ray 2.60) is a copy that lags behind
+        # What `get_pickled_error` reads (Ray 2.60) is a copy that lags behind.
+        with contextlib.suppress(Exception):
             text = why(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
         self.line.forget_beat.remote(name)
         self.tell({"kind": "fault", "trial": name, "text": text})
