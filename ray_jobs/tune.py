@@ -165,6 +165,7 @@ def _search(
                 copy.ended(hopeless)
         told.put(event)
 
+    _survive_memory_kills()
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
     line = cluster.open_line()
     shared = (None, "") if plan.remote else (plan.output_dir, mark_of(plan.output_dir))
@@ -283,6 +284,23 @@ def _search(
     if search.given_up:
         return "failed", f"{DEATHS} trials in a row have cost {DEATHS} processes each; Ray's logs tell why."
     return status, None
+
+
+def _survive_memory_kills() -> None:
+    """Let Ray Tune take a trial whose process Ray has ended for want of memory for one whose process was killed. Ray Tune
+    (2.60) ends the search instead, since `OutOfMemoryError` is no `RayActorError`; nothing documented reaches what looks
+    after its actors."""
+    from ray.air.execution._internal import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+    from ray.tune.execution import tune_controller
+
+    class Manager(RayActorManager):
+        def _actor_task_failed(self, tracked_actor_task, exception: Exception) -> None:
+            if isinstance(exception, OutOfMemoryError):
+                exception = RayActorError(error_msg=str(exception))
+            super()._actor_task_failed(tracked_actor_task, exception)
+
+    tune_controller.RayActorManager = Manager
 
 
 # ---------------------------------------------------------------------- what the user sees

@@ -369,7 +369,7 @@ def test_node_runs_out_of_memory(head, parts, tmp_path, kind):
 
 def test_elastic(cluster, parts, tmp_path):
     """Two workers, one node lost: on with one, and with two again when there is a node; the same global batch in every
-    step, each step logged once, and the loss stays within the spread of four seeds of an undisturbed worker."""
+    step, each step logged once, and the loss is that of an undisturbed worker, within a tenth of the spread of four seeds."""
     run = tmp_path / "run"
     process = train(cluster, parts, run, "--steps=2500", "--ray.num_workers=1:2", "--save_freq=50")
     wait_for_step(run, 70)
@@ -391,13 +391,12 @@ def test_elastic(cluster, parts, tmp_path):
         return np.array([part.mean() for part in np.array_split(losses, 5)])
 
     undisturbed = []
-    for seed in range(4):
+    for seed in (1000, 0, 1, 2):  # the first is LeRobot's default, which the run had
         alone = (f"--steps={summary['step']}", f"--seed={seed}", "--ray.grad_accumulation=2")
         flags = tiny_act(parts, tmp_path / f"seed{seed}", *alone, "--save_checkpoint=false")
         _, events = train_in_process(flags)
         undisturbed.append(fifths([event for event in events if event["kind"] == "log"]))
-    least, most, ours = np.min(undisturbed, 0), np.max(undisturbed, 0), fifths(records)
+    ours, own, spread = fifths(records), undisturbed[0], np.ptp(undisturbed, 0)
     print(f"{summary['step']} steps, {summary['lost_steps']} of them twice")
-    print(f"{ours=}\n{least=}\n{most=}")
-    spread = most - least
-    assert (least - spread <= ours).all() and (ours <= most + spread).all()
+    print(f"{ours=}\n{own=}\n{spread=}")
+    assert (abs(ours - own) <= spread / 10).all()

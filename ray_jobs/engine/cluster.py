@@ -323,7 +323,7 @@ class Line:
 
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
-        self.losses = 0  # of workers, since a later checkpoint was written
+        self.lost = self.lost_when_saved = 0  # how often workers were lost, and until the last checkpoint
         self.saved = -1  # the step of that one
         self.asked = asyncio.Condition()  # that somebody shall stop
         self.stop_reason = GO_ON
@@ -335,14 +335,14 @@ class Line:
 
     async def tell(self, event: dict) -> None:
         if event["kind"] == "checkpoint" and event["step"] > self.saved:
-            self.losses, self.saved = 0, event["step"]
+            self.lost_when_saved, self.saved = self.lost, event["step"]
         if event["kind"] == "fault" and not event.get("announced"):
-            self.losses += 1
+            self.lost += 1
         await self.events.put(event)
 
-    async def losses_in_a_row(self) -> int:
-        """How often workers were lost since the run has got to another checkpoint."""
-        return self.losses
+    async def losses(self) -> tuple[int, int]:
+        """How often workers were lost: in all, and since the run has got to another checkpoint."""
+        return self.lost, self.lost - self.lost_when_saved
 
     async def hear(self, timeout_s: float) -> list[dict]:
         """Events since the last call; waits up to `timeout_s` for the first."""

@@ -94,19 +94,31 @@ class Training:
     def fit(self) -> None:
         import ray
         from ray.exceptions import OutOfMemoryError, RayActorError
-        from ray.train import WorkerGroupError
+        from ray.train import ControllerError, WorkerGroupError
 
-        most, losses = self.recipe.options.ray.max_failures, 0
+        from ray_jobs.engine.faults import why
+
+        most, losses, known = self.recipe.options.ray.max_failures, 0, 0
         while True:
             _give_back()
             try:
                 make_trainer(self.recipe, self.each, self.line, max(most - losses, -1)).fit()
                 return
-            except (RayActorError, OutOfMemoryError, WorkerGroupError) as error:
-                if not isinstance(error, WorkerGroupError):
-                    ray.get(self.line.tell.remote({"kind": "fault", "text": "the run's controller was lost"}))
+            except (RayActorError, OutOfMemoryError, WorkerGroupError, ControllerError) as error:
+                told, _ = ray.get(self.line.losses.remote())
+                text = "the run's controller was lost"
+                if isinstance(error, WorkerGroupError):  # which the `faults.Witness` has told
+                    text = None
+                elif isinstance(error, ControllerError):
+                    # That of Ray Train 2.60 gives up when Ray has ended a worker for want of memory; while workers start,
+                    # the witness does not hear of it.
+                    if not isinstance(error.controller_failure, OutOfMemoryError):
+                        raise
+                    text = f"a worker was lost ({why(error)})" if told == known else None
+                if text:
+                    ray.get(self.line.tell.remote({"kind": "fault", "text": text}))
                     self.line.forget_beats.remote()
-                losses = ray.get(self.line.losses_in_a_row.remote())
+                known, losses = ray.get(self.line.losses.remote())
                 if losses > most >= 0 or ray.get(self.line.why_failed.remote()):
                     raise
 
