@@ -120,11 +120,12 @@ def _search(
     """Run Ray Tune until the study has all its trials; returns how it ended, and why if it failed."""
     import ray
     from ray import tune
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayError
     from ray.tune import FailureConfig, RunConfig, TuneConfig
     from ray.tune.execution import class_cache
 
     from ray_jobs.engine.explain import first_line
+    from ray_jobs.engine.faults import why
     from ray_jobs.engine.patience import patiently
     from ray_jobs.engine.watchdog import Watchdog
     from ray_jobs.engine.workers import check_node, mark_of, start_fit
@@ -263,9 +264,9 @@ def _search(
         while not told.empty():
             progress.show(told.get())
         failure = failure or search.failure or ray.get(line.why_failed.remote())
-    except RayActorError as error:
+    except RayError as error:
         raise RunError(
-            f"the Ray cluster that the search ran on is gone ({type(error).__name__}); --resume=true goes on, on another."
+            f"the search has lost its helper process on this node, or its cluster ({why(error)}); --resume=true goes on."
         ) from error
     finally:
         progress.close()
@@ -294,11 +295,15 @@ def _survive_memory_kills() -> None:
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.tune.execution import tune_controller
 
+    def as_killed(error: Exception) -> Exception:
+        return RayActorError(error_msg=str(error)) if isinstance(error, OutOfMemoryError) else error
+
     class Manager(RayActorManager):
+        def _actor_start_failed(self, tracked_actor, exception: Exception) -> None:
+            super()._actor_start_failed(tracked_actor, as_killed(exception))
+
         def _actor_task_failed(self, tracked_actor_task, exception: Exception) -> None:
-            if isinstance(exception, OutOfMemoryError):
-                exception = RayActorError(error_msg=str(exception))
-            super()._actor_task_failed(tracked_actor_task, exception)
+            super()._actor_task_failed(tracked_actor_task, as_killed(exception))
 
     tune_controller.RayActorManager = Manager
 

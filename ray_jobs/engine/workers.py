@@ -121,6 +121,15 @@ class Training:
                 known, losses = ray.get(self.line.losses.remote())
                 if losses > most >= 0 or ray.get(self.line.why_failed.remote()):
                     raise
+            # One that could not end its workers is known to be dead only when the next has begun to wait for their room.
+            late = threading.Timer(10, _give_back_if_it_can)
+            late.daemon = True
+            late.start()
+
+
+def _give_back_if_it_can() -> None:
+    with contextlib.suppress(Exception):  # the run may be over, and its connection to Ray
+        _give_back()
 
 
 def _give_back() -> None:
