@@ -26,6 +26,7 @@ NETWORK = (
     "; where nodes have several networks, NCCL_SOCKET_IFNAME (on CPUs GLOO_SOCKET_IFNAME) says which one is theirs, "
     "set on every node before `ray start`"
 )
+LOST_CONNECTION = ("onnection closed by peer", "onnection reset")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -63,6 +64,14 @@ def describe(errors: dict[int, Exception]) -> str:
     told = sorted(((*_reason(error), rank) for rank, error in errors.items()), key=lambda item: item[0])
     _, text, rank = told[0]
     return f"a worker was lost (rank {rank}: {text})"
+
+
+def of_a_loss(error: Exception) -> bool:
+    """Whether it ended Ray Train's controller (2.60) though only a worker was lost: one that Ray has ended for want of
+    memory, or one without which the others could not start."""
+    text = str(error)
+    lost = any(sign in text for sign in LOST_CONNECTION) and not any(sign in text for sign in NOT_CONNECTED)
+    return isinstance(error, OutOfMemoryError) or lost
 
 
 @contextmanager
@@ -113,7 +122,7 @@ def _reason(error: Exception) -> tuple[int, str]:
     told = f"{type(error).__name__}: {last}"[:300]
     if any(sign in text for sign in NOT_CONNECTED):
         return 5, told + NETWORK
-    if any(sign in text for sign in ("onnection closed by peer", "onnection reset", "NCCL", "gloo")):
+    if any(sign in text for sign in (*LOST_CONNECTION, "NCCL", "gloo")):
         return 5, f"it has lost its connection to another one, {told}"
     return 4, told
 

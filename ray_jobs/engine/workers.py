@@ -96,7 +96,7 @@ class Training:
         from ray.exceptions import OutOfMemoryError, RayActorError
         from ray.train import ControllerError, WorkerGroupError
 
-        from ray_jobs.engine.faults import why
+        from ray_jobs.engine.faults import of_a_loss, why
 
         most, losses, known = self.recipe.options.ray.max_failures, 0, 0
         while True:
@@ -110,10 +110,9 @@ class Training:
                 if isinstance(error, WorkerGroupError):  # which the `faults.Witness` has told
                     text = None
                 elif isinstance(error, ControllerError):
-                    # That of Ray Train 2.60 gives up when Ray has ended a worker for want of memory; while workers start,
-                    # the witness does not hear of it.
-                    if not isinstance(error.controller_failure, OutOfMemoryError):
+                    if not of_a_loss(error.controller_failure):
                         raise
+                    # Of those that are lost while workers start the witness does not hear.
                     text = f"a worker was lost ({why(error)})" if told == known else None
                 if text:
                     ray.get(self.line.tell.remote({"kind": "fault", "text": text}))
