@@ -26,6 +26,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))
 
 SAVE_EVERY = 20
+EVAL_EVERY = 10  # a search's trials
 LONGEST_S = 7200
 PREY = {"worker": ("RayTrainWorker", "ImplicitFunc", "run_trial"), "controller": ("TrainController",)}
 
@@ -33,9 +34,10 @@ PREY = {"worker": ("RayTrainWorker", "ImplicitFunc", "run_trial"), "controller":
 class Soak:
     """A head without CPUs, where the driver is, and two nodes that are replaced when they are killed."""
 
-    def __init__(self, root: Path, folder: Path, what: str, workers: int, seed: int):
+    def __init__(self, root: Path, folder: Path, what: str, workers: int, steps: int, seed: int):
         from ray.cluster_utils import Cluster
 
+        self.steps = steps
         self.root, self.run, self.what, self.workers = root, folder / "run", what, workers
         self.random, self.kills, self.starts = random.Random(seed), Counter(), 0
         self.torn: list[str] = []
@@ -45,10 +47,10 @@ class Soak:
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
         self.driver = self.failed_at = None
 
-    def flags(self, steps: int) -> list[str]:
+    def flags(self) -> list[str]:
         from conftest import tiny_act
 
-        flags = tiny_act(self.root, self.run, f"--steps={steps}", f"--save_freq={SAVE_EVERY}")
+        flags = tiny_act(self.root, self.run, f"--steps={self.steps}", f"--save_freq={SAVE_EVERY}")
         flags += [f"--ray.address={self.cluster.address}", "--ray.cpus_per_worker=1"]
         if self.what == "tune":
             space = self.run.parent / "space.yaml"
@@ -57,14 +59,14 @@ class Soak:
                 "search:\n  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n"
             )
             flags = [f for f in flags if not f.startswith("--policy.type")]
-            more = ("--tune.num_samples=20", "--tune.scheduler=none", "--eval_steps=10")
+            more = ("--tune.num_samples=20", "--tune.scheduler=none", f"--eval_steps={EVAL_EVERY}")
             return [*flags, f"--space={space}", *more]
         return [*flags, f"--ray.num_workers={self.workers}", "--ray.max_failures=-1"]
 
-    def start(self, steps: int) -> None:
+    def start(self) -> None:
         from test_faults import Run
 
-        flags = self.flags(steps)
+        flags = self.flags()
         if self.starts:
             flags = (
                 [f"--output_dir={self.run}", "--resume=true"]
@@ -74,11 +76,11 @@ class Soak:
         self.starts += 1
         self.driver = Run(flags, job=f"ray_jobs.{self.what}")
 
-    def finish(self, steps: int, kills: int) -> None:
+    def finish(self, kills: int) -> None:
         """Run to the end, killing as often as was asked for, as long as it lasts."""
         give_up = time.monotonic() + LONGEST_S
-        self.start(steps)
-        log = self.run.parent / "driver.log"
+        self.start()
+        log, hasty = self.run.parent / "driver.log", False
         while time.monotonic() < give_up:
             if self.driver.process.poll() is not None:
                 log.write_text((log.read_text() if log.exists() else "") + self.driver.printed)
@@ -87,29 +89,35 @@ class Soak:
                 if self.failed_at == sum(self.kills.values()):
                     raise SystemExit(f"the driver failed twice without a kill, see {log}")
                 self.failed_at = sum(self.kills.values())
-                self.start(steps)
+                self.start()
             if sum(self.kills.values()) < kills:
-                if self.random.random() < 0.7:  # the other kills hit what is only being started
-                    self.wait_for_a_step()
-                # A trial that dies three times without getting further is given up, as it should be.
-                time.sleep(self.random.uniform(0, 5) + (10 if self.what == "tune" else 0))
+                # Some kills hit what is only being started. Never two in a row in a search: a trial that dies three times
+                # without getting further is given up, as it should be.
+                hasty = self.random.random() < 0.3 and not (hasty and self.what == "tune")
+                if not hasty:
+                    self.wait_for_progress()
+                time.sleep(self.random.uniform(0, 5))
                 self.kill()
             else:
                 time.sleep(2)
             self.look()
         raise SystemExit(f"not finished after {LONGEST_S} s, {self.kills}")
 
-    def wait_for_a_step(self) -> None:
-        """Return once the training, or one of the trials, has done a step."""
+    def wait_for_progress(self) -> None:
+        """Return once the training has done a step, or the trials that run have validated once more."""
 
-        def reached() -> dict[Path, str]:
-            return {
-                path: path.read_text()
-                for path in [*self.run.glob(".progress"), *self.run.glob("trials/*/.progress")]
-            }
+        def reached() -> dict[Path, int]:
+            runs = [self.run, *self.run.glob("trials/*")]
+            return {path: int(path.read_text().split()[0]) for run in runs for path in run.glob(".progress")}
 
-        before, give_up = reached(), time.monotonic() + 90
-        while self.driver.process.poll() is None and time.monotonic() < give_up and reached() == before:
+        more = EVAL_EVERY if self.what == "tune" else 1
+        wanted = {path: min(step + more, self.steps) for path, step in reached().items()}
+        give_up = time.monotonic() + 90
+        while self.driver.process.poll() is None and time.monotonic() < give_up:
+            now = reached()
+            if wanted and all(now[path] >= step for path, step in wanted.items()):
+                return
+            wanted = wanted or dict.fromkeys(now, 1)
             time.sleep(0.2)
 
     def kill(self) -> None:
@@ -158,15 +166,18 @@ def main(argv: list[str]) -> int:
 
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     root = record(folder / "parts", episodes=12, image_size=64, seed=7)
-    soak = Soak(root, folder, asked.what, asked.workers, asked.seed)
+    soak = Soak(root, folder, asked.what, asked.workers, asked.steps, asked.seed)
     begin = time.monotonic()
     try:
-        soak.finish(asked.steps, asked.kills)
+        soak.finish(asked.kills)
     finally:
         soak.cluster.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
     faults, lost, restarts = list(soak.torn), 0, 0
     for run in sorted(soak.run.glob("trials/*")) or [soak.run]:
+        if not (run / "summary.json").exists():
+            faults.append(f"{run.name}: not finished")
+            continue
         trained = json.loads((run / "summary.json").read_text())
         lost, restarts = lost + trained["lost_steps"], restarts + trained["restarts"]
         if trained["lost_steps"] > SAVE_EVERY * trained["restarts"]:
