@@ -104,13 +104,13 @@ class Soak:
         raise SystemExit(f"not finished after {LONGEST_S} s, {self.kills}")
 
     def wait_for_progress(self) -> None:
-        """Return once the training has done a step, or the trials that run have validated once more."""
+        """Return once the training has got to another checkpoint, or the trials that run to another validation."""
 
         def reached() -> dict[Path, int]:
             runs = [self.run, *self.run.glob("trials/*")]
             return {path: int(path.read_text().split()[0]) for run in runs for path in run.glob(".progress")}
 
-        more = EVAL_EVERY if self.what == "tune" else 1
+        more = EVAL_EVERY if self.what == "tune" else SAVE_EVERY
         wanted = {path: min(step + more, self.steps) for path, step in reached().items()}
         give_up = time.monotonic() + 90
         while self.driver.process.poll() is None and time.monotonic() < give_up:
