@@ -45,6 +45,7 @@ def _build(words: list[str]) -> int:
     import ray
 
     from ray_jobs.engine import dataset_options
+    from ray_jobs.engine.faults import if_helper_dies
 
     dataset_options.read(words)  # a mistake is told of once, and here
     cluster.start(flags.get("ray.address")).result()
@@ -56,11 +57,13 @@ def _build(words: list[str]) -> int:
             task = ray.remote(num_cpus=0, label_selector=here)(_build_on_node)
             tasks.append(task.remote(words, node["NodeManagerAddress"], line))
     waiting = list(tasks)
-    while waiting:
-        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
-        for event in ray.get(line.hear.remote(0)):
-            print(event["text"], flush=True)
-    if failed := [error for error in ray.get(tasks) if error]:
+    with if_helper_dies("this command's", after="Frames that are decoded stay; the same command goes on."):
+        while waiting:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
+            for event in ray.get(line.hear.remote(0)):
+                print(event["text"], flush=True)
+        ended = ray.get(tasks)
+    if failed := [error for error in ended if error]:
         raise RunError("\n".join(failed))
     return 0
 

@@ -69,7 +69,7 @@ def _start_ray(argv: list[str]) -> None:
 
 def _train_here(recipe: "Recipe", display: Display) -> dict:
     """Run the loop in this process; returns the summary."""
-    from ray_jobs.engine.workers import train_here
+    from ray_jobs.engine.driver import train_here
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # it has a handler of its own
     with _interrupts(display) as asked:
@@ -81,7 +81,7 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     import ray
     import ray.train.torch  # not where Ray starts: two threads that import its parts trip each other
 
-    from ray_jobs.engine.workers import train_on_workers
+    from ray_jobs.engine.driver import train_on_workers
 
     options = recipe.options.ray
     cluster.start(options.address).result()

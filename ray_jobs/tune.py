@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
         from sqlalchemy.exc import SQLAlchemyError
 
         from ray_jobs.engine.explain import first_line
+        from ray_jobs.engine.faults import if_helper_dies
         from ray_jobs.engine.workers import lock
         from ray_jobs.search import answer, bucket_copy, dry_run, report
         from ray_jobs.search.plan import SEARCH_FILE, make_plan, read_command
@@ -80,7 +81,8 @@ def main(argv: list[str]) -> int:
             answer.reopen(plan)
         with bucket_copy.kept(plan, study, print) as copy:
             started = time.monotonic()
-            status, error = _search(plan, study, slot, seed, copy)
+            with if_helper_dies("the search's", after="The study is intact; --resume=true goes on."):
+                status, error = _search(plan, study, slot, seed, copy)
             try:
                 if copy:
                     copy.gather(plan, study)
@@ -120,27 +122,25 @@ def _search(
     """Run Ray Tune until the study has all its trials; returns how it ended, and why if it failed."""
     import ray
     from ray import tune
-    from ray.exceptions import RayError
     from ray.tune import FailureConfig, RunConfig, TuneConfig
     from ray.tune.execution import class_cache
 
+    from ray_jobs.engine.driver import start_fit
     from ray_jobs.engine.explain import first_line
-    from ray_jobs.engine.faults import why
     from ray_jobs.engine.patience import patiently
     from ray_jobs.engine.watchdog import Watchdog
-    from ray_jobs.engine.workers import check_node, mark_of, start_fit
+    from ray_jobs.engine.workers import check_node, mark_of
     from ray_jobs.search import answer, dry_run
     from ray_jobs.search.options import MORE_IS_BETTER
     from ray_jobs.search.progress import Progress
-    from ray_jobs.search.study import (
+    from ray_jobs.search.searcher import (
         DEATHS,
         StudyScheduler,
         StudySearch,
         TrialWitness,
-        finished,
-        trial_name,
-        trials_of,
+        survive_memory_kills,
     )
+    from ray_jobs.search.study import finished, trial_name, trials_of
     from ray_jobs.search.trial import run_trial
 
     options = plan.options.tune
@@ -166,7 +166,7 @@ def _search(
                 copy.ended(hopeless)
         told.put(event)
 
-    _survive_memory_kills()
+    survive_memory_kills()
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
     line = cluster.open_line()
     shared = (None, "") if plan.remote else (plan.output_dir, mark_of(plan.output_dir))
@@ -264,10 +264,6 @@ def _search(
         while not told.empty():
             progress.show(told.get())
         failure = failure or search.failure or ray.get(line.why_failed.remote())
-    except RayError as error:
-        raise RunError(
-            f"the search has lost its helper process on this node, or its cluster ({why(error)}); --resume=true goes on."
-        ) from error
     finally:
         progress.close()
         ray.kill(line)  # Tune's registry would keep it as long as this process lives
@@ -285,27 +281,6 @@ def _search(
     if search.given_up:
         return "failed", f"{DEATHS} trials in a row have cost {DEATHS} processes each; Ray's logs tell why."
     return status, None
-
-
-def _survive_memory_kills() -> None:
-    """Let Ray Tune take a trial whose process Ray has ended for want of memory for one whose process was killed. Ray Tune
-    (2.60) ends the search instead, since `OutOfMemoryError` is no `RayActorError`; nothing documented reaches what looks
-    after its actors."""
-    from ray.air.execution._internal import RayActorManager
-    from ray.exceptions import OutOfMemoryError, RayActorError
-    from ray.tune.execution import tune_controller
-
-    def as_killed(error: Exception) -> Exception:
-        return RayActorError(error_msg=str(error)) if isinstance(error, OutOfMemoryError) else error
-
-    class Manager(RayActorManager):
-        def _actor_start_failed(self, tracked_actor, exception: Exception) -> None:
-            super()._actor_start_failed(tracked_actor, as_killed(exception))
-
-        def _actor_task_failed(self, tracked_actor_task, exception: Exception) -> None:
-            super()._actor_task_failed(tracked_actor_task, as_killed(exception))
-
-    tune_controller.RayActorManager = Manager
 
 
 # ---------------------------------------------------------------------- what the user sees

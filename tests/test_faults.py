@@ -116,7 +116,9 @@ def test_killed_controller_is_replaced(parts, undisturbed, tmp_path):
     (controller,) = (p for p in run.family() if "TrainController" in " ".join(p.cmdline()))
     controller.kill()
     assert run.end() == 0, run.printed
-    assert "the run's controller was lost; the run goes on from step" in run.printed, run.printed
+    assert (
+        "the run's controller was lost (its process was killed); the run goes on from step" in run.printed
+    ), run.printed
     assert_same_end(tmp_path / "run", undisturbed)
 
 

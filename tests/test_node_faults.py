@@ -369,7 +369,7 @@ def test_node_runs_out_of_memory(head, parts, tmp_path, kind):
 
 def test_elastic(cluster, parts, tmp_path):
     """Two workers, one node lost: on with one, and with two again when there is a node; the same global batch in every
-    step, each step logged once, and the loss is that of an undisturbed worker, within a tenth of the spread of four seeds."""
+    step, each step logged once, and the loss is that of an undisturbed worker, within a tenth of the spread of three others."""
     run = tmp_path / "run"
     process = train(cluster, parts, run, "--steps=2500", "--ray.num_workers=1:2", "--save_freq=50")
     wait_for_step(run, 70)
@@ -396,7 +396,7 @@ def test_elastic(cluster, parts, tmp_path):
         flags = tiny_act(parts, tmp_path / f"seed{seed}", *alone, "--save_checkpoint=false")
         _, events = train_in_process(flags)
         undisturbed.append(fifths([event for event in events if event["kind"] == "log"]))
-    ours, own, spread = fifths(records), undisturbed[0], np.ptp(undisturbed, 0)
+    ours, own, spread = fifths(records), undisturbed[0], np.ptp(undisturbed[1:], 0)
     print(f"{summary['step']} steps, {summary['lost_steps']} of them twice")
     print(f"{ours=}\n{own=}\n{spread=}")
     assert (abs(ours - own) <= spread / 10).all()

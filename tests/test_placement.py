@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.engine import cluster as our_cluster
-from ray_jobs.engine import workers
+from ray_jobs.engine.driver import make_trainer
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.recipe import resolve
 
@@ -64,7 +64,7 @@ def places_of(parts, folder, runs: int, count: int, *flags: str) -> list[list[st
         more = (f"--ray.num_workers={count}", "--ray.gpus_per_worker=1", "--ray.cpus_per_worker=1", *flags)
         recipe = resolve(tiny_act(parts, folder / f"{len(flags)}-{number}", *more))
         each = our_cluster.share(count, 1, 1.0, None)
-        ours = workers.make_trainer(recipe, each, line)
+        ours = make_trainer(recipe, each, line, max_failures=0)
         trainer = TorchTrainer(
             stay,
             train_loop_config={"run": str(number)},

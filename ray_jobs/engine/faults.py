@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import (
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.train import UserCallback
 
 from ray_jobs.engine.errors import InputError, RunError, StorageLost
@@ -75,19 +82,22 @@ def of_a_loss(error: Exception) -> bool:
 
 
 @contextmanager
-def without_line() -> Iterator[None]:
-    """Within, a driver that loses its line to the run, an actor on its own node, says why.
+def if_helper_dies(whose: str, after: str) -> Iterator[None]:
+    """Within, a driver that loses a helper process (its line to the run, say) tells why.
+
+    Args:
+        whose: It is, as in "the run's".
+        after: What is kept, and how to go on.
 
     Raises:
         RunError: It has lost it.
     """
     try:
         yield
+    except RayTaskError:  # raised by what the process does
+        raise
     except RayError as error:
-        raise RunError(
-            f"the run's helper process on this node is gone: {why(error)}\n"
-            "The last checkpoint is intact; --resume=true goes on from it."
-        ) from error
+        raise RunError(f"{whose} helper process is gone: {why(error)}\n{after}") from error
 
 
 def why(error: Exception) -> str:
@@ -113,7 +123,7 @@ def _reason(error: Exception) -> tuple[int, str]:
         return 2, "its node is gone"
     if isinstance(error, ActorUnavailableError):  # in the first seconds after its node is gone
         return 3, "its process does not answer any more"
-    if isinstance(error, RayActorError):
+    if isinstance(error, RayActorError | WorkerCrashedError):
         return 3, "its process was killed"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = next(

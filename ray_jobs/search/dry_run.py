@@ -10,6 +10,7 @@ import optuna
 import ray
 
 from ray_jobs.engine.console import duration, quiet
+from ray_jobs.engine.faults import if_helper_dies
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.slot import Slot
 from ray_jobs.search.space import flags
@@ -58,7 +59,8 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
             + "  ".join(w[2:] for w in flags({k: v for k, v in config.items() if k in searched}))
         )
     run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus)(time_steps)
-    costs = [ray.get(run.remote([*plan.base, *flags(s.published(plan.space.fixed))])) for s in spaces]
+    with if_helper_dies("the dry run's", after="Nothing was begun."):
+        costs = [ray.get(run.remote([*plan.base, *flags(s.published(plan.space.fixed))])) for s in spaces]
     step_s, eval_s = (statistics.mean(cost[name] for cost in costs) for name in ("step_s", "eval_s"))
     trial_s = step_s * plan.steps + eval_s * plan.steps / plan.recipe.eval_steps
     share = expected_share(plan)
@@ -101,8 +103,8 @@ def time_steps(flags: list[str]) -> dict:
     """
     quiet()
     from ray_jobs.engine import preflight
+    from ray_jobs.engine.driver import train_here
     from ray_jobs.engine.recipe import resolve
-    from ray_jobs.engine.workers import train_here
 
     with tempfile.TemporaryDirectory() as folder:
         more = [f"--output_dir={Path(folder) / 'run'}", "--save_checkpoint=false", "--wandb.enable=false"]

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
+from ray_jobs.engine.driver import ERROR_LOG
 from ray_jobs.engine.errors import INTERRUPTED, PREEMPTED, PRUNED, InputError, RunError, StorageLost
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
-from ray_jobs.engine.workers import ERROR_LOG
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -93,9 +93,10 @@ def run_trial(
 
         from ray_jobs.engine import mirror, watchdog
         from ray_jobs.engine.bucket import is_uri
+        from ray_jobs.engine.driver import train_here, train_on_workers
         from ray_jobs.engine.faults import Preempted
         from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
-        from ray_jobs.engine.workers import listen_for_stop, teller, train_here, train_on_workers
+        from ray_jobs.engine.workers import listen_for_stop, teller
 
     place, pruned, values = trial_place(search, config["trial"]), False, {}
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
