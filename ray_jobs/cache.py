@@ -45,25 +45,33 @@ def _build(words: list[str]) -> int:
     import ray
 
     from ray_jobs.engine import dataset_options
-    from ray_jobs.engine.faults import if_helper_dies
 
     dataset_options.read(words)  # a mistake is told of once, and here
     cluster.start(flags.get("ray.address")).result()
+    from ray.exceptions import RayError
+
+    from ray_jobs.engine.faults import if_helper_dies, why
+
     line = cluster.open_line()
-    tasks = []
+    names = {}
     for node in ray.nodes():
         if node["Alive"]:
-            here = {"ray.io/node-id": node["NodeID"]}
+            name, here = node["NodeManagerAddress"], {"ray.io/node-id": node["NodeID"]}
             task = ray.remote(num_cpus=0, label_selector=here)(_build_on_node)
-            tasks.append(task.remote(words, node["NodeManagerAddress"], line))
-    waiting = list(tasks)
-    with if_helper_dies("this command's", after="Frames that are decoded stay; the same command goes on."):
+            names[task.remote(words, name, line)] = name
+    waiting = list(names)
+    with if_helper_dies("this command's helper process", "What is decoded stays; the same command goes on."):
         while waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
             for event in ray.get(line.hear.remote(0)):
                 print(event["text"], flush=True)
-        ended = ray.get(tasks)
-    if failed := [error for error in ended if error]:
+    failed = []
+    for task, name in names.items():
+        try:
+            failed.append(ray.get(task))
+        except RayError as error:
+            failed.append(f"{name}: {why(error)}")
+    if failed := [text for text in failed if text]:
         raise RunError("\n".join(failed))
     return 0
 
@@ -72,7 +80,7 @@ def _build_on_node(words: list[str], name: str, line) -> str | None:
     """Returns what went wrong."""
     quiet()
     try:
-        _build_here(words, lambda text: line.tell.remote({"text": f"{name}: {text}"}))
+        _build_here(words, lambda text: line.tell.remote({"kind": "notice", "text": f"{name}: {text}"}))
     except (InputError, RunError) as error:
         return f"{name}: {error}"
     return None

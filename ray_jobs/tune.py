@@ -48,7 +48,6 @@ def main(argv: list[str]) -> int:
         from sqlalchemy.exc import SQLAlchemyError
 
         from ray_jobs.engine.explain import first_line
-        from ray_jobs.engine.faults import if_helper_dies
         from ray_jobs.engine.workers import lock
         from ray_jobs.search import answer, bucket_copy, dry_run, report
         from ray_jobs.search.plan import SEARCH_FILE, make_plan, read_command
@@ -60,6 +59,8 @@ def main(argv: list[str]) -> int:
     for notice in plan.notices:
         print(notice)
     cluster.start(plan.recipe.options.ray.address).result()
+    from ray_jobs.engine.faults import if_helper_dies  # not while Ray starts: it imports parts of it
+
     slot = decide(plan)
     if options.tune.dry_run:
         dry_run.show(plan, slot, print)
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
             answer.reopen(plan)
         with bucket_copy.kept(plan, study, print) as copy:
             started = time.monotonic()
-            with if_helper_dies("the search's", after="The study is intact; --resume=true goes on."):
+            with if_helper_dies("the search's helper process", "The study is intact; --resume=true goes on."):
                 status, error = _search(plan, study, slot, seed, copy)
             try:
                 if copy:

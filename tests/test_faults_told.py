@@ -11,12 +11,19 @@ import pytest
 import torch
 from conftest import ROOT, tiny_act
 from lerobot.policies.act.modeling_act import ACTPolicy
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import (
+    ActorDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from ray_jobs.engine import checkpoint, faults, loop, patience, preflight, watchdog
+from ray_jobs.engine import checkpoint, driver, faults, loop, patience, preflight, watchdog
 from ray_jobs.engine.console import Display
-from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.faults import in_plain_words
 from ray_jobs.engine.recipe import resolve
 
@@ -191,3 +198,58 @@ def test_out_of_main_memory(parts, tmp_path):
     assert result.returncode == 1, result.stderr[-2000:]
     assert result.stderr.startswith("failed: out of memory") and "--batch_size=10000" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ActorDiedError(), "its process was killed"),
+        (WorkerCrashedError(), "its process was killed"),
+        (
+            OutOfMemoryError("Task was killed due to the node running low on memory."),
+            "its node ran out of memory",
+        ),
+    ],
+)
+def test_a_command_that_loses_its_helper(error, told):
+    with pytest.raises(RunError, match=f"the run's helper, or its cluster, is gone: {told}.*\nAll is kept."):
+        with faults.if_helper_dies("the run's helper", "All is kept."):
+            raise error
+
+
+def test_what_a_helper_raises_is_no_loss():
+    for cause, raised in ((InputError("no such file"), InputError), (KeyError("kind"), RayTaskError)):
+        error = RayTaskError("timed", "Traceback ...", cause).as_instanceof_cause()
+        with pytest.raises(raised) as caught, faults.if_helper_dies("the run's helper", "All is kept."):
+            raise error
+        assert (str(caught.value) == "no such file") == (raised is InputError)
+
+
+STARVED = OutOfMemoryError("Task was killed due to the node running low on memory.")
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "logged"),
+    [
+        (
+            WorkerGroupError("", {1: STARVED}),
+            "a worker was lost (rank 1: its node ran out of",
+            "OutOfMemoryError",
+        ),
+        (
+            ControllerError(STARVED),
+            "a worker was lost (its node ran out of memory",
+            "ControllerError",
+        ),  # at its start
+        (
+            ControllerError(ValueError("no")),
+            "the run's controller has failed (ValueError: no)",
+            "ControllerError",
+        ),
+        (ActorDiedError(), "the run's controller has failed (its process was killed)", "ActorDiedError"),
+    ],
+)
+def test_why_a_run_was_given_up(parts, tmp_path, error, told, logged):
+    recipe = resolve(tiny_act(parts, tmp_path / "run"))
+    assert driver._explain(error, recipe).startswith(told)
+    assert logged in (tmp_path / "run/error.log").read_text()

@@ -61,7 +61,9 @@ def train_on_workers(
     line = open_line()
     fitting, outcome = start_fit(Training(recipe, each, line))
     watchdog = Watchdog(line, recipe.options.ray.hang_timeout)
-    with if_helper_dies("the run's", after="The last checkpoint is intact; --resume=true goes on from it."):
+    with if_helper_dies(
+        "the run's helper process", "The last checkpoint is intact; --resume=true goes on from it."
+    ):
         while fitting.is_alive():
             for event in ray.get(line.hear.remote(0.5)):
                 report(event)
@@ -233,12 +235,13 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
 
 def _explain(error: Exception, recipe: "Recipe") -> str:
     """Why Ray Train gave up, in two lines; the whole story goes into the run's error.log."""
-    from ray_jobs.engine.faults import describe, why
+    from ray_jobs.engine.faults import describe, of_a_loss, why
 
     if failures := getattr(error, "worker_failures", None):
         told, (_, error) = describe(failures), min(failures.items())
     else:
-        told = f"the run's controller has failed ({why(error)})"
+        starting = of_a_loss(getattr(error, "controller_failure", None))  # of the workers, that is
+        told = f"{'a worker was lost' if starting else "the run's controller has failed"} ({why(error)})"
     log = recipe.output_dir / ERROR_LOG
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(traceback.format_exception(error)))

@@ -82,22 +82,25 @@ def of_a_loss(error: Exception) -> bool:
 
 
 @contextmanager
-def if_helper_dies(whose: str, after: str) -> Iterator[None]:
-    """Within, a driver that loses a helper process (its line to the run, say) tells why.
+def if_helper_dies(what: str, kept: str) -> Iterator[None]:
+    """Within, a driver that loses a process of its own on the cluster (its line to the run, say) tells why.
 
     Args:
-        whose: It is, as in "the run's".
-        after: What is kept, and how to go on.
+        what: Which, as in "the run's helper process".
+        kept: What is not lost, and how to go on.
 
     Raises:
         RunError: It has lost it.
+        InputError: As raised in the process.
     """
     try:
         yield
-    except RayTaskError:  # raised by what the process does
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError | RunError):
+            raise error.cause from None
         raise
     except RayError as error:
-        raise RunError(f"{whose} helper process is gone: {why(error)}\n{after}") from error
+        raise RunError(f"{what}, or its cluster, is gone: {why(error)}\n{kept}") from error
 
 
 def why(error: Exception) -> str:

@@ -10,7 +10,6 @@ import optuna
 import ray
 
 from ray_jobs.engine.console import duration, quiet
-from ray_jobs.engine.faults import if_helper_dies
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.slot import Slot
 from ray_jobs.search.space import flags
@@ -58,8 +57,10 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
             f"  {name}  "
             + "  ".join(w[2:] for w in flags({k: v for k, v in config.items() if k in searched}))
         )
+    from ray_jobs.engine.faults import if_helper_dies
+
     run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus)(time_steps)
-    with if_helper_dies("the dry run's", after="Nothing was begun."):
+    with if_helper_dies("the process that timed a few steps", "No search was begun."):
         costs = [ray.get(run.remote([*plan.base, *flags(s.published(plan.space.fixed))])) for s in spaces]
     step_s, eval_s = (statistics.mean(cost[name] for cost in costs) for name in ("step_s", "eval_s"))
     trial_s = step_s * plan.steps + eval_s * plan.steps / plan.recipe.eval_steps

@@ -1,4 +1,4 @@
-"""Ray Tune's side of a search: it asks the study through its two documented interfaces, `Searcher` and `TrialScheduler`.
+"""Ray Tune's side of a search: what asks the study, through its interfaces `Searcher` and `TrialScheduler`.
 
 Unlike Ray's own `OptunaSearch` (2.60), which tells Optuna that a stopped trial is COMPLETE, pruned trials are PRUNED with
 their intermediate values and failed ones are FAIL. Stopping is decided by Optuna's pruners, whose only state is the study:
@@ -16,7 +16,10 @@ from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 from ray import cloudpickle
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import Callback
+from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -318,9 +321,6 @@ def survive_memory_kills() -> None:
     """Let Ray Tune take a trial whose process Ray has ended for want of memory for one whose process was killed. Ray Tune
     (2.60) ends the search instead, since `OutOfMemoryError` is no `RayActorError`; nothing documented reaches what looks
     after its actors."""
-    from ray.air.execution._internal import RayActorManager
-    from ray.exceptions import OutOfMemoryError, RayActorError
-    from ray.tune.execution import tune_controller
 
     def as_killed(error: Exception) -> Exception:
         return RayActorError(error_msg=str(error)) if isinstance(error, OutOfMemoryError) else error
