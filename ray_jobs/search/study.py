@@ -107,28 +107,27 @@ class PatientStorage(RDBStorage):
 
     patient = False
 
-    def _patiently(self, method: Callable, *args, **kwargs):
+    def _may_return(self, error: Exception) -> bool:
+        return self.patient and isinstance(error, OperationalError) and "disk is full" not in str(error)
+
+
+def _patient(method: Callable) -> Callable:
+    kept = "What is in it stays; --resume=true goes on."
+
+    @functools.wraps(method)
+    def patient(self: PatientStorage, *args, **kwargs):
         def use():
             try:
                 return method(self, *args, **kwargs)
             except StorageInternalError as error:
                 raise (error.__cause__ or error) from error  # it says what is wrong
 
-        kept = lambda: "What is in it stays; --resume=true goes on."  # noqa: E731
+        passing = self._may_return
         try:
-            return patiently(use, "the study", print, doing="used", passing=self._may_return, kept=kept)
+            return patiently(use, "the study", print, doing="used", passing=passing, kept=lambda: kept)
         except StorageLost:
             self.patient = False  # what is left to be done need not wait as long
             raise
-
-    def _may_return(self, error: Exception) -> bool:
-        return self.patient and isinstance(error, OperationalError) and "disk is full" not in str(error)
-
-
-def _patient(method: Callable) -> Callable:
-    @functools.wraps(method)
-    def patient(self: PatientStorage, *args, **kwargs):
-        return self._patiently(method, *args, **kwargs)
 
     return patient
 
