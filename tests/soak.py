@@ -1,8 +1,8 @@
 """Kill, at random moments, workers, controllers and raylets of a training or a search until it is done all the same.
 
-    python tests/soak.py --what=train --workers=1 --kills=40      # ends with the bytes of an undisturbed run
-    python tests/soak.py --what=train --workers=2 --kills=30
-    python tests/soak.py --what=tune --kills=30
+    python tests/soak.py --what=train --workers=2 --kills=80 --steps=2600
+    python tests/soak.py --what=train --workers=1 --kills=20 --steps=600      # ends with the bytes of an undisturbed run
+    python tests/soak.py --what=tune --kills=50 --steps=200
 
 The driver is a user's: when it gives up, it is started again with --resume=true. After every kill all visible checkpoints
 are looked over. Prints a row for a table; exits 1 if anything was torn, lost or different.

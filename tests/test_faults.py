@@ -122,6 +122,21 @@ def test_killed_controller_is_replaced(parts, undisturbed, tmp_path):
     assert_same_end(tmp_path / "run", undisturbed)
 
 
+def test_killed_run_resumes(parts, tmp_path):
+    """SIGKILL to a training in one process; the same command with --resume=true goes on, bit for bit the same."""
+    undisturbed, flags = (
+        tiny_act(parts, tmp_path / name, *STEPS, "--ray.num_workers=0") for name in ("undisturbed", "run")
+    )
+    run = Run(flags)
+    run.wait_for(f"step {random.randint(1, 38)}/40")
+    run.process.kill()
+    for command in (undisturbed, [*flags, "--resume=true"]):
+        result = job("ray_jobs.train", *command)
+        assert result.returncode == 0, result.stderr
+    assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
 def test_killed_driver_resumes(parts, undisturbed, tmp_path):
     """SIGKILL to the driver takes its workers along; the same command with --resume=true goes on."""
     flags = tiny_act(parts, tmp_path / "run", *STEPS)
@@ -202,6 +217,7 @@ def test_sigterm_in_this_process_leaves_a_checkpoint(parts, tmp_path):
     assert int(checkpoint.last_checkpoint(tmp_path / "run").name) >= 12
 
 
+@pytest.mark.slow
 def test_failure_on_a_worker_is_told_once(parts, tmp_path):
     """A loss that explodes on a Ray worker: one error with the step, no restart, status 1."""
     flags = tiny_act(parts, tmp_path / "run", "--steps=30", "--policy.optimizer_lr=1e30", "--save_freq=100")
@@ -236,7 +252,7 @@ SLOW_SOAKS = [("train", 2, 5, 150), ("tune", 1, 5, 150)]
 
 
 @pytest.mark.parametrize(
-    "soak", [("train", 1, 3, 60), *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SOAKS)]
+    "soak", [("train", 1, 2, 60), *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SOAKS)]
 )
 def test_short_soak(soak):
     """A few kills at random; the long version is run by hand (see `soak.py`)."""

@@ -144,18 +144,37 @@ LESS = {  # of a pretrained policy is trained, or in less precision
 }
 
 
+def train_two(flags, models, runs: list[list[str]]) -> Path:
+    """Each run on two workers; returns the folder that they are in."""
+    env = lerobots_environment(models)
+    run_script(IN_TURNS + OUR_LOOP, flags.folder, runs, processes=2, PYTHONPATH=env["PYTHONPATH"])
+    return flags.folder
+
+
 @pytest.fixture(scope="module")
-def two(flags, models, scratch) -> Path:
+def two(flags, models) -> Path:
     """Every policy on two workers, with a copy on each and with a share on each."""
     runs = [flags(policy, how, f"--ray.parallelism={how}") for policy in ALL for how in ("ddp", "fsdp")]
+    return train_two(flags, models, runs)
+
+
+@pytest.fixture(scope="module")
+def two_with_less(flags, models, scratch) -> Path:
+    """Policies of which less is trained, or in less precision, likewise."""
+    runs = []
     for name, (policy, more) in LESS.items():
         start = f"--policy.pretrained_path={scratch[policy] / 'checkpoints/last/pretrained_model'}"
         short = [start, "--steps=2", *more]
         runs += [
             flags(policy, f"{how}_{name}", f"--ray.parallelism={how}", *short) for how in ("ddp", "fsdp")
         ]
-    # The same with sharding in its second half alone.
-    runs += [
+    return train_two(flags, models, runs)
+
+
+@pytest.fixture(scope="module")
+def mixed(flags, models) -> Path:
+    """Two workers with sharding in their second half alone."""
+    runs = [
         flags(policy, name, *precision, *more)
         for policy, name, precision in (
             ("act", "mixed", []),
@@ -164,9 +183,7 @@ def two(flags, models, scratch) -> Path:
         )
         for more in (["--steps=2"], ["--ray.parallelism=fsdp", "--resume=true"])
     ]
-    env = lerobots_environment(models)
-    run_script(IN_TURNS + OUR_LOOP, flags.folder, runs, processes=2, PYTHONPATH=env["PYTHONPATH"])
-    return flags.folder
+    return train_two(flags, models, runs)
 
 
 @pytest.mark.parametrize("policy", ALL)
@@ -176,9 +193,10 @@ def test_two_workers(two, policy):
     assert [record["step"] for record in records] == [1, 2, 3, 4]
 
 
-def test_sharded_workers_go_on_with_what_copies_have_trained_in_bfloat16(two):
+@pytest.mark.slow
+def test_sharded_workers_go_on_with_what_copies_have_trained_in_bfloat16(two, mixed):
     """Adam's moments are bfloat16 in the checkpoint, and float32 from then on."""
-    losses = [record["train/loss"] for record in read_metrics(two / "mixed_bf16/pi0")]
+    losses = [record["train/loss"] for record in read_metrics(mixed / "mixed_bf16/pi0")]
     sharded = [record["train/loss"] for record in read_metrics(two / "fsdp/pi0")]
     assert losses == pytest.approx(sharded, rel=3e-2)
 
@@ -215,11 +233,12 @@ def test_two_sharded_workers_equal_two_with_copies(two, policy):
         assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LESS)
-def test_sharded_workers_train_less_or_in_less_precision(two, scratch, name):
+def test_sharded_workers_train_less_or_in_less_precision(two_with_less, scratch, name):
     """The losses, and the shapes of what is saved, are those of two workers with copies."""
     policy, more = LESS[name]
-    ddp, fsdp = two / f"ddp_{name}" / policy, two / f"fsdp_{name}" / policy
+    ddp, fsdp = (two_with_less / f"{how}_{name}" / policy for how in ("ddp", "fsdp"))
     rel = 1e-3 if more == LORA else 1e-2
     for mine, theirs in zip(read_metrics(fsdp), read_metrics(ddp), strict=True):
         assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=rel)
@@ -232,9 +251,10 @@ def test_sharded_workers_train_less_or_in_less_precision(two, scratch, name):
         assert changed and not [key for key in changed if "vision_tower" in key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["act", "pi0"])
-def test_sharding_may_begin_in_the_middle(two, policy):
-    assert_same_weights(two / "mixed" / policy, two / "ddp" / policy, 1e-3)
+def test_sharding_may_begin_in_the_middle(two, mixed, policy):
+    assert_same_weights(mixed / "mixed" / policy, two / "ddp" / policy, 1e-3)
 
 
 @pytest.mark.parametrize("policy", ["act", "smolvla"])

@@ -241,6 +241,7 @@ def test_failed_trials_do_not_stop_the_search(common, tmp_path, capsys, monkeypa
     assert "the space is exhausted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_slot(common, tmp_path):
     """SIGKILL to the process of a running trial: it goes on in another one, and every trial has its value."""
     output, killed = tmp_path / "run", []
@@ -460,8 +461,9 @@ def test_a_node_joins(common, tmp_path, workers, steps):
         cluster.shutdown()
 
 
-def test_several_policies_two_workers_and_a_front(common, numbers, tmp_path, capsys):
-    """ACT and Diffusion in one search, two data-parallel workers per trial, two metrics: the front is printed."""
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_several_policies_and_a_front(common, tmp_path, capsys, workers):
+    """ACT and Diffusion in one search, trials with one worker or two, two metrics: the front is printed."""
     diffusion = {
         "policy": "diffusion",
         "baseline": {
@@ -478,7 +480,7 @@ def test_several_policies_two_workers_and_a_front(common, numbers, tmp_path, cap
     files = f"{space_file(tmp_path)},{space_file(tmp_path, diffusion, 'diffusion')}"
     output = tmp_path / "run"
     flags = (f"--space={files}", f"--output_dir={output}", "--tune.metric=val/action_error,val/inference_ms")
-    more = ("--tune.workers_per_trial=2", "--ray.cpus_per_worker=1", "--tune.num_samples=2")
+    more = (f"--tune.workers_per_trial={workers}", "--ray.cpus_per_worker=1", "--tune.num_samples=2")
     assert search(*common, *flags, *more, "--steps=6") == 0
     study, summary = study_of(output), read_json(output / "summary.json")
     assert [t.user_attrs["policy"] for t in study.trials] == ["act", "diffusion"]
@@ -488,7 +490,7 @@ def test_several_policies_two_workers_and_a_front(common, numbers, tmp_path, cap
     assert capsys.readouterr().out.count("front  ") == len(front)
     assert summary["horizon"] == 6  # the smallest chunk that either space allows
     for trial in study.trials:
-        assert read_json(output / f"trials/{trial.number:04d}/summary.json")["num_workers"] == 2
+        assert read_json(output / f"trials/{trial.number:04d}/summary.json")["num_workers"] == workers
 
 
 def test_kl_weight_alone(common, tmp_path):
