@@ -199,6 +199,8 @@ def main(argv: list[str]) -> int:
             states = Counter(row["state"] for row in csv.DictReader(file))
         if states != {"COMPLETE": 20}:
             faults.append(f"trials: {dict(states)}")
+    if not soak.kills:
+        faults.append("over before the first kill: more --steps")
     kills = ", ".join(f"{count} {kind}s" for kind, count in sorted(soak.kills.items()))
     print("| what | killed | driver started | restarts | steps lost | wall | faults |")
     name = f"{asked.what}, {asked.workers} worker(s)" if asked.what == "train" else "tune, 20 trials"

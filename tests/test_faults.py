@@ -252,7 +252,7 @@ SLOW_SOAKS = [("train", 2, 5, 150), ("tune", 1, 5, 150)]
 
 
 @pytest.mark.parametrize(
-    "soak", [("train", 1, 2, 60), *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SOAKS)]
+    "soak", [("train", 1, 2, 150), *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SOAKS)]
 )
 def test_short_soak(soak):
     """A few kills at random; the long version is run by hand (see `soak.py`)."""

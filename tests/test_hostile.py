@@ -21,8 +21,10 @@ import torch
 from conftest import tiny_act
 from safetensors.torch import save_file
 
+from ray_jobs import evaluate
 from ray_jobs.engine import bucket, loop, preflight, recipe
 from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.search.plan import read_command
 from ray_jobs.search.space_file import read_space
 
 SECONDS = 20  # any of them may take
@@ -137,6 +139,9 @@ def link(name: str) -> Callable[[Path, Path], None]:
 
 CODE = {"class": "builtins.open", "config": {"file": "OUTSIDE/made", "mode": "w"}}
 SHELL = {"class": "subprocess.Popen", "config": {"args": ["touch", "OUTSIDE/made"]}}
+LEROBOTS = {"class": "lerobot.processor.pipeline.Path.touch", "config": {"self": "OUTSIDE/made"}}
+FETCH = {"class": "lerobot.processor.pipeline.hf_hub_download",
+         "config": {"repo_id": "a/b", "filename": "made", "local_dir": "OUTSIDE"}}  # fmt: skip
 
 
 def step(entry: dict) -> Callable[[Path, Path], None]:
@@ -173,6 +178,8 @@ CHECKPOINTS = {
     "train_config of an unknown optimizer": (f"{MODEL}/train_config.json", edit(optimizer={"type": "evil"})),
     "processor opens a file": (f"{MODEL}/policy_preprocessor.json", step(CODE)),
     "processor starts a program": (f"{MODEL}/policy_postprocessor.json", step(SHELL)),
+    "processor calls what LeRobot has imported": (f"{MODEL}/policy_preprocessor.json", step(FETCH)),
+    "processor calls a method": (f"{MODEL}/policy_preprocessor.json", step(LEROBOTS)),
     "processor of an unknown name": (f"{MODEL}/policy_preprocessor.json", step({"registry_name": "evil"})),
     "processor state elsewhere": (
         f"{MODEL}/policy_preprocessor.json",
@@ -190,6 +197,7 @@ CHECKPOINTS = {
     "a new checkpoint leads out": ("checkpoints/.000004.tmp", link("")),
     "a checkpoint lies elsewhere": ("checkpoints/000002", link("")),
     "Ray's folder leads out": (".ray", link("")),
+    "a file of Ray's leads out": ("checkpoints/000002/snapshot.json", link("precious")),
 }
 
 
@@ -213,7 +221,8 @@ def test_backbone(spoil, parts, tmp_path, outside):
 
 
 POLICIES = ("weights are a pickle", "weights by torch.save", "header of 2^62 bytes", "processor opens a file",
-            "processor starts a program", "processor state elsewhere", "config is a list")  # fmt: skip
+            "processor starts a program", "processor calls what LeRobot has imported", "processor state elsewhere",
+            "config is a list")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", POLICIES)
@@ -224,6 +233,30 @@ def test_policy_to_start_from(case, parts, run, tmp_path, outside):
     spoil(hostile / file, outside)
     flags = [f for f in tiny_act(parts, tmp_path / "run", "--steps=1") if not f.startswith("--policy.")]
     refusal(lambda: train(*flags, "--policy.push_to_hub=false", f"--policy.path={hostile / MODEL}"))
+
+
+PROCESSORS = [case for case in CHECKPOINTS if case.startswith("processor ")]
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_policy_to_evaluate(case, run, tmp_path, outside):
+    """And as one whose score is wanted."""
+    file, spoil = CHECKPOINTS[case]
+    hostile = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    spoil(hostile / file, outside)
+    flags = [f"--checkpoint={hostile}", "--data.eval_episodes=[0]", f"--output_dir={tmp_path / 'scored'}"]
+    assert "cannot start from" in refusal(lambda: evaluate.main(flags))
+
+
+@pytest.mark.parametrize("name", [".search.json.tmp", "trials/0000", "trials/0000/metrics.jsonl", "spaces"])
+def test_search_to_resume(name, tmp_path, outside):
+    """A search's folder, in which something leads out."""
+    folder = tmp_path / "search"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / "search.json").write_text(json.dumps({"flags": {}, "policies": []}))
+    (folder / name).symlink_to(outside / ("precious" if "." in name else ""))
+    flags = [f"--output_dir={folder}", "--resume=true", "--tune.num_samples=1"]
+    assert "leads out" in refusal(lambda: read_command(flags))
 
 
 def episodes(**columns) -> Callable[[Path, Path], None]:

@@ -116,12 +116,12 @@ def start(address: str | None) -> Future:
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"cannot reach Ray at {asked}" if asked else "Ray does not start here"
-            done.set_exception(
-                InputError(
-                    f"{where}: {reason}\n`ray start --head` starts one, "
-                    "--ray.address=local one for this run alone."
-                )
+            what_to_do = (
+                "RAY_AUTH_MODE=token and the cluster's own token, in RAY_AUTH_TOKEN or ~/.ray/auth_token, let you in."
+                if isinstance(error, ray.exceptions.AuthenticationError) or "auth" in reason.lower()
+                else "`ray start --head` starts one, --ray.address=local one for this run alone."
             )
+            done.set_exception(InputError(f"{where}: {reason}\n{what_to_do}"))
         else:
             done.set_result(None)
             # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).

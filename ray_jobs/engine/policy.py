@@ -8,16 +8,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies import get_policy_class, make_policy, make_pre_post_processors
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import (
+    ACTION,
+    POLICY_POSTPROCESSOR_DEFAULT_NAME,
+    POLICY_PREPROCESSOR_DEFAULT_NAME,
+)
 from lerobot.utils.utils import has_method
 
-from ray_jobs.engine.errors import RunError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.trust import check_processor
 
 
 def build(
@@ -113,12 +119,29 @@ def outline(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> tor
     return network
 
 
+def _check_steps(start: str, name: str, revision: str | None) -> None:
+    """See that one of a checkpoint's pipelines has LeRobot's steps only, also if it comes from the Hub just now."""
+    file = Path(start) / name
+    if not Path(start).is_dir():
+        file = Path(hf_hub_download(start, name, revision=revision))  # LeRobot takes the same copy
+    try:
+        check_processor(file)
+    except (ValueError, OSError) as error:
+        raise InputError(f"cannot start from {start}: {name} is damaged ({error}).") from None
+
+
 def make_processors(cfg: TrainPipelineConfig, policy, stats: dict, device: torch.device):
     """Pre- and postprocessor: new ones for a new policy, a checkpoint's own with the data set's statistics
-    for a pretrained one, a checkpoint's own untouched on resume."""
+    for a pretrained one, a checkpoint's own untouched on resume.
+
+    Raises:
+        InputError: A checkpoint's would run something else.
+    """
     pretrained = cfg.policy.pretrained_path
     if pretrained is None:
         return make_pre_post_processors(cfg.policy, dataset_stats=stats)
+    for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
+        _check_steps(str(pretrained), f"{name}.json", cfg.policy.pretrained_revision)
     norm_map, outputs = policy.config.normalization_mapping, policy.config.output_features
     features = {**policy.config.input_features, **outputs}
     before = {
@@ -138,11 +161,14 @@ def make_processors(cfg: TrainPipelineConfig, policy, stats: dict, device: torch
             "action_names": getattr(cfg.policy, "action_feature_names", None),
         }
         after["absolute_actions_processor"] = {"enabled": True}
-    return make_pre_post_processors(
-        cfg.policy,
-        pretrained_path=pretrained,
-        pretrained_revision=cfg.policy.pretrained_revision,
-        preprocessor_overrides=before,
-        postprocessor_overrides=after,
-        **kwargs,
-    )
+    try:
+        return make_pre_post_processors(
+            cfg.policy,
+            pretrained_path=pretrained,
+            pretrained_revision=cfg.policy.pretrained_revision,
+            preprocessor_overrides=before,
+            postprocessor_overrides=after,
+            **kwargs,
+        )
+    except ImportError as error:  # a step that LeRobot does not have
+        raise InputError(f"cannot start from {pretrained}: {first_line(error)[:300]}") from None

@@ -4,6 +4,7 @@ LeRobot reads safetensors, JSON and parquet, none of which runs anything. What r
 classes to be imported, paths, links, and JSON that is not what its reader takes it for.
 """
 
+import importlib
 import json
 import os
 import string
@@ -45,26 +46,44 @@ def check_processor(file: Path) -> None:
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise ValueError("has no list of steps")
     for step in steps:
-        name, state = step.get("class"), step.get("state_file")
-        if "registry_name" not in step and not str(name).startswith("lerobot."):
-            raise ValueError(f"would run {name}, which is not LeRobot's")
+        name, state = str(step.get("class")), step.get("state_file")
+        if "registry_name" not in step and not _is_a_step(name):
+            raise ValueError(f"would run {name}, which is no processor step of LeRobot's")
         if state is not None and PurePosixPath(str(state)).name != state:
             raise ValueError(f"leads out to {state}")
 
 
+def _is_a_step(name: str) -> bool:
+    """Whether it is the name of a class of LeRobot's that its pipelines may call; its modules hold other things, too."""
+    from lerobot.processor import ProcessorStep
+
+    module, _, last = name.rpartition(".")
+    if not module.startswith("lerobot."):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), last, None)
+    except ImportError:
+        return False
+    return isinstance(found, type) and issubclass(found, ProcessorStep)
+
+
 def check_links(run: Path) -> None:
-    """See that nothing in a run's folder is a link that leads out of it: what is written there would land elsewhere.
+    """See that nothing in the folder of a run or a search is a link that leads out of it: what is written there would land
+    elsewhere.
 
     Raises:
         InputError: Something is.
     """
     inside = [run.resolve(), (run / "checkpoints").resolve()]
     for folder in inside:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.is_symlink() and path.name not in OURS:
-                target = path.resolve()
-                if not any(target.is_relative_to(place) for place in inside):
-                    raise InputError(f"{path} is a link that leads out of the run, to {target}. Remove it.")
+        for parent, folders, files in os.walk(folder):
+            for path in (Path(parent, name) for name in (*folders, *files)):
+                if path.is_symlink() and not (path.name in OURS and path.parent == inside[0]):
+                    target = path.resolve()
+                    if not any(target.is_relative_to(place) for place in inside):
+                        raise InputError(
+                            f"{path} is a link that leads out of its run or search, to {target}. Remove it."
+                        )
 
 
 def check_name(name: str) -> str:

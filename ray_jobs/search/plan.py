@@ -23,6 +23,7 @@ from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
+from ray_jobs.engine.trust import check_links
 from ray_jobs.search.options import SearchFlags, is_ours, parse_search_flags
 from ray_jobs.search.space import (
     POLICY_TYPE,
@@ -173,6 +174,7 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
     if resume:
         if not saved.is_file():
             raise InputError(f"--resume=true: nothing to resume, there is no search in {folder}.")
+        check_links(folder)
         try:
             content = json.loads(saved.read_text())
             before, policies = content["flags"], content["policies"]
