@@ -1,7 +1,9 @@
 """Runs and data sets in a bucket: nothing is lost with the node, and what is there is whole. The bucket is moto's server."""
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -341,27 +343,31 @@ def test_run_goes_on_on_another_cluster(parts, s3, tmp_path, monkeypatch, count)
     """Driver, head and workers killed at once, everything on their disks gone: a new cluster goes on from the bucket, and
     one worker ends with the bytes of an undisturbed run."""
     given = [
-        f for f in flags(parts, s3.address, "--steps=40", "--save_freq=10") if "ray.num_workers" not in f
+        f for f in flags(parts, s3.address, "--steps=200", "--save_freq=10") if "ray.num_workers" not in f
     ]
     given += ["--ray.address=local", "--ray.cpus_per_worker=1", f"--ray.num_workers={count}"]
     first, second = tmp_path / "first", tmp_path / "second"
     monkeypatch.setenv("RAY_JOBS_CACHE", str(first))
     run = Run(given)
-    run.wait_for("step 25/40")
+    give_up = time.monotonic() + 120
+    while "checkpoints/000010.json" not in s3.find():
+        assert time.monotonic() < give_up and run.process.poll() is None, run.printed
+        time.sleep(0.1)
     for process in (*run.family(), run.process):
         process.kill()
-    run.end()
+    assert run.end() == -signal.SIGKILL
+    there = max(int(name[12:18]) for name in s3.find() if re.fullmatch(r"checkpoints/\d{6}\.json", name))
     shutil.rmtree(first)
     result = job("ray_jobs.train", *given, "--resume=true", RAY_JOBS_CACHE=str(second))
     assert result.returncode == 0, result.stderr
-    assert f"checkpoint  {s3.address}/checkpoints/000040" in result.stdout
+    assert f"checkpoint  {s3.address}/checkpoints/000200" in result.stdout
     if count == 1:
         calm = [f for f in given if not f.startswith("--output_dir")]
         assert job("ray_jobs.train", *calm, f"--output_dir={tmp_path / 'calm'}").returncode == 0
-        there = s3.system.cat_file(f"{s3.address}/checkpoints/000040/{WEIGHTS}")
-        assert there == (tmp_path / "calm/checkpoints/000040" / WEIGHTS).read_bytes()
+        weights = s3.system.cat_file(f"{s3.address}/checkpoints/000200/{WEIGHTS}")
+        assert weights == (tmp_path / "calm/checkpoints/000200" / WEIGHTS).read_bytes()
     summary = json.loads(s3.system.cat_file(f"{s3.address}/summary.json"))
-    assert summary["status"] == "finished"
+    assert summary["status"] == "finished" and summary["start_step"] == there >= 10
     print(f"lost {summary['lost_steps']} steps, as far as the bucket knows")
 
 

@@ -117,8 +117,9 @@ def start(address: str | None) -> Future:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"cannot reach Ray at {asked}" if asked else "Ray does not start here"
             what_to_do = (
-                "RAY_AUTH_MODE=token and the cluster's own token, in RAY_AUTH_TOKEN or ~/.ray/auth_token, let you in."
-                if isinstance(error, ray.exceptions.AuthenticationError) or "auth" in reason.lower()
+                "Is it running, and has this shell its token (RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or ~/.ray/auth_token)? "
+                "--ray.address=local starts one for this run alone."
+                if asked
                 else "`ray start --head` starts one, --ray.address=local one for this run alone."
             )
             done.set_exception(InputError(f"{where}: {reason}\n{what_to_do}"))
