@@ -27,7 +27,8 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-from ray_jobs.engine import checkpoint
+from ray_jobs.engine import checkpoint, workers
+from ray_jobs.engine.errors import RunError
 
 FILE = ROOT / "cluster.yaml"
 
@@ -504,3 +505,18 @@ def test_upload_is_small(tmp_path):
     inside = zipfile.ZipFile(package).namelist()
     assert "ray_jobs/train.py" in inside and "search_spaces/act.yaml" in inside
     assert not [name for name in inside if name.endswith("large")]
+
+
+def test_a_node_without_the_drivers_folders_is_named(tmp_path):
+    """A node with a folder of the same name that is another one, and one without the data set."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    mark = workers.mark_of(ours)
+    workers.check_node(str(tmp_path), ours, mark)
+    workers.mark_of(theirs)
+    for root, output_dir, told in (
+        (str(tmp_path / "set"), ours, r"--dataset.root=.*/set is not there on node \d"),
+        (None, theirs, r"--output_dir=.*/theirs is not on node \d.* what it is on the driver's node"),
+        (None, tmp_path / "nowhere", r"--output_dir=.*/nowhere is not on node \d"),
+    ):
+        with pytest.raises(RunError, match=told):
+            workers.check_node(root, output_dir, mark)
