@@ -84,6 +84,8 @@ def check_links(run: Path) -> None:
                         raise InputError(
                             f"{path} is a link that leads out of its run or search, to {target}. Remove it."
                         )
+            # W&B's runs have links to their logs in the user's own folder.
+            folders[:] = [name for name in folders if name != "wandb"]
 
 
 def check_name(name: str) -> str:
