@@ -200,15 +200,15 @@ def test_out_of_main_memory(parts, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+STARVED = OutOfMemoryError("Task was killed due to the node running low on memory.")
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
         (ActorDiedError(), "its process was killed"),
         (WorkerCrashedError(), "its process was killed"),
-        (
-            OutOfMemoryError("Task was killed due to the node running low on memory."),
-            "its node ran out of memory",
-        ),
+        (STARVED, "its node ran out of memory"),
     ],
 )
 def test_a_command_that_loses_its_helper(error, told):
@@ -223,9 +223,6 @@ def test_what_a_helper_raises_is_no_loss():
         with pytest.raises(raised) as caught, faults.if_helper_dies("the run's helper", "All is kept."):
             raise error
         assert (str(caught.value) == "no such file") == (raised is InputError)
-
-
-STARVED = OutOfMemoryError("Task was killed due to the node running low on memory.")
 
 
 @pytest.mark.parametrize(

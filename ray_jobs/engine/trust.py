@@ -74,16 +74,18 @@ def check_links(run: Path) -> None:
     Raises:
         InputError: Something is.
     """
-    inside = [run.resolve(), (run / "checkpoints").resolve()]
-    for folder in inside:
+    run, checkpoints = run.resolve(), (run / "checkpoints").resolve()
+    elsewhere = not checkpoints.is_relative_to(run)
+    for folder in (run, checkpoints) if elsewhere else (run,):
         for parent, folders, files in os.walk(folder):
             for path in (Path(parent, name) for name in (*folders, *files)):
-                if path.is_symlink() and not (path.name in OURS and path.parent == inside[0]):
-                    target = path.resolve()
-                    if not any(target.is_relative_to(place) for place in inside):
-                        raise InputError(
-                            f"{path} is a link that leads out of its run or search, to {target}. Remove it."
-                        )
+                if not path.is_symlink() or (path.name in OURS and path.parent == run):
+                    continue
+                target = path.resolve()
+                if not any(target.is_relative_to(place) for place in (run, checkpoints)):
+                    raise InputError(
+                        f"{path} is a link that leads out of its run or search, to {target}. Remove it."
+                    )
             # W&B's runs have links to their logs in the user's own folder.
             folders[:] = [name for name in folders if name != "wandb"]
 
