@@ -80,7 +80,9 @@ class BucketLock:
             raise RunError(self.lost)
 
     def _renew(self) -> None:
-        while not self.ended.wait(RENEWED_EVERY_S):
+        wait_s = LOOK_EVERY_S  # soon: of two that begin at the same moment, both have found the place free
+        while not self.ended.wait(wait_s):
+            wait_s = RENEWED_EVERY_S
             with contextlib.suppress(
                 Exception
             ):  # that the bucket is away is told by who copies the run there

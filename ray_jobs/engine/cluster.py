@@ -117,12 +117,12 @@ def start(address: str | None) -> Future:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"cannot reach Ray at {asked}" if asked else "Ray does not start here"
             what_to_do = (
-                "Is it running, and has this shell its token (RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or ~/.ray/auth_token)? "
-                "--ray.address=local starts one for this run alone."
+                "Is it running, and has this shell its token (RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or ~/.ray/auth_token)?"
                 if asked
-                else "`ray start --head` starts one, --ray.address=local one for this run alone."
+                else "`ray start --head` starts one to join."
             )
-            done.set_exception(InputError(f"{where}: {reason}\n{what_to_do}"))
+            alone = "--ray.address=local starts one for this run alone."
+            done.set_exception(InputError(f"{where}: {reason}\n{what_to_do} {alone}"))
         else:
             done.set_result(None)
             # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
