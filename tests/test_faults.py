@@ -4,6 +4,7 @@ Every run here is a real `python -m ray_jobs.train` on Ray; processes are killed
 must end with the very bytes of the undisturbed one.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -43,7 +44,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **env},
+            env={**os.environ, **env, "RUN": str(id(self))},
             start_new_session=True,
         )
         self.lines: list[str] = []
@@ -76,7 +77,20 @@ class Run:
                 process.kill()
             raise
         self.reader.join(10)
+        give_up = time.monotonic() + 30
+        while left := self.left_behind():
+            assert time.monotonic() < give_up, f"still there: {left}\n{self.printed}"
+            time.sleep(0.5)
         return self.process.returncode
+
+    def left_behind(self) -> list[str]:
+        """Names of processes that were started by it, or by a Ray of its own."""
+        names = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # a zombie has no environment
+                if process.environ().get("RUN") == str(id(self)):
+                    names.append(process.name())
+        return names
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

@@ -154,7 +154,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ray_jobs.engine.faults import Witness
+    from ray_jobs.engine.faults import QuickExit, Witness
 
     options = recipe.options.ray
     if not recipe.remote:
@@ -183,7 +183,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
             storage_path=str(recipe.output_dir),
             # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[Witness(line)],
+            callbacks=[Witness(line), QuickExit()],
             worker_runtime_env={
                 "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
             },

@@ -1,6 +1,8 @@
 """What has happened to a worker, in the words of the person who started the run. Imported by Ray's controller: light."""
 
+import atexit
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from ray_jobs.engine.errors import InputError, RunError, StorageLost
 
@@ -59,6 +62,18 @@ class Witness(UserCallback):
         text = describe(worker_exceptions)
         self.line.tell.remote({"kind": "fault", "text": text, "announced": announced})
         self.line.forget_beats.remote()
+
+
+class QuickExit(ControllerCallback):
+    """Has the process of a run's controller end when the run has.
+
+    Ray 2.60 clears up its C++ objects on the way out, after it has taken leave of its raylet, and may wait for a lock of its
+    own there for ever: about one run in ten left a process of 800 MB behind that nobody knew of. `UserCallback` has no such
+    hook; the trainer takes internal callbacks, too.
+    """
+
+    def after_controller_start(self, train_run_context) -> None:
+        atexit.register(os._exit, 0)
 
 
 def describe(errors: dict[int, Exception]) -> str:
