@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -34,17 +36,36 @@ def undisturbed(parts, tmp_path_factory) -> Path:
     return output_dir
 
 
+def nothing_is_left(variable: str, value: str) -> None:
+    """Wait until no process has this in its environment (Ray's agents hide theirs)."""
+
+    def left() -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # a zombie has no environment
+                if process.environ().get(variable) == value:
+                    yield process
+
+    give_up = time.monotonic() + 30
+    while found := list(left()):
+        if time.monotonic() > give_up:
+            for process in found:
+                process.kill()
+            raise AssertionError(f"left behind: {found}")
+        time.sleep(0.5)
+
+
 class Run:
     """A training in a process group of its own, as in a terminal."""
 
     def __init__(self, flags: list[str], job: str = "ray_jobs.train", **env: str):
+        self.id = uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, "-m", job, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **env, "RUN": str(id(self))},
+            env={**os.environ, **env, "RAY_JOBS_TEST_RUN": self.id},
             start_new_session=True,
         )
         self.lines: list[str] = []
@@ -77,20 +98,8 @@ class Run:
                 process.kill()
             raise
         self.reader.join(10)
-        give_up = time.monotonic() + 30
-        while left := self.left_behind():
-            assert time.monotonic() < give_up, f"still there: {left}\n{self.printed}"
-            time.sleep(0.5)
+        nothing_is_left("RAY_JOBS_TEST_RUN", self.id)
         return self.process.returncode
-
-    def left_behind(self) -> list[str]:
-        """Names of processes that were started by it, or by a Ray of its own."""
-        names = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):  # a zombie has no environment
-                if process.environ().get("RUN") == str(id(self)):
-                    names.append(process.name())
-        return names
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -195,8 +204,9 @@ def test_ctrl_c_leaves_a_checkpoint(parts, tmp_path, workers):
     family = run.family()
     begin = time.monotonic()
     os.killpg(run.process.pid, signal.SIGINT)
-    assert run.end() == 130, run.printed
+    run.process.wait(60)
     assert time.monotonic() - begin < 15
+    assert run.end() == 130, run.printed
     saved = checkpoint.last_checkpoint(output_dir)
     assert saved is not None and int(saved.name) >= 12 and checkpoint.fault(saved) is None
     assert f"--config_path={saved}" in run.printed and "--resume=true" in run.printed

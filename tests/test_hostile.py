@@ -197,7 +197,7 @@ CHECKPOINTS = {
     "a new checkpoint leads out": ("checkpoints/.000004.tmp", link("")),
     "a checkpoint lies elsewhere": ("checkpoints/000002", link("")),
     "Ray's folder leads out": (".ray", link("")),
-    "a file of a checkpoint leads out": ("checkpoints/000002/snapshot.json", link("precious")),
+    "a file of a checkpoint leads out": (f"{STATE}/training_step.json", link("precious")),
 }
 
 

@@ -24,7 +24,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from test_fault_table import SPACE
-from test_faults import Run
+from test_faults import Run, nothing_is_left
 from test_tune import space_file
 
 from ray_jobs.engine import checkpoint
@@ -53,6 +53,7 @@ def head(monkeypatch):
         for driver in cluster.drivers:
             driver.process.kill()
         cluster.shutdown()
+    nothing_is_left("RAY_TMPDIR", scratch)
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -115,14 +115,14 @@ def start(address: str | None) -> Future:
                 _silence_raylet()
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            where = f"cannot reach Ray at {asked}" if asked else "Ray does not start here"
-            what_to_do = (
-                "Is it running, and has this shell its token (RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or ~/.ray/auth_token)?"
-                if asked
-                else "`ray start --head` starts one to join."
-            )
-            alone = "--ray.address=local starts one for this run alone."
-            done.set_exception(InputError(f"{where}: {reason}\n{what_to_do} {alone}"))
+            told = f"Ray does not start here: {reason}\n`ray start --head` shows why, or starts one to join."
+            if asked and address != "local":
+                told = (
+                    f"cannot reach Ray at {asked}: {reason}\nIs it running, and has this shell its token "
+                    "(RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or ~/.ray/auth_token)? --ray.address=local starts one for "
+                    "this run alone."
+                )
+            done.set_exception(InputError(told))
         else:
             done.set_result(None)
             # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
