@@ -167,6 +167,12 @@ def job(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedPro
     )
 
 
+def free_port() -> int:
+    """A port of this machine where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 def stock(module: str, *args: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """Run one of LeRobot's own scripts (`lerobot_train`, `lerobot_eval`); fails the test if it fails."""
     result = job(f"lerobot.scripts.{module}", *args, timeout=timeout)

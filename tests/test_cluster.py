@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, job, tiny_act
+from conftest import ROOT, free_port, job, tiny_act
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.providers import _get_node_provider
@@ -31,6 +30,13 @@ from ray_jobs.engine import checkpoint, workers
 from ray_jobs.engine.errors import RunError
 
 FILE = ROOT / "cluster.yaml"
+
+SPACE = """
+policy: act
+baseline: {policy.optimizer_lr: 1.0e-4}
+search:
+  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +216,6 @@ class Metadata(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), self.RequestHandlerClass)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def new_home(tmp_path_factory) -> Path:
@@ -404,9 +405,7 @@ def test_submitted_jobs(machine, folder, parts, tmp_path):
     assert checkpoint.fault(checkpoint.last_checkpoint(tmp_path / "run")) is None
 
     mistaken = submit(machine, folder, *train, "--batchsize=4")
-    space = folder / "space.yaml"
-    space.write_text("policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\nsearch:\n"
-                     "  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n")  # fmt: skip
+    (folder / "space.yaml").write_text(SPACE)
     tiny = [f for f in tiny_act(root, tmp_path / "search", "--steps=9") if not f.startswith("--policy.type")]
     search = (*tiny, "--space=space.yaml", "--tune.num_samples=2", "--tune.scheduler=none")
     state, log = wait(machine, folder, submit(machine, folder, "python", "-m", "ray_jobs.tune", *search))
@@ -425,9 +424,7 @@ def test_several_at_once(machine, folder, parts, tmp_path):
     for number in (1, 2):
         flags = tiny_act(parts, tmp_path / f"run{number}", "--steps=30", "--ray.cpus_per_worker=1")
         jobs[f"run{number}"] = submit(machine, folder, "python", "-m", "ray_jobs.train", *flags)
-    space = folder / "space.yaml"
-    space.write_text("policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\nsearch:\n"
-                     "  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n")  # fmt: skip
+    (folder / "space.yaml").write_text(SPACE)
     tiny = [f for f in tiny_act(parts, tmp_path / "search", "--steps=9") if not f.startswith("--policy.type")]
     search = (*tiny, "--space=space.yaml", "--tune.num_samples=3", "--ray.cpus_per_worker=1")
     jobs["search"] = submit(machine, folder, "python", "-m", "ray_jobs.tune", *search)
@@ -460,7 +457,8 @@ def test_several_at_once(machine, folder, parts, tmp_path):
 
 @pytest.mark.slow
 def test_stopped_job_leaves_a_checkpoint(machine, folder, parts, tmp_path):
-    """`ray job stop` ends a training as Ctrl-C does; the same command with --resume=true goes on from there."""
+    """`ray job stop` ends a training as Ctrl-C does; the same command with --resume=true goes on from there. So it is with
+    a search and its trials."""
     flags = tiny_act(parts, tmp_path / "run", "--steps=5000", "--save_freq=5000", "--ray.cpus_per_worker=2")
     train = ("python", "-m", "ray_jobs.train", *flags)
     name = submit(machine, folder, *train)
@@ -477,6 +475,20 @@ def test_stopped_job_leaves_a_checkpoint(machine, folder, parts, tmp_path):
     assert (
         result.returncode == 0 and f"goes on from the checkpoint of step {int(saved.name)}" in result.stdout
     ), result
+
+    output = tmp_path / "search"
+    (folder / "space.yaml").write_text(SPACE)
+    tiny = [f for f in tiny_act(parts, output, "--steps=5000") if not f.startswith("--policy.type")]
+    search = (*tiny, "--space=space.yaml", "--tune.num_samples=2", "--ray.cpus_per_worker=1")
+    name = submit(machine, folder, "python", "-m", "ray_jobs.tune", *search)
+    trial = output / "trials/0000"
+    state, log = wait(machine, folder, name, until=lambda log: (trial / "metrics.jsonl").is_file())
+    assert state == "RUNNING", log
+    machine.ray("job", "stop", name, cwd=folder)
+    state, log = wait(machine, folder, name)
+    assert state == "STOPPED" and "trial 0000 interrupted" in log and "--resume=true" in log, log
+    assert "Traceback" not in log and "***" not in log, log
+    assert checkpoint.fault(checkpoint.last_checkpoint(trial)) is None
 
 
 def test_upload_is_small(tmp_path):

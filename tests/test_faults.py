@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import psutil
 import pytest
-from conftest import ROOT, job, tiny_act
+from conftest import ROOT, free_port, job, tiny_act
 
 from ray_jobs.engine import checkpoint
 
@@ -262,14 +263,45 @@ def test_relative_paths_reach_the_workers(parts, undisturbed, tmp_path):
 
 
 def test_more_workers_than_there_is_room_for(parts, tmp_path):
-    """Refused with what the cluster has, before a worker is started."""
-    result = job("ray_jobs.train", *tiny_act(parts, tmp_path / "run", "--ray.num_workers=999"))
+    """Refused with what the cluster has, before a worker is started. It is one of its own: of the one that `ray start` has
+    started, only the note is still there."""
+    with TemporaryDirectory(
+        prefix="rj", dir="/tmp"
+    ) as scratch:  # short enough for the names of Ray's sockets
+        note = Path(scratch, "ray/ray_current_cluster")
+        note.parent.mkdir()
+        note.write_text(f"127.0.0.1:{free_port()}")
+        flags = tiny_act(parts, tmp_path / "run", "--ray.num_workers=999")
+        result = job("ray_jobs.train", *flags, timeout=120, RAY_TMPDIR=scratch)
     assert result.returncode == 2
     assert (
         result.stderr.startswith("error: --ray.num_workers=999")
         and "this cluster has room for" in result.stderr
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_beside_ray():
+    """Its handler would print its stack and abort the process 3 s later, in the middle of what is saved."""
+    program = """
+import os, signal, time
+from ray_jobs.engine import cluster, console
+
+def main(argv):
+    cluster.start("local").result()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(4)
+        print("saved")
+        raise
+
+console.run_job(main, at_end=cluster.leave)
+"""
+    how = {"capture_output": True, "text": True, "timeout": 100, "cwd": ROOT}
+    result = subprocess.run([sys.executable, "-c", program], **how)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "saved\n", "interrupted.\n")
 
 
 SLOW_SOAKS = [("train", 2, 5, 150), ("tune", 1, 5, 150)]

@@ -23,10 +23,10 @@ from ray_jobs.engine.errors import GO_ON, PREEMPTED, PRUNED, InputError, RunErro
 TRAIN_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # its 2 s would hold up the end of every run
 }
-# Nobody preempts the one node of a cluster of our own, and nobody watches its dashboard: eleven processes less.
-OWN_CLUSTER_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-# Nor its tasks and metrics, for which every process of Ray wakes up every second: of an ACT step on two cores, 5 %.
-QUIET_CLUSTER_ENV = {
+# For a cluster of our own. Nobody preempts its one node, nor watches its tasks and metrics, for which every process of
+# Ray wakes up every second: of an ACT step on two cores, 5 %. (Nor its dashboard: eleven processes less.)
+OWN_CLUSTER_ENV = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_metrics_report_interval_ms": "60000",
@@ -48,12 +48,16 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a F
 # Under `uv run`, Ray would copy this folder and build an environment of its own for the workers. The nodes have
 # theirs.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# At SIGTERM, Ray's handler would print its stack, hand on to ours, and abort the process 3 s later, in the middle of
+# what is saved. (Python's faulthandler, which Ray enables, still tells of crashes.)
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` must not start another Ray
 
 GPU_DEVICE = Path("/dev/nvidiactl")  # is there where a GPU is
 NODE_GROUP = "ray.io/node-group"  # Ray's label of a node that an autoscaler or launcher has started
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves its file on the head node
 ANSWERED_AFTER_S = 60
+ANSWERS_WITHIN_S = 10  # a cluster, when asked whether it is there
 UNLIMITED = 100  # nodes of a group without a limit that are reckoned with
 
 _ready: Future | None = None  # set once this process has begun to connect
@@ -70,14 +74,14 @@ def start(address: str | None) -> Future:
         A future of None; its `result()` raises InputError if the cluster cannot be reached.
     """
     global _ready
-    if address and address.startswith("ray://"):
-        raise InputError(
-            f"--ray.address={address}: Ray Client is not supported. Submit to it instead: "
-            "`ray job submit` runs the command on the cluster."
-        )
     asked = f"--ray.address={address}" if address else None
-    if address is None and os.environ.get("RAY_ADDRESS"):
+    if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):
         asked = f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+    if asked and "://" in asked:
+        raise InputError(
+            f"{asked}: must be the host:port of a cluster, `auto` or `local`. `ray job submit` takes the http:// "
+            "address of one elsewhere and runs the command there."
+        )
     if _ready is not None:
         return _ready
     done = _ready = Future()
@@ -91,34 +95,28 @@ def start(address: str | None) -> Future:
             "log_to_driver": debug,
             "include_dashboard": False,  # of a cluster that is started; those that are joined have theirs
         }
-        # A cluster that is started here hands its environment down to all of its processes.
-        given = {} if asked and address != "local" else dict(QUIET_CLUSTER_ENV)
-        if not GPU_DEVICE.exists():
-            # Ray Tune has no place for the environment of the processes that trials run in. (On a cluster that is
-            # joined, trainings have it, trials not.)
-            given |= CPU_WORKER_ENV
-        for name, value in given.items():
-            os.environ.setdefault(name, value)
+        where = asked
         try:
-            try:
-                with _loopback_only() if _is_to_start(address) else contextlib.nullcontext():
-                    ray.init(address=address, **how)
-            except ConnectionError:
-                if asked:
-                    raise
-                with _loopback_only():  # the one that `ray start` has left a note of is gone
-                    ray.init(address="local", **how)
-            # Ray says it nowhere else: whether this process started the cluster or joined one.
-            ours = ray._private.worker.global_worker.node.is_head()
-            os.environ.update(TRAIN_ENV | OWN_CLUSTER_ENV if ours else TRAIN_ENV)
+            found = _find(address, required=bool(asked))
+            where = found and (asked or f"{found}, which `ray start` has left a note of")
+            # A cluster that is started here hands its environment down to all of its processes.
+            given = {} if found else dict(OWN_CLUSTER_ENV)
+            if not GPU_DEVICE.exists():
+                # Ray Tune has no place for the environment of the processes that trials run in. (On a cluster that
+                # is joined, trainings have it, trials not.)
+                given |= CPU_WORKER_ENV
+            for name, value in given.items():
+                os.environ.setdefault(name, value)
+            with contextlib.nullcontext() if found else _loopback_only():
+                ray.init(address=address if found else "local", **how)
             if not debug:
                 _silence_raylet()
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             told = f"Ray does not start here: {reason}\n`ray start --head` shows why, or starts one to join."
-            if asked and address != "local":
+            if where:
                 told = (
-                    f"cannot reach Ray at {asked}: {reason}\nIs it running, and has this shell its token "
+                    f"cannot reach Ray at {where}: {reason}\nIs it running, and has this shell its token "
                     "(RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or ~/.ray/auth_token)? --ray.address=local starts one for "
                     "this run alone."
                 )
@@ -132,12 +130,38 @@ def start(address: str | None) -> Future:
     return done
 
 
-def _is_to_start(address: str | None) -> bool:
-    """Whether `ray.init` will start a cluster for such an address, and not join one."""
-    from ray._private.utils import read_ray_address  # the note of `ray start`
+def _find(address: str | None, required: bool) -> str | None:
+    """Where the cluster is that `ray.init` shall join for such an address, `host:port`; None: it shall start one.
 
-    address = address or os.environ.get("RAY_ADDRESS")
-    return address == "local" or not (address or read_ray_address(None))
+    Ray itself (2.60) tries for 14 minutes where no Ray answers: with a mistyped address, the dashboard's port, or the
+    note that a `ray start` has left.
+
+    Raises:
+        ConnectionError: There is none, though one is `required`.
+        ValueError: Not an address.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    found = canonicalize_bootstrap_address(address)
+    if found is None:
+        return None
+    try:
+        with init_grpc_channel(found, GLOBAL_GRPC_OPTIONS) as channel:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWERS_WITHIN_S)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            return found  # `ray.init` finds this machine's token, or says which is missing
+        if required:
+            raise ConnectionError(
+                f"no Ray answers at {found} (its port is 6379 unless told otherwise, not 8265)"
+            ) from error
+        return None
+    return found
 
 
 @contextlib.contextmanager
