@@ -11,13 +11,13 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import free_port, job, tiny_act, tiny_diffusion, train_in_process
+from conftest import job, tiny_act, tiny_diffusion, train_in_process
 from huggingface_hub import constants
 
 from ray_jobs.engine import cluster, explain, preflight, recipe
@@ -352,41 +352,26 @@ def test_command(parts, tmp_path, flag, status, right):
     assert left_behind(mark) == []
 
 
-@pytest.fixture
-def web_server() -> Iterator[int]:
-    """A port where somebody listens, but no Ray: its dashboard, say."""
+def test_no_ray_at_the_address(parts, tmp_path):
+    """Somebody listens there, but no Ray: its dashboard, say. Ray itself would try for 14 minutes."""
     with ThreadingHTTPServer(("", 0), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_port
+        flags = tiny_act(parts, tmp_path / "run", f"--ray.address=127.0.0.1:{server.server_port}")
+        result = job("ray_jobs.train", *flags, timeout=60)
         server.shutdown()
-
-
-def test_no_ray_at_the_address(parts, tmp_path):
-    """Ray itself would try for 14 minutes."""
-    flags = tiny_act(parts, tmp_path / "run", f"--ray.address=127.0.0.1:{free_port()}")
-    result = job("ray_jobs.train", *flags, timeout=60)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith(f"error: cannot reach Ray at {flags[-1]}: no Ray answers"), result.stderr
     assert len(result.stderr.splitlines()) == 2 and not (tmp_path / "run").exists(), result.stderr
 
 
-def test_no_ray_at_the_address_and_another_mistake(parts, tmp_path, web_server):
-    """The end of the command does not wait for Ray."""
-    flags = tiny_act(parts, tmp_path / "run", "--log_freq=often")
-    result = job("ray_jobs.train", *flags, timeout=60, RAY_ADDRESS=f"127.0.0.1:{web_server}")
-    assert result.returncode == 2 and "--log_freq" in result.stderr and "Ray" not in result.stderr, (
-        result.stderr
-    )
-
-
-@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265"])
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265", "localhost"])
 def test_addresses_of_other_kinds(monkeypatch, address):
-    """One for Ray's client, one for `ray job submit`, as a flag and as that leaves it in a shell."""
+    """One for Ray's client, one for `ray job submit`, one without a port: as a flag and in the shell."""
     with pytest.raises(InputError, match=f"--ray.address={address}: must be the host:port"):
         cluster.start(address)
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(InputError, match=f"RAY_ADDRESS={address}: must be the host:port"):
-        cluster.start(None)
+        cluster.start("auto")
 
 
 def test_backbone_weights_out_of_reach(parts, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import concurrent.futures.thread  # noqa: F401  (its fork hooks must not appear 
 import contextlib
 import math
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -74,10 +75,11 @@ def start(address: str | None) -> Future:
         A future of None; its `result()` raises InputError if the cluster cannot be reached.
     """
     global _ready
-    asked = f"--ray.address={address}" if address else None
+    name, value = "--ray.address", address
     if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):
-        asked = f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-    if asked and "://" in asked:
+        name, value = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
+    asked = None if value is None else f"{name}={value}"
+    if value not in (None, "auto", "local") and not re.fullmatch(r"[^/]+:\d+", value):
         raise InputError(
             f"{asked}: must be the host:port of a cluster, `auto` or `local`. `ray job submit` takes the http:// "
             "address of one elsewhere and runs the command there."
@@ -95,10 +97,10 @@ def start(address: str | None) -> Future:
             "log_to_driver": debug,
             "include_dashboard": False,  # of a cluster that is started; those that are joined have theirs
         }
-        where = asked
+        where = asked or "the address that `ray start` has left"
         try:
             found = _find(address, required=bool(asked))
-            where = found and (asked or f"{found}, which `ray start` has left a note of")
+            where = where if found else None
             # A cluster that is started here hands its environment down to all of its processes.
             given = {} if found else dict(OWN_CLUSTER_ENV)
             if not GPU_DEVICE.exists():
@@ -108,6 +110,7 @@ def start(address: str | None) -> Future:
             for name, value in given.items():
                 os.environ.setdefault(name, value)
             with contextlib.nullcontext() if found else _loopback_only():
+                # Not `found`: Ray looks for a token of its own accord only where it looks for the address.
                 ray.init(address=address if found else "local", **how)
             if not debug:
                 _silence_raylet()
@@ -116,9 +119,9 @@ def start(address: str | None) -> Future:
             told = f"Ray does not start here: {reason}\n`ray start --head` shows why, or starts one to join."
             if where:
                 told = (
-                    f"cannot reach Ray at {where}: {reason}\nIs it running, and has this shell its token "
-                    "(RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or ~/.ray/auth_token)? --ray.address=local starts one for "
-                    "this run alone."
+                    f"cannot reach Ray at {where}: {reason}\nIs it running there (port 6379 as a rule; 8265 is the "
+                    "dashboard's), and has this shell its token (RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or "
+                    "~/.ray/auth_token)? --ray.address=local starts one for this run alone."
                 )
             done.set_exception(InputError(told))
         else:
@@ -146,6 +149,7 @@ def _find(address: str | None, required: bool) -> str | None:
     from ray._private.services import canonicalize_bootstrap_address
     from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    from ray.exceptions import AuthenticationError
 
     found = canonicalize_bootstrap_address(address)
     if found is None:
@@ -153,14 +157,16 @@ def _find(address: str | None, required: bool) -> str | None:
     try:
         with init_grpc_channel(found, GLOBAL_GRPC_OPTIONS) as channel:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWERS_WITHIN_S)
+    except AuthenticationError:
+        pass  # without the token that this shell shall have: `ray.init` says it
     except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            return found  # `ray.init` finds this machine's token, or says which is missing
-        if required:
-            raise ConnectionError(
-                f"no Ray answers at {found} (its port is 6379 unless told otherwise, not 8265)"
-            ) from error
-        return None
+        another = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED)
+        if another and not required:
+            return None
+        if another or error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            reason = error.details().rsplit(": ", 1)[-1]
+            raise ConnectionError(f"no Ray answers at {found} ({reason})") from error
+        # The others are answers, that it wants a token for example, which `ray.init` may find.
     return found
 
 
