@@ -33,7 +33,7 @@ from test_loop import wandb_runs
 from vla import save_base, tiny
 
 from ray_jobs import tune
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.tracking import read_json, read_metrics
 from ray_jobs.search import answer
 from ray_jobs.search import study as study_module
@@ -493,6 +493,29 @@ def test_several_policies_and_a_front(common, tmp_path, capsys, workers):
     assert summary["horizon"] == 6  # the smallest chunk that either space allows
     for trial in study.trials:
         assert read_json(output / f"trials/{trial.number:04d}/summary.json")["num_workers"] == workers
+
+
+@pytest.mark.slow
+def test_no_room_for_the_next_trial(common, tmp_path):
+    """The trials before have filled the disk: the search ends, no trial counts as failed, and with room it goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk), "-o"]
+    if os.geteuid() or subprocess.run([*mount, "size=200m"], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        output, large = disk / "run", "--policy.dim_feedforward=50000"  # a checkpoint has 120 MB
+        flags = (f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=2", large)
+        with pytest.raises(
+            RunError, match="trials/0001: .* GB are free there, one checkpoint needs about 0.1"
+        ):
+            search(*common, *flags, "--tune.max_concurrent=1", "--steps=4", "--eval_steps=4")
+        assert [t.state for t in study_of(output).trials] == [TrialState.COMPLETE, TrialState.RUNNING]
+        subprocess.run([*mount, "remount,size=1200m"], check=True)
+        assert search(f"--output_dir={output}", "--resume=true") == 0
+        assert [t.state for t in study_of(output).trials] == [TrialState.COMPLETE] * 2
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_kl_weight_alone(common, tmp_path):

@@ -16,5 +16,9 @@ class StorageError(InputError):
     """A bucket does not answer: wrong input where a run is begun, but later it may pass."""
 
 
+class StorageFull(InputError):
+    """There is no room for a checkpoint: wrong input where a run is begun, but a search has filled it up itself."""
+
+
 class StorageLost(RunError):
     """Storage has failed for too long, or is full."""

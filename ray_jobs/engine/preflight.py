@@ -30,11 +30,12 @@ from safetensors import SafetensorError, safe_open
 
 from ray_jobs.engine import assets, checkpoint, mirror, preflight_stream, quantiles
 from ray_jobs.engine.bucket import is_uri
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, StorageError, StorageFull
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.opened import once, own_metadata
+from ray_jobs.engine.patience import may_pass
 from ray_jobs.engine.policy import outline, with_features
 from ray_jobs.engine.preflight_data import (
     check_files,
@@ -390,9 +391,8 @@ def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(
-            f"--output_dir={recipe.output_dir}: {folder} cannot be written ({error.strerror})."
-        ) from None
+        told = f"--output_dir={recipe.output_dir}: {folder} cannot be written ({error.strerror})."
+        raise (StorageError if may_pass(error) else InputError)(told) from None
     if network is None or not recipe.lerobot.save_checkpoint:
         return
     # The weights and Adam's two moments, and the trained weights behind an average.
@@ -400,7 +400,7 @@ def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:
     need = copies * sum(p.numel() * p.element_size() for p in network.parameters())
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise InputError(
+        raise StorageFull(
             f"--output_dir={recipe.output_dir}: {free / 1e9:.2f} GB are free there, "
             f"one checkpoint needs about {need / 1e9:.2f} GB."
         )

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.driver import ERROR_LOG
-from ray_jobs.engine.errors import INTERRUPTED, PREEMPTED, PRUNED, InputError, RunError, StorageLost
+from ray_jobs.engine.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    PRUNED,
+    InputError,
+    RunError,
+    StorageFull,
+    StorageLost,
+)
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
 
@@ -152,7 +160,8 @@ def run_trial(
             if summary["status"] == PREEMPTED:
                 raise Preempted()  # Ray Tune has it go on elsewhere, and does not count it as a failure
         result = {**_outcome(summary), **(values if pruned else best_values(folder, metrics))}
-    except StorageLost as error:  # nothing is wrong with the trial; it goes on when the search does
+    except (StorageFull, StorageLost) as error:
+        # Nothing is wrong with the trial; it goes on when the search does.
         ray.get(line.fail.remote(error))
         return tune.report({"status": INTERRUPTED})
     except (InputError, RunError) as error:
