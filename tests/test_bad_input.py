@@ -1,5 +1,6 @@
 """Bad input: every mistake is answered in one or two lines that say what was wrong and what would be right."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -21,7 +23,7 @@ from conftest import job, tiny_act, tiny_diffusion, train_in_process
 from huggingface_hub import constants
 
 from ray_jobs.engine import cluster, explain, preflight, recipe
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.errors import InputError, RunError, StorageError, StorageFull
 
 STEP = "checkpoints/000002"
 CAMERA = "observation.images.top"
@@ -320,6 +322,27 @@ def test_disk_without_room_for_a_checkpoint(act, tmp_path):
         check(*act, "--save_checkpoint=false")
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, StorageFull),
+        (errno.EDQUOT, StorageFull),
+        (errno.EIO, StorageError),
+        (errno.EACCES, InputError),
+    ],
+)
+def test_folder_that_cannot_be_written(act, monkeypatch, number, kind):
+    """What a search does then depends on it: end, try again, go on with the next trial."""
+
+    def fail(dir):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with pytest.raises(InputError, match="cannot be written") as refused:
+        check(*act)
+    assert type(refused.value) is kind
 
 
 def left_behind(mark: str) -> list[str]:

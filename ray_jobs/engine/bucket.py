@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 from lerobot.datasets import LeRobotDatasetMetadata
 
-from ray_jobs.engine.errors import InputError, StorageError
+from ray_jobs.engine.errors import InputError, StorageError, StorageFull
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
@@ -131,7 +131,7 @@ def _get(root: str, folder: Path, files: dict[str, str]) -> None:
             del missing[name]
     size, free = sum(_size(version) for version in missing.values()), shutil.disk_usage(folder).free
     if size > free:
-        raise InputError(
+        raise StorageFull(
             f"--dataset.root={root}: {size / 1e9:.1f} GB are to be fetched, and {folder} on {socket.gethostname()} has "
             f"{free / 1e9:.1f} GB left. RAY_JOBS_CACHE names another folder; --data.source=stream needs none."
         )

@@ -164,7 +164,7 @@ def _find(address: str | None, required: bool) -> str | None:
         if another and not required:
             return None
         if another or error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-            reason = error.details().rsplit(": ", 1)[-1].rstrip("]")
+            reason = (error.details() or "").rsplit(": ", 1)[-1].rstrip("]")
             raise ConnectionError(f"no Ray answers at {found} ({reason})") from error
         # The others are answers, that it wants a token for example, which `ray.init` may find.
     return found

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine.cluster import Share
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.errors import InputError, RunError, StorageFull, StorageLost
 from ray_jobs.engine.workers import mark_of, run_loop, work
 
 if TYPE_CHECKING:
@@ -218,7 +218,9 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
     from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
 
     if error := ray.get(line.why_failed.remote()):
-        raise error if isinstance(error, RunError) else RunError(str(error))
+        if isinstance(error, RunError):
+            raise error
+        raise (StorageLost if isinstance(error, StorageFull) else RunError)(str(error))
     if isinstance(outcome.get("error"), InputError | RunError):
         raise outcome["error"]
     if "error" in outcome:

@@ -1,5 +1,8 @@
 """How a job or a run ends early: errors that are meant for people, and the reasons to stop a training."""
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: no room on a disk, or in a quota
 # What the loop's `should_stop` answers, and a stopped run's status: with a checkpoint, or without.
 STOP_REASONS = GO_ON, INTERRUPTED, PRUNED, PREEMPTED = "", "interrupted", "pruned", "preempted"
 
@@ -13,11 +16,11 @@ class RunError(Exception):
 
 
 class StorageError(InputError):
-    """A bucket does not answer: wrong input where a run is begun, but later it may pass."""
+    """Storage does not answer: wrong input where a run is begun, but later it may pass."""
 
 
 class StorageFull(InputError):
-    """There is no room for a checkpoint: wrong input where a run is begun, but a search has filled it up itself."""
+    """There is no room: wrong input where a run is begun, but in a search it is the same for every trial that follows."""
 
 
 class StorageLost(RunError):

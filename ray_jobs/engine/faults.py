@@ -1,7 +1,6 @@
 """What has happened to a worker, in the words of the person who started the run. Imported by Ray's controller: light."""
 
 import atexit
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from ray.exceptions import (
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
-from ray_jobs.engine.errors import InputError, RunError, StorageLost
+from ray_jobs.engine.errors import FULL, InputError, RunError, StorageLost
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -37,7 +36,6 @@ NETWORK = (
     "set on every node before `ray start`"
 )
 LOST_CONNECTION = ("onnection closed by peer", "onnection reset")
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Preempted(RayActorError):

@@ -8,7 +8,6 @@ Object stores rename nothing, so that what is whole is what the last write says.
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from ray_jobs.engine.bucket import check_address, open_root
 from ray_jobs.engine.bucket_lock import BucketLock
-from ray_jobs.engine.errors import InputError, RunError, StorageError
+from ray_jobs.engine.errors import FULL, InputError, RunError, StorageError, StorageFull
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
@@ -220,8 +219,9 @@ def told(address: str, flag: str = "output_dir") -> Iterator[None]:
         raise
     except Exception as error:
         text = f"--{flag}={address}: cannot be used: {type(error).__name__}: {first_line(error)}"
-        for_good = isinstance(error, ValueError) or getattr(error, "errno", None) == errno.ENOSPC
-        raise (InputError if for_good else StorageError)(text) from None
+        if getattr(error, "errno", None) in FULL:
+            raise StorageFull(text) from None
+        raise (InputError if isinstance(error, ValueError) else StorageError)(text) from None
 
 
 @contextlib.contextmanager

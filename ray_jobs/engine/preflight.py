@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from ray_jobs.engine import assets, checkpoint, mirror, preflight_stream, quantiles
 from ray_jobs.engine.bucket import is_uri
-from ray_jobs.engine.errors import InputError, StorageError, StorageFull
+from ray_jobs.engine.errors import FULL, InputError, StorageError, StorageFull
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import chunk_length
@@ -384,24 +384,26 @@ def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:
     if recipe.remote:
         mirror.check_writable(recipe.remote)
     folder = recipe.output_dir
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise InputError(f"--output_dir={recipe.output_dir}: {folder} is not a folder.")
     try:
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise InputError(f"--output_dir={recipe.output_dir}: {folder} is not a folder.")
         tempfile.TemporaryFile(dir=folder).close()
+        room = shutil.disk_usage(folder)
     except OSError as error:
+        kind = StorageFull if error.errno in FULL else StorageError if may_pass(error) else InputError
         told = f"--output_dir={recipe.output_dir}: {folder} cannot be written ({error.strerror})."
-        raise (StorageError if may_pass(error) else InputError)(told) from None
+        raise kind(told) from None
     if network is None or not recipe.lerobot.save_checkpoint:
         return
     # The weights and Adam's two moments, and the trained weights behind an average.
     copies = 4 if recipe.options.ray.ema else 3
     need = copies * sum(p.numel() * p.element_size() for p in network.parameters())
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise StorageFull(
-            f"--output_dir={recipe.output_dir}: {free / 1e9:.2f} GB are free there, "
+    if need > room.free:
+        kind = InputError if need > room.total else StorageFull  # another configuration may fit; or none will
+        raise kind(
+            f"--output_dir={recipe.output_dir}: {room.free / 1e9:.2f} GB are free there, "
             f"one checkpoint needs about {need / 1e9:.2f} GB."
         )
 

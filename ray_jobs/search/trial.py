@@ -125,8 +125,9 @@ def run_trial(
             pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
 
     def patient[Result](use: Callable[[], Result]) -> Result:
+        passing = lambda error: storage_may_return(error) or may_pass(error)  # noqa: E731
         tell_of_storage = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
-        return patiently(use, place, tell_of_storage, doing="used", passing=storage_may_return)
+        return patiently(use, place, tell_of_storage, doing="used", passing=passing)
 
     try:
         # Drawn before the search was told to end, or given up when its slot died.
