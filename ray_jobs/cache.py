@@ -51,8 +51,9 @@ def _build(words: list[str]) -> int:
     from ray.exceptions import RayError
 
     from ray_jobs.engine.faults import if_helper_dies, why
+    from ray_jobs.engine.line import open_line
 
-    line = cluster.open_line()
+    line = open_line()
     names = {}
     for node in ray.nodes():
         if node["Alive"]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from ray_jobs.engine import cluster
 from ray_jobs.engine.console import no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError
+from ray_jobs.engine.line import open_line
 from ray_jobs.engine.options import read_flags
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _search(
 
     survive_memory_kills()
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
-    line = cluster.open_line()
+    line = open_line()
     shared = (None, "") if plan.remote else (plan.output_dir, mark_of(plan.output_dir))
     trainable = tune.with_resources(
         partial(

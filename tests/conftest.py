@@ -7,12 +7,14 @@ On a machine with a GPU, `RAY_JOBS_TEST_DEVICE=cuda NVIDIA_TF32_OVERRIDE=0` comp
 `pytest tests/test_parity.py tests/test_policies.py -k "not two and not sharded and not sharding"`.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,19 @@ def job(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedPro
         cwd=ROOT,
         env={**os.environ, **env},
     )
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of that size, in memory; skips the test where it can't be had."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def free_port() -> int:

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import socket
-import subprocess
 import tempfile
 import threading
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import job, tiny_act, tiny_diffusion, train_in_process
+from conftest import job, small_disk, tiny_act, tiny_diffusion, train_in_process
 from huggingface_hub import constants
 
 from ray_jobs.engine import cluster, explain, preflight, recipe
@@ -312,16 +311,12 @@ def test_output_dir(parts, run, tmp_path):
     assert "cannot be written" in refusal(*tiny_act(parts, Path("/proc/run")))
 
 
-def test_disk_without_room_for_a_checkpoint(act, tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
+def test_disk_without_room_for_a_checkpoint(parts, tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        act = tiny_act(parts, disk / "run")
         message = refusal(*act)
         assert "0.00 GB are free" in message and "0.13 GB" in message
         check(*act, "--save_checkpoint=false")
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize(

@@ -323,6 +323,13 @@ def submit(machine, folder: Path, *words: str, **env: str) -> str:
     return name
 
 
+def search_command(folder: Path, data: Path, output_dir: Path, *more: str) -> tuple[str, ...]:
+    """A search's command line; its space lies in the folder that is submitted."""
+    (folder / "space.yaml").write_text(SPACE)
+    flags = [f for f in tiny_act(data, output_dir, *more) if not f.startswith("--policy.type")]
+    return ("python", "-m", "ray_jobs.tune", *flags, "--space=space.yaml")
+
+
 def state_of(machine, folder: Path, name: str) -> str:
     told = machine.ray("job", "status", name, cwd=folder).stdout.upper()
     return next(s for s in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING") if s in told)
@@ -405,10 +412,9 @@ def test_submitted_jobs(machine, folder, parts, tmp_path):
     assert checkpoint.fault(checkpoint.last_checkpoint(tmp_path / "run")) is None
 
     mistaken = submit(machine, folder, *train, "--batchsize=4")
-    (folder / "space.yaml").write_text(SPACE)
-    tiny = [f for f in tiny_act(root, tmp_path / "search", "--steps=9") if not f.startswith("--policy.type")]
-    search = (*tiny, "--space=space.yaml", "--tune.num_samples=2", "--tune.scheduler=none")
-    state, log = wait(machine, folder, submit(machine, folder, "python", "-m", "ray_jobs.tune", *search))
+    flags = ("--steps=9", "--tune.num_samples=2", "--tune.scheduler=none")
+    search = search_command(folder, root, tmp_path / "search", *flags)
+    state, log = wait(machine, folder, submit(machine, folder, *search))
     assert state == "SUCCEEDED" and "\r" not in log and "Traceback" not in log, log
     assert (tmp_path / "search/best/command.sh").is_file()
 
@@ -424,10 +430,8 @@ def test_several_at_once(machine, folder, parts, tmp_path):
     for number in (1, 2):
         flags = tiny_act(parts, tmp_path / f"run{number}", "--steps=30", "--ray.cpus_per_worker=1")
         jobs[f"run{number}"] = submit(machine, folder, "python", "-m", "ray_jobs.train", *flags)
-    (folder / "space.yaml").write_text(SPACE)
-    tiny = [f for f in tiny_act(parts, tmp_path / "search", "--steps=9") if not f.startswith("--policy.type")]
-    search = (*tiny, "--space=space.yaml", "--tune.num_samples=3", "--ray.cpus_per_worker=1")
-    jobs["search"] = submit(machine, folder, "python", "-m", "ray_jobs.tune", *search)
+    flags = ("--steps=9", "--tune.num_samples=3", "--ray.cpus_per_worker=1")
+    jobs["search"] = submit(machine, folder, *search_command(folder, parts, tmp_path / "search", *flags))
     for name, submitted in jobs.items():
         state, log = wait(machine, folder, submitted)
         assert state == "SUCCEEDED" and "Traceback" not in log, log
@@ -477,10 +481,8 @@ def test_stopped_job_leaves_a_checkpoint(machine, folder, parts, tmp_path):
     ), result
 
     output = tmp_path / "search"
-    (folder / "space.yaml").write_text(SPACE)
-    tiny = [f for f in tiny_act(parts, output, "--steps=5000") if not f.startswith("--policy.type")]
-    search = (*tiny, "--space=space.yaml", "--tune.num_samples=2", "--ray.cpus_per_worker=1")
-    name = submit(machine, folder, "python", "-m", "ray_jobs.tune", *search)
+    flags = ("--steps=5000", "--tune.num_samples=2", "--ray.cpus_per_worker=1")
+    name = submit(machine, folder, *search_command(folder, parts, output, *flags))
     trial = output / "trials/0000"
     state, log = wait(machine, folder, name, until=lambda log: (trial / "metrics.jsonl").is_file())
     assert state == "RUNNING", log

@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import tiny_act
+from conftest import small_disk, tiny_act
 from test_faults import Run
 from test_storage import Bucket, fsspec
 from test_tune import space_file
@@ -228,12 +227,7 @@ def test_mount_away(parts, tmp_path, kind, for_ever):
 def test_full_disk(parts, tmp_path, kind):
     """The disk fills up while a checkpoint is written: the run or the search ends with one line, the last checkpoints intact,
     no torn one; with room made, --resume=true goes on."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1200m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
+    with small_disk(tmp_path / "disk", "1200m") as disk:
         run = Victim(kind, parts, disk / "run", tmp_path, "--checkpoint.keep_last=1")
         run.wait_for_step(EVERY + 1)
         with contextlib.suppress(OSError):  # a checkpoint is just being written: full all the same
@@ -249,8 +243,6 @@ def test_full_disk(parts, tmp_path, kind):
         again = run.again()
         assert again.end(180) == 0, again.printed
         assert run.lost() <= EVERY
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.fixture

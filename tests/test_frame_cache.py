@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import job, tiny_act, train_in_process
+from conftest import job, small_disk, tiny_act, train_in_process
 from lerobot.datasets import LeRobotDataset
 from ray.cluster_utils import Cluster
 from test_data import assert_same, make, opened
@@ -258,13 +258,8 @@ def test_a_folder_that_cannot_be_written(pictures, tmp_path):
 @pytest.fixture
 def tiny_disk(tmp_path) -> Iterator[Path]:
     """A disk of 64 KB: less than the frames of one camera."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 def test_a_full_disk(pictures, tiny_disk):

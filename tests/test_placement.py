@@ -11,6 +11,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray_jobs.engine import cluster as our_cluster
 from ray_jobs.engine.driver import make_trainer
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.line import open_line
 from ray_jobs.engine.recipe import resolve
 
 pytestmark = pytest.mark.slow
@@ -47,7 +48,7 @@ class Book:
 def places_of(parts, folder, runs: int, count: int, *flags: str) -> list[list[str]]:
     """Start several runs at once, as a search does; the nodes of each one's workers, by rank."""
     book = Book.remote()
-    line = our_cluster.open_line()
+    line = open_line()
 
     def stay(config: dict) -> None:
         import time

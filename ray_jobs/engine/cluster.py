@@ -1,24 +1,22 @@
-"""Ray for the jobs: start or join a cluster, see what it can give, talk to the workers of a run.
+"""Ray for the jobs: start or join a cluster, see what it can give.
 
 Import it before Ray, which reads its environment once. Only light imports at the top: jobs start Ray while they
 are still importing torch and LeRobot.
 """
 
-import asyncio
 import concurrent.futures.thread  # noqa: F401  (its fork hooks must not appear while Ray is being forked off)
 import contextlib
 import math
 import os
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.engine.errors import GO_ON, PREEMPTED, PRUNED, InputError, RunError
+from ray_jobs.engine.errors import InputError
 
 # For Ray Train's controller and workers.
 TRAIN_ENV = {
@@ -57,7 +55,6 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` mu
 GPU_DEVICE = Path("/dev/nvidiactl")  # is there where a GPU is
 NODE_GROUP = "ray.io/node-group"  # Ray's label of a node that an autoscaler or launcher has started
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves its file on the head node
-ANSWERED_AFTER_S = 60
 ANSWERS_WITHIN_S = 10  # a cluster, when asked whether it is there
 UNLIMITED = 100  # nodes of a group without a limit that are reckoned with
 
@@ -69,17 +66,18 @@ def start(address: str | None) -> Future:
 
     Args:
         address: `local`, `auto`, an address, or None: `RAY_ADDRESS` (set inside `ray job submit`), else a
-            cluster running on this machine, else a new one.
+            cluster running on this machine, else a new one. A head that is there and silent is refused all the same: beside
+            one that is overloaded, a second Ray would make it worse.
 
     Returns:
         A future of None; its `result()` raises InputError if the cluster cannot be reached.
     """
     global _ready
-    name, value = "--ray.address", address
+    flag, place = "--ray.address", address
     if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):
-        name, value = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
-    asked = None if value is None else f"{name}={value}"
-    if value not in (None, "auto", "local") and not re.fullmatch(r"[^/]+:\d+", value):
+        flag, place = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
+    asked = None if place is None else f"{flag}={place}"
+    if place not in (None, "auto", "local") and not re.fullmatch(r"[^/]+:\d+", place):
         raise InputError(
             f"{asked}: must be the host:port of a cluster, `auto` or `local`. `ray job submit` takes the http:// "
             "address of one elsewhere and runs the command there."
@@ -97,10 +95,9 @@ def start(address: str | None) -> Future:
             "log_to_driver": debug,
             "include_dashboard": False,  # of a cluster that is started; those that are joined have theirs
         }
-        where = asked or "the address that `ray start` has left"
+        found = "not looked for yet"
         try:
             found = _find(address, required=bool(asked))
-            where = where if found else None
             # A cluster that is started here hands its environment down to all of its processes.
             given = {} if found else dict(OWN_CLUSTER_ENV)
             if not GPU_DEVICE.exists():
@@ -117,7 +114,8 @@ def start(address: str | None) -> Future:
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             told = f"Ray does not start here: {reason}\n`ray start --head` shows why, or starts one to join."
-            if where:
+            if found:
+                where = asked or "the address that `ray start` has left"
                 told = (
                     f"cannot reach Ray at {where}: {reason}\nIs it running there (port 6379 as a rule; 8265 is the "
                     "dashboard's), and has this shell its token (RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or "
@@ -347,106 +345,3 @@ def _groups() -> list[tuple[str, dict[str, float], int]]:
             groups.append((name, kind["resources"], most))
             left -= most
     return groups
-
-
-class Line:
-    """Actor between a run's driver and its workers: events one way, the wish to stop the other way."""
-
-    def __init__(self) -> None:
-        self.events: asyncio.Queue = asyncio.Queue()
-        self.lost = self.lost_when_saved = 0  # how often workers were lost, and until the last checkpoint
-        self.saved = -1  # the step of that one
-        self.asked = asyncio.Condition()  # that somebody shall stop
-        self.stop_reason = GO_ON
-        self.leaving: set[str] = set()  # nodes
-        self.given_up: set[str] = set()
-        self.failure: RunError | InputError | None = None
-        # By rank or trial: its last beat, when, and when its step had changed.
-        self.told: dict[int | str, tuple] = {}
-
-    async def tell(self, event: dict) -> None:
-        if event["kind"] == "checkpoint" and event["step"] > self.saved:
-            self.lost_when_saved, self.saved = self.lost, event["step"]
-        if event["kind"] == "fault" and not event.get("announced"):
-            self.lost += 1
-        await self.events.put(event)
-
-    async def losses(self) -> tuple[int, int]:
-        """How often workers were lost: in all, and since the run has got to another checkpoint."""
-        return self.lost, self.lost - self.lost_when_saved
-
-    async def hear(self, timeout_s: float) -> list[dict]:
-        """Events since the last call; waits up to `timeout_s` for the first."""
-        heard = []
-        if self.events.empty() and timeout_s > 0:
-            try:
-                heard.append(await asyncio.wait_for(self.events.get(), timeout_s))
-            except TimeoutError:
-                return heard
-        while not self.events.empty():
-            heard.append(self.events.get_nowait())
-        return heard
-
-    async def fail(self, error: RunError | InputError) -> None:
-        self.failure = self.failure or error
-
-    async def why_failed(self) -> RunError | InputError | None:
-        """What a worker gave the run up for: no other need try."""
-        return self.failure
-
-    async def ask_to_stop(self, reason: str) -> None:
-        """`reason` is one of the loop's STOP_REASONS; the first one counts."""
-        async with self.asked:
-            self.stop_reason = self.stop_reason or reason
-            self.asked.notify_all()
-
-    async def leave(self, node: str) -> None:
-        """Ask the trials that run on a node to stop: it will be taken away."""
-        async with self.asked:
-            self.leaving.add(node)
-            self.asked.notify_all()
-
-    async def beat(self, beat) -> None:
-        """What a worker tells of itself (see `watchdog`)."""
-        now, before = time.monotonic(), self.told.get(beat.rank)
-        same = before and (before[0].pid, before[0].step, before[0].slow) == (beat.pid, beat.step, beat.slow)
-        self.told[beat.rank] = beat, now, before[2] if same else now
-
-    async def beats(self) -> dict[int | str, tuple]:
-        """By rank or trial, the last beat, the seconds since, and the seconds since its step has changed."""
-        now = time.monotonic()
-        return {rank: (beat, now - at, now - since) for rank, (beat, at, since) in self.told.items()}
-
-    async def forget_beat(self, rank: int | str) -> None:
-        self.told.pop(rank, None)
-
-    async def forget_beats(self) -> None:
-        self.told.clear()
-
-    async def give_up(self, trial: str) -> None:
-        """Ask one trial of a search to stop."""
-        self.given_up.add(trial)
-
-    async def why_stopped(self, trial: str) -> str:
-        """The reason, or nothing if nobody has asked this trial to stop."""
-        return self.stop_reason or (PRUNED if trial in self.given_up else "")
-
-    async def stop_asked(self, node: str | None = None) -> str:
-        """Returns the reason once somebody asked to stop, or GO_ON after a while: whoever asks may be dead.
-
-        Args:
-            node: Where the trial runs that asks. Other runs' workers hear from Ray Train that a node will be taken away.
-        """
-        async with self.asked:
-            with contextlib.suppress(TimeoutError):
-                asked = self.asked.wait_for(lambda: self.stop_reason or node in self.leaving)
-                await asyncio.wait_for(asked, ANSWERED_AFTER_S)
-            return self.stop_reason or (PREEMPTED if node in self.leaving else GO_ON)
-
-
-def open_line():
-    """A handle of a new `Line`, on the driver's node."""
-    import ray
-
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(num_cpus=0, max_concurrency=1000, label_selector=here)(Line).remote()

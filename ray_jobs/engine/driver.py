@@ -54,8 +54,8 @@ def train_on_workers(
     """
     import ray
 
-    from ray_jobs.engine.cluster import open_line
     from ray_jobs.engine.faults import if_helper_dies
+    from ray_jobs.engine.line import open_line
     from ray_jobs.engine.watchdog import Watchdog
 
     line = open_line()
@@ -148,7 +148,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
 
     Args:
         each: What each worker reserves.
-        line: Handle of a `cluster.Line`, which will carry the run's events and the wish to stop it.
+        line: Handle of a `line.Line`, which will carry the run's events and the wish to stop it.
         max_failures: How often workers are replaced, -1 for ever.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig

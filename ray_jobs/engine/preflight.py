@@ -404,7 +404,7 @@ def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:
         kind = InputError if need > room.total else StorageFull  # another configuration may fit; or none will
         raise kind(
             f"--output_dir={recipe.output_dir}: {room.free / 1e9:.2f} GB are free there, "
-            f"one checkpoint needs about {need / 1e9:.2f} GB."
+            f"one checkpoint needs about {need / 1e9:.2f} GB. Make room, or give another folder."
         )
 
 

@@ -98,7 +98,7 @@ class Watchdog:
     """Looks after a run from its driver.
 
     Args:
-        line: Handle of the run's `cluster.Line`.
+        line: Handle of the run's `line.Line`.
         patience_s: How long a worker may be silent, or the run without a step; 0 for ever.
     """
 

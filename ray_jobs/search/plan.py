@@ -17,7 +17,7 @@ import yaml
 
 from ray_jobs.engine import mirror, preflight
 from ray_jobs.engine.bucket import is_uri
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, StorageError, StorageFull
 from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.options import asks_to_resume, read_flags
@@ -276,6 +276,8 @@ def make_plan(
         try:
             published = resolve(arguments(s.published(fixed)))
             preflight.check(published)
+        except (StorageError, StorageFull):  # whatever the baseline is
+            raise
         except InputError as error:
             _blame_the_user(error, arguments({**s.kind(fixed), **fixed}))
             raise _in_file(s, "baseline", {}, error) from None

@@ -262,7 +262,7 @@ class TrialWitness(Callback):
 
     Args:
         tell: Called with an event dict.
-        line: Handle of the search's `cluster.Line`.
+        line: Handle of the search's `line.Line`.
     """
 
     def __init__(self, tell: Callable[[dict], None], line):
@@ -285,7 +285,7 @@ class StudyScheduler(FIFOScheduler):
     are killed, by its defaults, two seconds later, and their W&B runs with them.
 
     Args:
-        line: Handle of the search's `cluster.Line`.
+        line: Handle of the search's `line.Line`.
     """
 
     def __init__(self, search: StudySearch, line):

@@ -90,7 +90,7 @@ def run_trial(
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
         trials: How many will read the data: whether to keep its frames depends on it.
-        line: Handle of the search's `cluster.Line`.
+        line: Handle of the search's `line.Line`.
     """
     quiet()
     os.environ["WANDB_RUN_GROUP"] = group

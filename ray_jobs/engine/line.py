@@ -1,0 +1,110 @@
+"""The line between a run's driver and its workers: an actor that carries events one way, the wish to stop the other way."""
+
+import asyncio
+import contextlib
+import time
+
+from ray_jobs.engine.errors import GO_ON, PREEMPTED, PRUNED, InputError, RunError
+
+ANSWERED_AFTER_S = 60
+
+
+class Line:
+    def __init__(self) -> None:
+        self.events: asyncio.Queue = asyncio.Queue()
+        self.lost = self.lost_when_saved = 0  # how often workers were lost, and until the last checkpoint
+        self.saved = -1  # the step of that one
+        self.asked = asyncio.Condition()  # that somebody shall stop
+        self.stop_reason = GO_ON
+        self.leaving: set[str] = set()  # nodes
+        self.given_up: set[str] = set()
+        self.failure: RunError | InputError | None = None
+        # By rank or trial: its last beat, when, and when its step had changed.
+        self.told: dict[int | str, tuple] = {}
+
+    async def tell(self, event: dict) -> None:
+        if event["kind"] == "checkpoint" and event["step"] > self.saved:
+            self.lost_when_saved, self.saved = self.lost, event["step"]
+        if event["kind"] == "fault" and not event.get("announced"):
+            self.lost += 1
+        await self.events.put(event)
+
+    async def losses(self) -> tuple[int, int]:
+        """How often workers were lost: in all, and since the run has got to another checkpoint."""
+        return self.lost, self.lost - self.lost_when_saved
+
+    async def hear(self, timeout_s: float) -> list[dict]:
+        """Events since the last call; waits up to `timeout_s` for the first."""
+        heard = []
+        if self.events.empty() and timeout_s > 0:
+            try:
+                heard.append(await asyncio.wait_for(self.events.get(), timeout_s))
+            except TimeoutError:
+                return heard
+        while not self.events.empty():
+            heard.append(self.events.get_nowait())
+        return heard
+
+    async def fail(self, error: RunError | InputError) -> None:
+        self.failure = self.failure or error
+
+    async def why_failed(self) -> RunError | InputError | None:
+        """What a worker gave the run up for: no other need try."""
+        return self.failure
+
+    async def ask_to_stop(self, reason: str) -> None:
+        """`reason` is one of the loop's STOP_REASONS; the first one counts."""
+        async with self.asked:
+            self.stop_reason = self.stop_reason or reason
+            self.asked.notify_all()
+
+    async def leave(self, node: str) -> None:
+        """Ask the trials that run on a node to stop: it will be taken away."""
+        async with self.asked:
+            self.leaving.add(node)
+            self.asked.notify_all()
+
+    async def beat(self, beat) -> None:
+        """What a worker tells of itself (see `watchdog`)."""
+        now, before = time.monotonic(), self.told.get(beat.rank)
+        same = before and (before[0].pid, before[0].step, before[0].slow) == (beat.pid, beat.step, beat.slow)
+        self.told[beat.rank] = beat, now, before[2] if same else now
+
+    async def beats(self) -> dict[int | str, tuple]:
+        """By rank or trial, the last beat, the seconds since, and the seconds since its step has changed."""
+        now = time.monotonic()
+        return {rank: (beat, now - at, now - since) for rank, (beat, at, since) in self.told.items()}
+
+    async def forget_beat(self, rank: int | str) -> None:
+        self.told.pop(rank, None)
+
+    async def forget_beats(self) -> None:
+        self.told.clear()
+
+    async def give_up(self, trial: str) -> None:
+        """Ask one trial of a search to stop."""
+        self.given_up.add(trial)
+
+    async def why_stopped(self, trial: str) -> str:
+        """The reason, or nothing if nobody has asked this trial to stop."""
+        return self.stop_reason or (PRUNED if trial in self.given_up else "")
+
+    async def stop_asked(self, node: str | None = None) -> str:
+        """Returns the reason once somebody asked to stop, or GO_ON after a while: whoever asks may be dead.
+
+        Args:
+            node: Where the trial runs that asks. Other runs' workers hear from Ray Train that a node will be taken away.
+        """
+        async with self.asked:
+            with contextlib.suppress(TimeoutError):
+                asked = self.asked.wait_for(lambda: self.stop_reason or node in self.leaving)
+                await asyncio.wait_for(asked, ANSWERED_AFTER_S)
+            return self.stop_reason or (PREEMPTED if node in self.leaving else GO_ON)
+
+
+def open_line():
+    """A handle of a new `Line`, on the driver's node."""
+    import ray
+
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, max_concurrency=1000, label_selector=here)(Line).remote()
