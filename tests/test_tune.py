@@ -294,7 +294,7 @@ def test_lost_node(common, tmp_path):
         cluster.shutdown()
 
 
-@pytest.mark.parametrize(("kills", "trials"), [(1, 8), pytest.param(3, 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "trials"), [(1, 5), pytest.param(3, 12, marks=pytest.mark.slow)])
 def test_killed_driver(common, tmp_path, kills, trials):
     """SIGKILL to the driver at random moments, resumed each time: as many trials as asked for, all different, none RUNNING."""
     output = tmp_path / "run"
