@@ -20,10 +20,11 @@ from ray.exceptions import (
 )
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from safetensors import SafetensorError
 
 from ray_jobs.engine import checkpoint, driver, faults, loop, patience, preflight, watchdog
 from ray_jobs.engine.console import Display
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.errors import InputError, RunError, StorageLost
 from ray_jobs.engine.faults import in_plain_words
 from ray_jobs.engine.recipe import resolve
 
@@ -148,6 +149,23 @@ def test_out_of_gpu_memory(parts, tmp_path, monkeypatch):
     assert "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB." in message
     assert "--batch_size=2 --ray.grad_accumulation=2" in message and "GB per worker" in message
     assert len(message.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/disk/weights"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "/disk/weights"),
+        SafetensorError("I/O error: Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_full_disks_and_quotas(parts, tmp_path, error):
+    recipe = resolve(tiny_act(parts, tmp_path / "run"))
+    with (
+        pytest.raises(StorageLost, match="no space is left for /.* is intact: make room"),
+        in_plain_words(recipe),
+    ):
+        raise error
 
 
 def test_storage_that_fails(parts, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 from lerobot.datasets import LeRobotDatasetMetadata
 
-from ray_jobs.engine.errors import InputError, StorageError, StorageFull
+from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
@@ -147,7 +147,8 @@ def _get(root: str, folder: Path, files: dict[str, str]) -> None:
             if version and scratch.stat().st_size != _size(version):
                 raise OSError(f"{scratch.stat().st_size} bytes came instead of {_size(version)}")
         except Exception as error:
-            raise StorageError(f"--dataset.root={root}: {name}: {_reason(error)}") from None
+            kind = StorageFull if no_room(error) else StorageError
+            raise kind(f"--dataset.root={root}: {name}: {_reason(error)}") from None
         scratch.replace(file)
         _note(file).write_text(version)
 

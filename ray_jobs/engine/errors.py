@@ -1,8 +1,8 @@
 """How a job or a run ends early: errors that are meant for people, and the reasons to stop a training."""
 
 import errno
+import os
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: no room on a disk, or in a quota
 # What the loop's `should_stop` answers, and a stopped run's status: with a checkpoint, or without.
 STOP_REASONS = GO_ON, INTERRUPTED, PRUNED, PREEMPTED = "", "interrupted", "pruned", "preempted"
 
@@ -20,8 +20,14 @@ class StorageError(InputError):
 
 
 class StorageFull(InputError):
-    """There is no room: wrong input where a run is begun, but in a search it is the same for every trial that follows."""
+    """There is no room: wrong input where a run is begun, but a search would fail at it with one trial after the other."""
 
 
 class StorageLost(RunError):
     """Storage has failed for too long, or is full."""
+
+
+def no_room(error: Exception) -> bool:
+    """Whether a disk or a quota is full; safetensors and Arrow say it in words alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)

@@ -17,7 +17,7 @@ from ray.exceptions import (
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
-from ray_jobs.engine.errors import FULL, InputError, RunError, StorageLost
+from ray_jobs.engine.errors import InputError, RunError, StorageLost, no_room
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -170,7 +170,7 @@ def _for_good(error: Exception, recipe: "Recipe") -> RunError | None:
     import torch
 
     text = str(error)
-    if getattr(error, "errno", None) in FULL or "No space left on device" in text:
+    if no_room(error):
         place = getattr(error, "filename", None) or recipe.output_dir
         return StorageLost(
             f"no space is left for {place}. The last checkpoint is intact: make room, or lower --checkpoint.keep_last; "

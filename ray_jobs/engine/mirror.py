@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ray_jobs.engine.bucket import check_address, open_root
 from ray_jobs.engine.bucket_lock import BucketLock
-from ray_jobs.engine.errors import FULL, InputError, RunError, StorageError, StorageFull
+from ray_jobs.engine.errors import InputError, RunError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
@@ -219,7 +219,7 @@ def told(address: str, flag: str = "output_dir") -> Iterator[None]:
         raise
     except Exception as error:
         text = f"--{flag}={address}: cannot be used: {type(error).__name__}: {first_line(error)}"
-        if getattr(error, "errno", None) in FULL:
+        if no_room(error):
             raise StorageFull(text) from None
         raise (InputError if isinstance(error, ValueError) else StorageError)(text) from None
 

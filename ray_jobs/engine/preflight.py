@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from ray_jobs.engine import assets, checkpoint, mirror, preflight_stream, quantiles
 from ray_jobs.engine.bucket import is_uri
-from ray_jobs.engine.errors import FULL, InputError, StorageError, StorageFull
+from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import chunk_length
@@ -392,7 +392,7 @@ def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:
         tempfile.TemporaryFile(dir=folder).close()
         room = shutil.disk_usage(folder)
     except OSError as error:
-        kind = StorageFull if error.errno in FULL else StorageError if may_pass(error) else InputError
+        kind = StorageFull if no_room(error) else StorageError if may_pass(error) else InputError
         told = f"--output_dir={recipe.output_dir}: {folder} cannot be written ({error.strerror})."
         raise kind(told) from None
     if network is None or not recipe.lerobot.save_checkpoint:

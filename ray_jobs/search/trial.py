@@ -27,6 +27,7 @@ from ray_jobs.engine.errors import (
     RunError,
     StorageFull,
     StorageLost,
+    no_room,
 )
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
@@ -102,6 +103,7 @@ def run_trial(
         from ray_jobs.engine import mirror, watchdog
         from ray_jobs.engine.bucket import is_uri
         from ray_jobs.engine.driver import train_here, train_on_workers
+        from ray_jobs.engine.explain import first_line
         from ray_jobs.engine.faults import Preempted
         from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
         from ray_jobs.engine.workers import listen_for_stop, teller
@@ -136,7 +138,7 @@ def run_trial(
         if asked_to_stop() == PREEMPTED:  # the slot is one that had waited there for a trial
             raise Preempted()
         try:
-            check()
+            patient(check)
         except RunError as error:  # other trials would fail here one after the other
             ray.get(line.fail.remote(error))
             return tune.report({"status": INTERRUPTED})
@@ -170,6 +172,9 @@ def run_trial(
     except Preempted:
         raise
     except Exception as error:
+        if no_room(error):
+            ray.get(line.fail.remote(StorageFull(f"{place}: {first_line(error)}")))
+            return tune.report({"status": INTERRUPTED})
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ERROR_LOG).write_text(traceback.format_exc())
         if is_uri(place):
