@@ -230,8 +230,11 @@ def test_full_disk(parts, tmp_path, kind):
     with small_disk(tmp_path / "disk", "1200m") as disk:
         run = Victim(kind, parts, disk / "run", tmp_path, "--checkpoint.keep_last=1")
         run.wait_for_step(EVERY + 1)
-        with contextlib.suppress(OSError):  # a checkpoint is just being written: full all the same
-            (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 50 * 2**20))
+        # Not written, which can take longer than the whole run.
+        with (disk / "ballast").open("wb") as ballast:
+            while (more := shutil.disk_usage(disk).free - 50 * 2**20) > 0:
+                with contextlib.suppress(OSError):  # a checkpoint is just being written
+                    os.posix_fallocate(ballast.fileno(), 0, os.fstat(ballast.fileno()).st_size + more)
         assert run.end(180) == 1, run.printed
         assert re.search("[nN]o space (is )?left .*\n?.*last checkpoints? (is|are) intact", run.printed), (
             run.printed
