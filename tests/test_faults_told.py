@@ -192,7 +192,7 @@ def test_storage_that_fails(parts, tmp_path, monkeypatch):
     assert loop.train(recipe, device="cpu", report=events.append)["status"] == "finished"
     told = [event["text"] for event in events if event["kind"] == "notice"]
     assert any("checkpoint of step 2 cannot be written, trying again: OSError: [Errno 5]" in t for t in told)
-    assert any("the checkpoint of step 2 is written: storage is back after" in t for t in told)
+    assert any("the checkpoint of step 2 is written: storage is back after 1 s" in t for t in told)
     assert checkpoint.fault(tmp_path / "run/checkpoints/000002") is None
 
     monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
