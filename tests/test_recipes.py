@@ -215,7 +215,7 @@ def test_device_is_the_workers(real, tmp_path):
 
 
 def test_demo_from_nothing(tmp_path):
-    """Records, searches, draws, drives; a second one, ended by Ctrl-C, uses the recording again and overwrites nothing."""
+    """Records, searches, draws, drives; others, the last ended by Ctrl-C, use the recording again and overwrite nothing."""
     flags = (f"--output_dir={tmp_path}", "--episodes=4", "--steps=2", "--trials=2", "--rollouts=1")
     first = job("ray_jobs.demo", *flags)
     assert first.returncode == 0 and first.stderr == "", first.stderr
@@ -223,11 +223,13 @@ def test_demo_from_nothing(tmp_path):
     assert len(list(tmp_path.glob("search-1/evaluation/*/predicted_against_recorded.png"))) == 2
     assert "In the simulator" in (tmp_path / "search-1" / "report.html").read_text()
     before = (tmp_path / "search-1" / "trials.csv").read_bytes()
-    second = Run(flags, job="ray_jobs.demo")
-    second.wait_for("using the 4 recorded episodes")
-    second.wait_for("searching with 2 trials")
-    second.process.send_signal(signal.SIGINT)
-    assert second.end() == 130 and "Traceback" not in second.printed, second.printed
+    second = job("ray_jobs.demo", *flags)
+    assert second.returncode == 0 and "using the 4 recorded episodes" in second.stdout
+    third = Run(flags, job="ray_jobs.demo")
+    third.wait_for("using the 4 recorded episodes")
+    third.wait_for("searching with 2 trials")
+    third.process.send_signal(signal.SIGINT)
+    assert third.end() == 130 and "Traceback" not in third.printed, third.printed
     assert (tmp_path / "search-1" / "trials.csv").read_bytes() == before
     wrong = job("ray_jobs.demo", "--episode=4")
     assert wrong.returncode == 2 and "--episode" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -294,7 +294,7 @@ def test_lost_node(common, tmp_path):
         cluster.shutdown()
 
 
-@pytest.mark.parametrize(("kills", "trials"), [(1, 5), pytest.param(3, 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "trials"), [(1, 8), pytest.param(3, 12, marks=pytest.mark.slow)])
 def test_killed_driver(common, tmp_path, kills, trials):
     """SIGKILL to the driver at random moments, resumed each time: as many trials as asked for, all different, none RUNNING."""
     output = tmp_path / "run"
@@ -507,8 +507,8 @@ def test_no_room_for_the_next_trial(common, tmp_path):
             search(*common, *flags, "--tune.max_concurrent=1", "--steps=4", "--eval_steps=4")
         assert [t.state for t in study_of(output).trials] == [TrialState.COMPLETE, TrialState.RUNNING]
         with pytest.raises(
-            InputError, match="^--output_dir=.* GB are free there"
-        ):  # it is not the space's fault
+            InputError, match=f"^--output_dir={output}: .* GB are free there"
+        ):  # not the space's fault
             search(f"--output_dir={output}", "--resume=true")
         subprocess.run(["mount", "-o", "remount,size=1200m", str(disk)], check=True)
         assert search(f"--output_dir={output}", "--resume=true") == 0

@@ -21,13 +21,10 @@ INTACT = "The last checkpoint is intact; --resume=true goes on from it."
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether a mount that reports this may be well again later."""
+    """Whether a bucket or mount that reports this may be well again later."""
     told = IN_RUST.search(str(error))
-    return (int(told[1]) if told else getattr(error, "errno", None)) in PASSING
-
-
-def storage_may_return(error: Exception) -> bool:
-    return isinstance(error, StorageError)
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    return isinstance(error, StorageError) or number in PASSING
 
 
 def patiently[Result](

@@ -276,8 +276,9 @@ def make_plan(
         try:
             published = resolve(arguments(s.published(fixed)))
             preflight.check(published)
-        except (StorageError, StorageFull):  # whatever the baseline is
-            raise
+        except (StorageError, StorageFull) as error:  # whatever the baseline is
+            asked = f"--output_dir={typed['output_dir']}"
+            raise type(error)(str(error).replace(scratch, asked)) from None
         except InputError as error:
             _blame_the_user(error, arguments({**s.kind(fixed), **fixed}))
             raise _in_file(s, "baseline", {}, error) from None
