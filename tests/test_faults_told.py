@@ -186,11 +186,12 @@ def test_storage_that_fails(parts, tmp_path, monkeypatch):
         return next((event["step"] for event in reversed(events) if event["kind"] == "step"), 0)
 
     class Clock:
-        """Only the waits take time: how long storage was away does not depend on this machine."""
+        """As good as only the waits take time: how long storage was away does not depend on this machine."""
 
         now = 0.0
 
         def monotonic(self) -> float:
+            self.now += 0.001
             return self.now
 
         def sleep(self, seconds: float) -> None:

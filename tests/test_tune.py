@@ -662,6 +662,7 @@ WRONG = {
     "--steps=0": "--steps=0",
     "--data.eval_horizon=7": "with policy.chunk_size=6: --data.eval_horizon=7: the policy predicts 6 actions",
     "--policy.chunksize=9": "unknown flag --policy.chunksize for act; did you mean --policy.chunk_size?",
+    "--output_dir=/proc/run": "--output_dir=/proc/run: /proc cannot be written",
     "--resume=true": "nothing to resume, there is no search in",
 }
 

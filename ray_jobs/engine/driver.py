@@ -227,11 +227,11 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
         raise RunError(_explain(outcome["error"], recipe))
     if recipe.remote:
         from ray_jobs.engine.mirror import read_file
-        from ray_jobs.engine.patience import patiently
+        from ray_jobs.engine.patience import patiently, storage_may_return
 
         read = partial(read_file, recipe.remote, SUMMARY_FILE)
         quietly = lambda text: None  # noqa: E731
-        return json.loads(patiently(read, recipe.remote, quietly, doing="read"))
+        return json.loads(patiently(read, recipe.remote, quietly, doing="read", passing=storage_may_return))
     return read_json(recipe.output_dir / SUMMARY_FILE)
 
 

@@ -37,7 +37,7 @@ from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
-from ray_jobs.engine.patience import patiently
+from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.policy import build, make_processors
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import ClosedLoop
@@ -108,7 +108,7 @@ def train(
     if stream is None and bucket.is_uri(cfg.dataset.root):
         tell(f"fetching {cfg.dataset.root}, once per node")
         fetch = partial(bucket.fetch_whole, cfg.dataset.root)
-        folder = patiently(fetch, cfg.dataset.root, tell, doing="read")
+        folder = patiently(fetch, cfg.dataset.root, tell, doing="read", passing=storage_may_return)
         cfg.dataset.root = str(folder)
     make = make_datasets if stream is None else make_streamed_datasets
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)

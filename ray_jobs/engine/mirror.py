@@ -23,7 +23,7 @@ from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
 from ray_jobs.engine.options import ASKED, OPTIONS_FILE
-from ray_jobs.engine.patience import patiently
+from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.trust import check_name
 
 CHECKPOINTS = "checkpoints"
@@ -252,7 +252,7 @@ def mirrored(
         with told(address):
             lock.take(tell)
 
-    patiently(take, address, tell)
+    patiently(take, address, tell, passing=storage_may_return)
     with lock.held():
         with told(address):
             when_taken()

@@ -21,10 +21,14 @@ INTACT = "The last checkpoint is intact; --resume=true goes on from it."
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether a bucket or mount that reports this may be well again later."""
+    """Whether a mount that reports this may be well again later."""
     told = IN_RUST.search(str(error))
-    number = int(told[1]) if told else getattr(error, "errno", None)
-    return isinstance(error, StorageError) or number in PASSING
+    return (int(told[1]) if told else getattr(error, "errno", None)) in PASSING
+
+
+def storage_may_return(error: Exception) -> bool:
+    """For what is fetched: errors of the disk it comes to are not waited for, another node's may be well."""
+    return isinstance(error, StorageError)
 
 
 def patiently[Result](

@@ -169,7 +169,7 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
     from ray_jobs.engine import loop
     from ray_jobs.engine.faults import in_plain_words
     from ray_jobs.engine.mirror import pull
-    from ray_jobs.engine.patience import patiently
+    from ray_jobs.engine.patience import patiently, storage_may_return
 
     report = how["report"]
 
@@ -184,7 +184,7 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
             if not main:
                 _all_ranks()  # until rank 0 has sent what its node alone had
             fetch = partial(pull, recipe.remote, recipe.output_dir)
-            patiently(fetch, recipe.remote, tell, doing="read")
+            patiently(fetch, recipe.remote, tell, doing="read", passing=storage_may_return)
         if main:
             run.enter_context(lock(recipe.output_dir, run=recipe.run))
             recipe.save_options()

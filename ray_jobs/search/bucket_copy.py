@@ -27,7 +27,7 @@ from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
-from ray_jobs.engine.patience import patiently
+from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.tracking import SUMMARY_FILE
 from ray_jobs.search.answer import BEST_DIR
 from ray_jobs.search.plan import SEARCH_FILE, SPACES_DIR, Plan
@@ -181,7 +181,7 @@ class BucketCopy(mirror.Mirror):
             links = ranked_links(plan.options.tune.metrics) if number in best else ()
             place, here = trial_place(plan.remote, name), trial_dir(plan.output_dir, name)
             pull_result = partial(mirror.pull_result, place, here, links)
-            patiently(pull_result, place, self.tell, doing="read")
+            patiently(pull_result, place, self.tell, doing="read", passing=storage_may_return)
 
         if not self.failure:
             with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -274,13 +274,11 @@ def make_plan(
                 f"with the flags that were typed, {s.file}'s baseline breaks the constraint '{broken}'."
             )
         try:
-            published = resolve(arguments(s.published(fixed)))
-            preflight.check(published)
-        except (StorageError, StorageFull) as error:  # whatever the baseline is
-            asked = f"--output_dir={typed['output_dir']}"
-            raise type(error)(str(error).replace(scratch, asked)) from None
+            published = _checked(arguments(s.published(fixed)), output_dir)
+        except (StorageError, StorageFull):  # whatever the baseline is
+            raise
         except InputError as error:
-            _blame_the_user(error, arguments({**s.kind(fixed), **fixed}))
+            _blame_the_user(error, arguments({**s.kind(fixed), **fixed}), output_dir)
             raise _in_file(s, "baseline", {}, error) from None
         meta = open_dataset(published.lerobot.dataset)
         recipe = recipe or published
@@ -364,10 +362,18 @@ def _arguments(base: list[str], scratch: str, config: Config) -> list[str]:
     return [*base, *flags(config), scratch]
 
 
-def _blame_the_user(error: InputError, without_space: list[str]) -> None:
+def _checked(arguments: list[str], output_dir: Path) -> Recipe:
+    """A checked recipe that is to write into the search's folder, which may be there already."""
+    recipe = resolve(arguments)
+    recipe.lerobot.output_dir = output_dir
+    preflight.check(recipe)
+    return recipe
+
+
+def _blame_the_user(error: InputError, without_space: list[str], output_dir: Path) -> None:
     """Raise an error of the baseline as the user's own, if it is there without the space file as well."""
     try:
-        preflight.check(resolve(without_space))
+        _checked(without_space, output_dir)
     except InputError as own:
         if str(own) == str(error):
             raise own from None

@@ -105,7 +105,7 @@ def run_trial(
         from ray_jobs.engine.driver import train_here, train_on_workers
         from ray_jobs.engine.explain import first_line
         from ray_jobs.engine.faults import Preempted
-        from ray_jobs.engine.patience import may_pass, patiently
+        from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
         from ray_jobs.engine.workers import listen_for_stop, teller
 
     place, pruned, values = trial_place(search, config["trial"]), False, {}
@@ -127,8 +127,9 @@ def run_trial(
             pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
 
     def patient[Result](use: Callable[[], Result]) -> Result:
+        passing = lambda error: storage_may_return(error) or may_pass(error)  # noqa: E731
         tell_of_storage = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
-        return patiently(use, place, tell_of_storage, doing="used")
+        return patiently(use, place, tell_of_storage, doing="used", passing=passing)
 
     try:
         # Drawn before the search was told to end, or given up when its slot died.
