@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -35,7 +36,7 @@ from vla import save_base, tiny
 from ray_jobs import tune
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.tracking import read_json, read_metrics
-from ray_jobs.search import answer
+from ray_jobs.search import answer, progress
 from ray_jobs.search import study as study_module
 from ray_jobs.search.answer import importances
 from ray_jobs.search.study import BASELINE
@@ -222,6 +223,7 @@ def test_failed_trials_do_not_stop_the_search(common, tmp_path, capsys, monkeypa
             raise ConnectionError("no network")
 
     monkeypatch.setattr(answer, "HfApi", Hub)
+    monkeypatch.setattr(progress, "OUTPUT_EVERY_S", 0)  # a line in a log file comes every half a minute
     push = ("--policy.push_to_hub=true", "--policy.repo_id=me/best")
     wild = {**ACT, "search": {"policy.optimizer_lr": {"choices": [1e-5, 1e-3, 1e30]}}}
     output = tmp_path / "run"
@@ -234,6 +236,7 @@ def test_failed_trials_do_not_stop_the_search(common, tmp_path, capsys, monkeypa
     assert "gradient norm" in by_lr[1e30].user_attrs["reason"]
     printed = capsys.readouterr().out
     assert "failed" in printed and "not uploaded to me/best: no network" in printed
+    assert re.search(r"^[0-2]/3 trials, [12] running.*; at step [\d, ]+ of 18$", printed, re.MULTILINE)
     # All there is has been tried: a fourth trial is not the same again.
     assert search(f"--output_dir={output}", "--resume=true", "--tune.num_samples=4") == 0
     assert sum("config" in t.user_attrs for t in study_of(output).trials) == 3
