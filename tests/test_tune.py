@@ -236,7 +236,7 @@ def test_failed_trials_do_not_stop_the_search(common, tmp_path, capsys, monkeypa
     assert "gradient norm" in by_lr[1e30].user_attrs["reason"]
     printed = capsys.readouterr().out
     assert "failed" in printed and "not uploaded to me/best: no network" in printed
-    assert re.search(r"^[0-2]/3 trials, [12] running.*; at step [\d, ]+ of 18$", printed, re.MULTILINE)
+    assert re.search(r"^[0-2]/3 trials, [12] running.*; steps [\d, ]+ of 18$", printed, re.MULTILINE)
     # All there is has been tried: a fourth trial is not the same again.
     assert search(f"--output_dir={output}", "--resume=true", "--tune.num_samples=4") == 0
     assert sum("config" in t.user_attrs for t in study_of(output).trials) == 3

@@ -27,7 +27,8 @@ def may_pass(error: Exception) -> bool:
 
 
 def storage_may_return(error: Exception) -> bool:
-    """For what is fetched: errors of the disk it comes to are not waited for, another node's may be well."""
+    """Whether a bucket may be well again later. A bare error of this node's disk is not waited for: another node's may be
+    well."""
     return isinstance(error, StorageError)
 
 

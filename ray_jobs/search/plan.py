@@ -363,7 +363,7 @@ def _arguments(base: list[str], scratch: str, config: Config) -> list[str]:
 
 
 def _checked(arguments: list[str], output_dir: Path) -> Recipe:
-    """A checked recipe that is to write into the search's folder, which may be there already."""
+    """A recipe, checked as one that writes into the search's folder. `resolve` gets another: it refuses one that is there."""
     recipe = resolve(arguments)
     recipe.lerobot.output_dir = output_dir
     preflight.check(recipe)

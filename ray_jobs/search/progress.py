@@ -75,7 +75,7 @@ class Progress:
             self.live.update(self._table(), refresh=True)
         elif time.monotonic() - self.last_line > OUTPUT_EVERY_S:
             steps = ", ".join(str(row["step"]) for row in list(self.running.values())[:SHOWN])
-            self.say(self._head() + (f"; at step {steps} of {self.steps}" if steps else ""))
+            self.say(self._head() + (f"; steps {steps} of {self.steps}" if steps else ""))
 
     def _ended(self, event: dict) -> None:
         name = event["trial"]
