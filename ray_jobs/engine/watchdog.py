@@ -66,7 +66,7 @@ def beat(line, rank: int | str) -> Callable[[dict], None]:
 
     context = ray.get_runtime_context()
     node, address, pid = context.get_node_id(), ray.util.get_node_ip_address(), os.getpid()
-    training, step = threading.current_thread(), None
+    training, step, begun = threading.current_thread(), None, threading.Event()
 
     def tell() -> None:
         while training.is_alive() and (frame := sys._current_frames().get(training.ident)) is not None:
@@ -78,17 +78,21 @@ def beat(line, rank: int | str) -> Callable[[dict], None]:
             slow = any(file.partition(":")[0] in SLOW for file in files)
             waits = any(word in name for name in names[:6] for word in WAITING)
             where = ", called from ".join(f"{n} ({f})" for n, f in list(zip(names, files, strict=True))[:3])
-            told = line.beat.remote(Beat(rank, node, address, pid, step, where, slow, waits))
+            now = Beat(rank, node, address, pid, step, where, slow, waits)
+            told = line.beat.remote(now)
             # Asked twice: whoever was suspended wakes up with the time over and the answer on its way.
             if not any(ray.wait([told], timeout=seconds)[0] for seconds in (CUT_OFF_S, 5 * BEAT_S)):
                 os._exit(1)  # this node is cut off, and another worker waits to write into the run's folder
-            time.sleep(BEAT_S)
+            # The first step is told at once: a small policy's next ones are done before another beat.
+            (begun.wait if now.step is None else time.sleep)(BEAT_S)
         with contextlib.suppress(Exception):  # Ray is gone, too
             line.forget_beat.remote(rank)  # its part is done; another may still have the run's end to write
 
     def hear(event: dict) -> None:
         nonlocal step
         step = event.get("step", step)
+        if step is not None:
+            begun.set()
 
     threading.Thread(target=tell, daemon=True).start()
     return hear
