@@ -162,6 +162,22 @@ def test_one_of_two_workers_killed(cluster, parts, tmp_path):
     print(f"lost {summary['lost_steps']} steps")
 
 
+def test_worker_killed_while_starting(cluster, parts, tmp_path):
+    """As the two find each other: Ray Train forgets such a group, and the one that is left holds the room of the next."""
+    run = tmp_path / "run"
+    process = train(cluster, parts, run, "--steps=40", "--ray.num_workers=2")
+    give_up, starting = time.monotonic() + 120, []
+    while not starting:
+        assert time.monotonic() < give_up and process.process.poll() is None, process.printed
+        with contextlib.suppress(psutil.NoSuchProcess):
+            starting = workers_of(cluster.first, "_setup_torch_process_group")
+        time.sleep(0.01)
+    for worker in starting:
+        worker.kill()
+    assert process.end(180) == 0, process.printed
+    assert summary_of(run)["lost_steps"] == 0
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_announced_preemption_loses_nothing(cluster, parts, tmp_path, workers):
     """A node is about to be taken away: a checkpoint of that very step, and the run goes on elsewhere at once,

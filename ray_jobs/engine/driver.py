@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.errors import InputError, RunError, StorageFull, StorageLost
+from ray_jobs.engine.room import give_back
 from ray_jobs.engine.workers import mark_of, run_loop, work
 
 if TYPE_CHECKING:
@@ -125,22 +126,9 @@ def _give_back_if_it_can() -> None:
 
 
 def _give_back() -> None:
-    """Remove what controllers that are dead have reserved for their workers, or have asked for: Ray keeps it as long as the
-    driver lives, and Ray Train's own cleaner comes too late for what had not started yet. Who has made a placement group
-    is not in Ray 2.60's public table of them."""
-    import ray
-    from ray._private.state import state
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-    from ray.util.placement_group import PlacementGroup
-
-    job = ray.get_runtime_context().get_job_id()
-    table = state._connect_and_get_accessor().get_placement_group_table()
-    for row in map(PlacementGroupTableData.FromString, table):
-        if ray.ActorID(row.creator_actor_id).is_nil():
-            continue  # made by the driver, as those of a search's slots are, for which Ray says "dead" as well
-        dead = row.creator_actor_dead and row.creator_job_id.hex() == job
-        if dead and row.state != PlacementGroupTableData.REMOVED:
-            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
+    """What controllers that are dead have reserved for their workers, or have asked for: Ray Train's own cleaner comes too
+    late for what had not started yet."""
+    give_back(lambda row: row.creator_actor_dead)
 
 
 def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
@@ -154,7 +142,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ray_jobs.engine.faults import QuickExit, Witness
+    from ray_jobs.engine.faults import Forgotten, QuickExit, Witness
 
     options = recipe.options.ray
     if not recipe.remote:
@@ -183,7 +171,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
             storage_path=str(recipe.output_dir),
             # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[Witness(line), QuickExit()],
+            callbacks=[Witness(line), Forgotten(), QuickExit()],
             worker_runtime_env={
                 "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
             },

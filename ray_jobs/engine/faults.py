@@ -15,9 +15,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.train import UserCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from ray_jobs.engine.errors import InputError, RunError, StorageLost, no_room
+from ray_jobs.engine.room import give_back
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -60,6 +61,20 @@ class Witness(UserCallback):
         text = describe(worker_exceptions)
         self.line.tell.remote({"kind": "fault", "text": text, "announced": announced})
         self.line.forget_beats.remote()
+
+
+class Forgotten(WorkerGroupCallback):
+    """Gives back, before workers start, what those before them still hold.
+
+    When a worker is lost while they find each other, Ray Train 2.60 forgets the group's room and the others in it, and then
+    waits for that room: they would hold it until the process group's time-out. An internal callback like `QuickExit`.
+    """
+
+    def before_worker_group_start(self, worker_group_context) -> None:
+        import ray
+
+        own = ray.get_runtime_context().get_actor_id()
+        give_back(lambda row: row.creator_actor_id.hex() == own)
 
 
 class QuickExit(ControllerCallback):
