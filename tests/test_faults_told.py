@@ -113,6 +113,29 @@ def test_why_a_worker_was_lost():
         assert told in faults.describe(errors)
 
 
+def test_what_is_a_loss_while_workers_start():
+    """A worker killed, as Ray says it; torch's store gone with rank 0, as torch says it; not a network without a way."""
+    serve = (
+        "import time\nfrom torch.distributed import TCPStore\n"
+        "store = TCPStore('127.0.0.1', 0, 2, True, wait_for_workers=False)\n"
+        "print(store.port, flush=True)\ntime.sleep(60)"
+    )
+    rank0 = subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE, text=True)
+    port = int(rank0.stdout.readline())
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, False, wait_for_workers=False)
+    threading.Timer(0.5, rank0.kill).start()
+    errors = []
+    for ask in (lambda: store.get("who"), lambda: [store.set("who", "rank 1") for _ in range(9)]):
+        with pytest.raises(torch.distributed.DistNetworkError) as caught:
+            ask()
+        errors.append(caught.value)
+    rank0.wait()
+    for error in (*errors, ActorDiedError(), OutOfMemoryError("")):
+        assert faults.of_a_loss(error), error
+    refused = RuntimeError("Gloo connectFullMesh failed with Connection refused")
+    assert not faults.of_a_loss(refused) and not faults.of_a_loss(ValueError("no"))
+
+
 def test_restarts_are_told(capsys):
     """Why, from where, with how many, and what it has cost."""
     display = Display()
@@ -274,6 +297,11 @@ def test_what_a_helper_raises_is_no_loss():
             "the run's controller has failed (ValueError: no)",
             "ControllerError",
         ),
+        (
+            ControllerError(ActorDiedError()),
+            "a worker was lost (its process was killed)",
+            "ControllerError",
+        ),  # before the training had begun
         (ActorDiedError(), "the run's controller has failed (its process was killed)", "ActorDiedError"),
     ],
 )

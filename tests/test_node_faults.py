@@ -162,15 +162,17 @@ def test_one_of_two_workers_killed(cluster, parts, tmp_path):
     print(f"lost {summary['lost_steps']} steps")
 
 
-def test_worker_killed_while_starting(cluster, parts, tmp_path):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_worker_killed_while_starting(cluster, parts, tmp_path, killed):
     """As the two find each other: Ray Train forgets such a group, and the one that is left holds the room of the next."""
+    node = (cluster.first, cluster.second)[killed]
     run = tmp_path / "run"
     process = train(cluster, parts, run, "--steps=40", "--ray.num_workers=2")
     give_up, starting = time.monotonic() + 120, []
     while not starting:
         assert time.monotonic() < give_up and process.process.poll() is None, process.printed
         with contextlib.suppress(psutil.NoSuchProcess):
-            starting = workers_of(cluster.first, "_setup_torch_process_group")
+            starting = workers_of(node, "_setup_torch_process_group")
         time.sleep(0.01)
     for worker in starting:
         worker.kill()

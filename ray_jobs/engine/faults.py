@@ -36,7 +36,12 @@ NETWORK = (
     "; where nodes have several networks, NCCL_SOCKET_IFNAME (on CPUs GLOO_SOCKET_IFNAME) says which one is theirs, "
     "set on every node before `ray start`"
 )
-LOST_CONNECTION = ("onnection closed by peer", "onnection reset")
+LOST_CONNECTION = (
+    "onnection closed by peer",
+    "onnection reset",
+    "onnection was likely closed",  # and the next: the store in which the workers find each other, which rank 0 has
+    "DistNetworkError: Broken pipe",
+)
 
 
 class Preempted(RayActorError):
@@ -102,11 +107,12 @@ def describe(errors: dict[int, Exception]) -> str:
 
 
 def of_a_loss(error: Exception) -> bool:
-    """Whether it ended Ray Train's controller (2.60) though only a worker was lost: one that Ray has ended for want of
-    memory, or one without which the others could not start."""
-    text = str(error)
+    """Whether it ended Ray Train's controller (2.60) though only a worker was lost, which it takes for a loss of its own
+    until the training begins: one that was killed or that Ray has ended for want of memory, or one without which the
+    others could not start."""
+    text = f"{type(error).__name__}: {error}"
     lost = any(sign in text for sign in LOST_CONNECTION) and not any(sign in text for sign in NOT_CONNECTED)
-    return isinstance(error, OutOfMemoryError) or lost
+    return isinstance(error, RayActorError | OutOfMemoryError) or lost
 
 
 @contextmanager
