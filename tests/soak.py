@@ -86,6 +86,8 @@ class Soak:
                 log.write_text((log.read_text() if log.exists() else "") + self.driver.printed)
                 if self.driver.process.returncode == 0:
                     return
+                said = "\n".join(self.driver.printed.splitlines()[-5:])
+                print(f"the driver has ended with {self.driver.process.returncode}:\n{said}", file=sys.stderr)
                 if self.failed_at == sum(self.kills.values()):
                     raise SystemExit(f"the driver failed twice without a kill, see {log}")
                 self.failed_at = sum(self.kills.values())
