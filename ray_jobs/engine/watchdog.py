@@ -83,15 +83,15 @@ def beat(line, rank: int | str) -> Callable[[dict], None]:
             # Asked twice: whoever was suspended wakes up with the time over and the answer on its way.
             if not any(ray.wait([told], timeout=seconds)[0] for seconds in (CUT_OFF_S, 5 * BEAT_S)):
                 os._exit(1)  # this node is cut off, and another worker waits to write into the run's folder
-            # The first step is told at once: a small policy's next ones are done before another beat.
+            # The first step is told at once, else who stops soon after it is said to have stopped before it.
             (begun.wait if now.step is None else time.sleep)(BEAT_S)
         with contextlib.suppress(Exception):  # Ray is gone, too
             line.forget_beat.remote(rank)  # its part is done; another may still have the run's end to write
 
     def hear(event: dict) -> None:
         nonlocal step
-        step = event.get("step", step)
-        if step is not None:
+        if "step" in event:  # notices have none, and may come from another thread
+            step = event["step"]
             begun.set()
 
     threading.Thread(target=tell, daemon=True).start()
