@@ -6,8 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 from conftest import ROOT, tiny_act
 from lerobot.policies.act.modeling_act import ACTPolicy
@@ -56,29 +59,23 @@ def test_who_waits_is_not_who_is_waited_for():
     assert culprit.rank == 1 and "data.py:9" in why
 
 
+class Line:
+    """Keeps the beats that a worker's thread tells it of, without a Ray."""
+
+    def __init__(self, monkeypatch):
+        self.beats: list[watchdog.Beat] = []
+        self.beat = SimpleNamespace(remote=self.beats.append)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+        monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+
+
 def test_a_worker_tells_where_it_is(monkeypatch):
     """The thread that tells sees this one: its step, and the function it is in."""
-
-    class Line:
-        beats: list = []
-
-        class beat:  # noqa: N801
-            @staticmethod
-            def remote(told):
-                Line.beats.append(told)
-
-    class Context:
-        def get_node_id(self):
-            return "node"
-
-    import ray
-
-    monkeypatch.setattr(ray, "get_runtime_context", Context)
-    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    line = Line(monkeypatch)
     monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
 
     def training() -> None:
-        hear = watchdog.beat(Line, rank=3)
+        hear = watchdog.beat(line, rank=3)
         hear({"kind": "step", "step": 5})
         waits_here()
 
@@ -88,12 +85,29 @@ def test_a_worker_tells_where_it_is(monkeypatch):
     thread = threading.Thread(target=training)
     thread.start()
     thread.join()
-    told = Line.beats[-1]
+    told = line.beats[-1]
     assert (told.rank, told.step, told.slow) == (3, 5, False) and "waits_here" in told.where
     time.sleep(0.2)
-    count = len(Line.beats)
+    count = len(line.beats)
     time.sleep(0.2)
-    assert len(Line.beats) == count, "it must end with the training"
+    assert len(line.beats) == count, "it must end with the training"
+
+
+def test_the_first_step_is_told_at_once(monkeypatch):
+    line = Line(monkeypatch)
+    monkeypatch.setattr(watchdog, "BEAT_S", 60)
+
+    def training() -> None:
+        hear = watchdog.beat(line, rank=3)
+        time.sleep(0.2)
+        for event in ({"kind": "notice"}, {"kind": "step", "step": 1}, {"kind": "notice"}):
+            hear(event)
+        time.sleep(0.5)
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    assert [told.step for told in line.beats] == [None, 1]
 
 
 def test_why_a_worker_was_lost():
@@ -128,7 +142,8 @@ def test_what_is_a_loss_while_workers_start():
     for ask in (lambda: store.get("who"), lambda: [store.set("who", "rank 1") for _ in range(9)]):
         with pytest.raises(torch.distributed.DistNetworkError) as caught:
             ask()
-        errors.append(caught.value)
+        story = "".join(traceback.format_exception(caught.value))  # as Ray brings it from a worker
+        errors.append(RayTaskError("execute", story, caught.value).as_instanceof_cause())
     rank0.wait()
     for error in (*errors, ActorDiedError(), OutOfMemoryError("")):
         assert faults.of_a_loss(error), error

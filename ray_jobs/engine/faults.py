@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import ray
 from ray.exceptions import (
     ActorUnavailableError,
     OutOfMemoryError,
@@ -76,8 +77,6 @@ class Forgotten(WorkerGroupCallback):
     """
 
     def before_worker_group_start(self, worker_group_context) -> None:
-        import ray
-
         own = ray.get_runtime_context().get_actor_id()
         give_back(lambda row: row.creator_actor_id.hex() == own)
 
@@ -110,7 +109,7 @@ def of_a_loss(error: Exception) -> bool:
     """Whether it ended Ray Train's controller (2.60) though only a worker was lost, which it takes for a loss of its own
     until the training begins: one that was killed or that Ray has ended for want of memory, or one without which the
     others could not start."""
-    text = f"{type(error).__name__}: {error}"
+    text = str(error)
     lost = any(sign in text for sign in LOST_CONNECTION) and not any(sign in text for sign in NOT_CONNECTED)
     return isinstance(error, RayActorError | OutOfMemoryError) or lost
 
