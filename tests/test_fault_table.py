@@ -173,6 +173,21 @@ def test_hung_worker(parts, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "search"])
+def test_stuck_worker(parts, tmp_path, kind):
+    """It answers, but takes no step, as then no other does: the one that they wait for is told, and replaced."""
+    stuck = tmp_path / "stuck"
+    fault = {"FAULT": "stuck", "FAULT_FILE": str(stuck)}
+    run = Victim(kind, parts, tmp_path / "run", tmp_path, "--ray.hang_timeout=10", FAULTY, **fault)
+    run.wait_for_step(EVERY + 1)
+    stuck.touch()
+    assert run.end(240) == 0, run.printed
+    who = {"one": "rank 0", "two": "rank 1", "search": "trial 0000"}[kind]
+    where = r"has not come further than step \d+ for 10 s, it is in stuck \(__init__.py"
+    assert len(re.findall(rf"{who} on \S+ \(process \d+\) {where}", run.printed)) == 1, run.printed
+    assert 0 < run.lost() <= EVERY
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "search"])
 @pytest.mark.parametrize("memory", ["gpu", "main"])
 def test_out_of_memory(parts, tmp_path, kind, memory):
     """A run ends at once, of a search the trial, with the estimate and the flags that make it less; the next one is trained."""

@@ -1,14 +1,16 @@
 """A LeRobot plugin (`--discover_packages_path=faulty`) for faults that a test cannot make from outside: there is no GPU here
-whose memory could run out, and no mount whose server could be stopped. `FAULT` says which one; it lasts as long as there is
+whose memory could run out, no mount whose server could be stopped, and a stopped process tells nothing. `FAULT` says which one; it lasts as long as there is
 the file that `FAULT_FILE` names. `PATIENCE` is in seconds what else are 15 minutes.
 """
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import torch
 from lerobot.policies.act.modeling_act import ACTPolicy
+from torch import distributed
 
 from ray_jobs.engine import patience
 
@@ -29,6 +31,16 @@ def exhausted(self, batch):
     return forward(self, batch)
 
 
+def stuck(self, batch):
+    """On the last rank, once: for longer than any test waits."""
+    if FILE.exists() and (
+        not distributed.is_initialized() or distributed.get_rank() + 1 == distributed.get_world_size()
+    ):
+        FILE.unlink()
+        time.sleep(3600)
+    return forward(self, batch)
+
+
 def unreachable(descriptor: int) -> None:
     if FILE.exists():
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -37,5 +49,7 @@ def unreachable(descriptor: int) -> None:
 
 if FAULT in ("gpu", "main"):
     ACTPolicy.forward = exhausted
+if FAULT == "stuck":
+    ACTPolicy.forward = stuck
 if FAULT == "mount":
     os.fsync = unreachable
