@@ -30,6 +30,7 @@ from test_tune import space_file
 from ray_jobs.engine import checkpoint
 
 pytestmark = pytest.mark.slow
+LOST_EARLY = "a worker was lost (its process was killed) while workers were starting"
 
 
 @pytest.fixture
@@ -177,7 +178,25 @@ def test_worker_killed_while_starting(cluster, parts, tmp_path, killed):
     for worker in starting:
         worker.kill()
     assert process.end(180) == 0, process.printed
+    assert process.printed.count(LOST_EARLY) == 1, process.printed
+    assert "Traceback" not in process.printed, process.printed
     assert summary_of(run)["lost_steps"] == 0
+
+
+def test_workers_that_always_die_while_starting(cluster, parts, tmp_path):
+    """Ray Train does not count that, and would start them for ever."""
+    flags = ("--steps=40", "--ray.num_workers=2", "--ray.max_failures=2")
+    process = train(cluster, parts, tmp_path / "run", *flags)
+    give_up = time.monotonic() + 180
+    while process.process.poll() is None:
+        assert time.monotonic() < give_up, process.printed
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for worker in workers_of(cluster.second):
+                worker.kill()
+        time.sleep(0.1)
+    assert process.end() == 1
+    assert process.printed.count(LOST_EARLY) == 3, process.printed
+    assert "Traceback" not in process.printed, process.printed
 
 
 @pytest.mark.parametrize("workers", [1, 2])

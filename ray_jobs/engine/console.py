@@ -107,8 +107,11 @@ class Display:
         self.say(event["text"])
 
     def _fault(self, event: dict) -> None:
-        """Something for which the workers are about to be started again."""
-        self.why_again = event["text"]
+        """Something for which the workers are about to be started again. Told once they have been, with what it has cost."""
+        if self.waits_since is None:
+            self.why_again = event["text"]
+        else:
+            self.say(f"{event['text']} while workers were starting")
         self.waits_since = time.monotonic()
 
     def _start(self, event: dict) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.errors import InputError, RunError, StorageFull, StorageLost
-from ray_jobs.engine.room import give_back
 from ray_jobs.engine.workers import mark_of, run_loop, work
 
 if TYPE_CHECKING:
@@ -92,26 +91,23 @@ class Training:
 
         from ray_jobs.engine.faults import of_a_loss, why
 
-        most, losses, known = self.recipe.options.ray.max_failures, 0, 0
+        most, losses = self.recipe.options.ray.max_failures, 0
         while True:
             _give_back()
             try:
                 make_trainer(self.recipe, self.each, self.line, max(most - losses, -1)).fit()
                 return
             except (RayActorError, OutOfMemoryError, WorkerGroupError, ControllerError) as error:
-                told, _ = ray.get(self.line.losses.remote())
-                text = f"the run's controller was lost ({why(error)})"
-                if isinstance(error, WorkerGroupError):  # which the `faults.Witness` has told
-                    text = None
-                elif isinstance(error, ControllerError):
+                fault = {"kind": "fault", "text": f"the run's controller was lost ({why(error)})"}
+                if isinstance(error, ControllerError):
                     if not of_a_loss(error.controller_failure):
                         raise
-                    # Of those that are lost while workers start the witness does not hear.
-                    text = f"a worker was lost ({why(error)})" if told == known else None
-                if text:
-                    ray.get(self.line.tell.remote({"kind": "fault", "text": text}))
+                    fault["text"] = f"a worker was lost ({why(error)})"
+                    fault["announced"] = getattr(error.controller_failure, "preempted", False)
+                if not isinstance(error, WorkerGroupError):  # which the `faults.Witness` has told
+                    ray.get(self.line.tell.remote(fault))
                     self.line.forget_beats.remote()
-                known, losses = ray.get(self.line.losses.remote())
+                losses = ray.get(self.line.losses.remote())
                 if losses > most >= 0 or ray.get(self.line.why_failed.remote()):
                     raise
             # One that could not end its workers is known to be dead only when the next has begun to wait for their room.
@@ -126,9 +122,22 @@ def _give_back_if_it_can() -> None:
 
 
 def _give_back() -> None:
-    """What controllers that are dead have reserved for their workers, or have asked for: Ray Train's own cleaner comes too
-    late for what had not started yet."""
-    give_back(lambda row: row.creator_actor_dead)
+    """Remove what controllers that are dead have reserved for their workers, or have asked for: Ray keeps it as long as the
+    driver lives, and Ray Train's own cleaner comes too late for what had not started yet. Who has made a placement group
+    is not in Ray 2.60's public table of them."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup
+
+    job = ray.get_runtime_context().get_job_id()
+    table = state._connect_and_get_accessor().get_placement_group_table()
+    for row in map(PlacementGroupTableData.FromString, table):
+        if ray.ActorID(row.creator_actor_id).is_nil():
+            continue  # made by the driver, as those of a search's slots are, for which Ray says "dead" as well
+        dead = row.creator_actor_dead and row.creator_job_id.hex() == job
+        if dead and row.state != PlacementGroupTableData.REMOVED:
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
 
 
 def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
@@ -142,7 +151,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ray_jobs.engine.faults import Forgotten, QuickExit, Witness
+    from ray_jobs.engine.faults import QuickExit, Starting, Witness
 
     options = recipe.options.ray
     if not recipe.remote:
@@ -171,7 +180,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
             storage_path=str(recipe.output_dir),
             # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[Witness(line), Forgotten(), QuickExit()],
+            callbacks=[Witness(line), Starting(), QuickExit()],
             worker_runtime_env={
                 "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
             },

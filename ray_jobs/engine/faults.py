@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import ray
 from ray.exceptions import (
     ActorUnavailableError,
     OutOfMemoryError,
@@ -16,10 +15,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.train import UserCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from ray_jobs.engine.errors import InputError, RunError, StorageLost, no_room
-from ray_jobs.engine.room import give_back
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -69,16 +68,19 @@ class Witness(UserCallback):
         self.line.forget_beats.remote()
 
 
-class Forgotten(WorkerGroupCallback):
-    """Gives back, before workers start, what those before them still hold.
+class Starting(ControllerCallback):
+    """Ends a run's controller when a worker is lost while they start: the driver tells and counts it, and begins with another.
 
-    When a worker is lost while they find each other, Ray Train 2.60 forgets the group's room and the others in it, and then
-    waits for that room: they would hold it until the process group's time-out. An internal callback like `QuickExit`.
+    Ray Train 2.60 would start them again without a word and without end, since it does not count that as a failure. Of those
+    that were finding each other it would also forget the others, which hold the room of the next until the process group's
+    time-out. An internal callback like `QuickExit`.
     """
 
-    def before_worker_group_start(self, worker_group_context) -> None:
-        own = ray.get_runtime_context().get_actor_id()
-        give_back(lambda row: row.creator_actor_id.hex() == own)
+    def after_controller_state_update(self, previous_state, current_state) -> None:
+        error = getattr(current_state, "training_failed_error", None)
+        failure = getattr(error, "controller_failure", None)
+        if isinstance(failure, WorkerGroupStartupFailedError):
+            raise failure.__cause__
 
 
 class QuickExit(ControllerCallback):

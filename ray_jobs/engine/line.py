@@ -29,9 +29,9 @@ class Line:
             self.lost += 1
         await self.events.put(event)
 
-    async def losses(self) -> tuple[int, int]:
-        """How often workers were lost: in all, and since the run has got to another checkpoint."""
-        return self.lost, self.lost - self.lost_when_saved
+    async def losses(self) -> int:
+        """How often workers were lost since the run has got to another checkpoint."""
+        return self.lost - self.lost_when_saved
 
     async def hear(self, timeout_s: float) -> list[dict]:
         """Events since the last call; waits up to `timeout_s` for the first."""

@@ -1,6 +1,6 @@
 """A LeRobot plugin (`--discover_packages_path=faulty`) for faults that a test cannot make from outside: there is no GPU here
-whose memory could run out, no mount whose server could be stopped, and a stopped process tells nothing. `FAULT` says which one; it lasts as long as there is
-the file that `FAULT_FILE` names. `PATIENCE` is in seconds what else are 15 minutes.
+whose memory could run out, no mount whose server could be stopped, and a stopped process does not answer. `FAULT` says which
+one; it lasts as long as there is the file that `FAULT_FILE` names. `PATIENCE` is in seconds what else are 15 minutes.
 """
 
 import errno
