@@ -30,7 +30,7 @@ from test_tune import space_file
 from ray_jobs.engine import checkpoint
 
 pytestmark = pytest.mark.slow
-LOST_EARLY = "a worker was lost (its process was killed) while workers were starting"
+LOST_EARLY = "a worker was lost while they started"
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_announced_preemption_loses_nothing(cluster, parts, tmp_path, workers):
     drain(cluster, leaving)
     begin = time.monotonic()
     assert process.end(300) == 0, process.printed
-    assert "is being taken away" in process.printed, process.printed
+    assert process.printed.count("is being taken away") == 1, process.printed
     summary = summary_of(run)
     assert (summary["restarts"], summary["lost_steps"]) == (1, 0)
     print(f"lost no step; over after {time.monotonic() - begin:.0f} s, the notice was 120 s")

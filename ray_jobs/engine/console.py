@@ -108,10 +108,10 @@ class Display:
 
     def _fault(self, event: dict) -> None:
         """Something for which the workers are about to be started again. Told once they have been, with what it has cost."""
-        if self.waits_since is None:
-            self.why_again = event["text"]
+        if event.get("starting"):
+            self.say(event["text"])  # for they had not been yet
         else:
-            self.say(f"{event['text']} while workers were starting")
+            self.why_again = event["text"]
         self.waits_since = time.monotonic()
 
     def _start(self, event: dict) -> None:

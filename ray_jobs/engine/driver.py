@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -78,8 +79,8 @@ def train_on_workers(
 
 class Training:
     """Ray Train's trainer, and another one when its controller dies, since Ray Train 2.60 starts workers again, but not the
-    process that does so; or when it has given up a run that had got on: `--ray.max_failures` is for one that does not, and
-    not for a week on spot nodes."""
+    process that does so; when a worker was lost while they started (see `faults.Starting`); or when it has given up a run
+    that had got on: `--ray.max_failures` is for one that does not, and not for a week on spot nodes."""
 
     def __init__(self, recipe: "Recipe", each: Share, line):
         self.recipe, self.each, self.line = recipe, each, line
@@ -102,7 +103,8 @@ class Training:
                 if isinstance(error, ControllerError):
                     if not of_a_loss(error.controller_failure):
                         raise
-                    fault["text"] = f"a worker was lost ({why(error)})"
+                    fault["text"] = f"a worker was lost while they started ({why(error)})"
+                    fault["starting"] = True
                     fault["announced"] = getattr(error.controller_failure, "preempted", False)
                 if not isinstance(error, WorkerGroupError):  # which the `faults.Witness` has told
                     ray.get(self.line.tell.remote(fault))
@@ -110,15 +112,15 @@ class Training:
                 losses = ray.get(self.line.losses.remote())
                 if losses > most >= 0 or ray.get(self.line.why_failed.remote()):
                     raise
-            # One that could not end its workers is known to be dead only when the next has begun to wait for their room.
-            late = threading.Timer(10, _give_back_if_it_can)
-            late.daemon = True
-            late.start()
+            threading.Thread(target=_give_back_later, daemon=True).start()
 
 
-def _give_back_if_it_can() -> None:
+def _give_back_later() -> None:
+    """A controller that could not end its workers is known to be dead only when the next one waits for their room."""
     with contextlib.suppress(Exception):  # the run may be over, and its connection to Ray
-        _give_back()
+        for seconds in (2, 8, 20, 60):
+            time.sleep(seconds)
+            _give_back()
 
 
 def _give_back() -> None:
