@@ -107,6 +107,7 @@ def test_wrong_value(act, wrong, right):
     [
         # unknown flags, and what is none
         ("--polcy.chunk_size=4", "unknown flag --polcy.chunk_size; did you mean --policy.chunk_size?"),
+        ("--polcy.type=act", "did you mean --policy.type?"),  # and not --env.type
         ("--policy.chunk_sise=4", "did you mean --policy.chunk_size?"),
         ("--ray.workers=2", "did you mean --ray.num_workers?"),
         ("--dataset.batch_size=4", "did you mean --batch_size?"),

@@ -86,8 +86,8 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
     # The right name in the wrong group; without a group also its last part.
     before = r"(^|\.)" if group else r"(^|[._])"
     elsewhere = [k for k in known if re.search(f"{before}{re.escape(leaf)}$", k)]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return min(elsewhere, key=len) if elsewhere else next(iter(close), None)
+    typo, close = (difflib.get_close_matches(name, known, n=1, cutoff=cutoff) for cutoff in (0.9, 0.8))
+    return next(iter([*typo, *sorted(elsewhere, key=len), *close]), None)
 
 
 # Flags that name a file or a folder here, or else one on the Hub, and the file looked for in the folder.
