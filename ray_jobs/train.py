@@ -13,10 +13,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import Display, duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.console import Display, duration, interrupt, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError
 from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
 
@@ -109,10 +110,10 @@ def _interrupts(display: Display) -> Iterator[Callable[[], str]]:
     once. Yields the training's `should_stop`."""
     reason, told = "", False
 
-    def interrupt(signum, frame) -> None:
+    def ask(signum: int, frame: FrameType | None) -> None:
         nonlocal reason
         if reason or display.waits_since:  # nobody is there to save anything
-            raise KeyboardInterrupt
+            return interrupt(signum, frame)
         reason = INTERRUPTED
 
     def asked() -> str:
@@ -122,7 +123,7 @@ def _interrupts(display: Display) -> Iterator[Callable[[], str]]:
             display.say("stopping: a checkpoint is saved first; Ctrl-C again stops at once.")
         return reason
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:

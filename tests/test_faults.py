@@ -303,6 +303,56 @@ console.run_job(main, at_end=cluster.leave)
     assert (result.returncode, result.stdout, result.stderr) == (130, "saved\n", "interrupted.\n")
 
 
+def test_ctrl_c_while_ray_and_this_process_import():
+    """Ctrl-C while an import waits for the lock that another thread has. Raised there, Python would leave the lock taken,
+    and that thread, which is about to start Ray, would hang with the whole job."""
+    program = """
+import _imp, os, signal, threading, time
+from ray_jobs.engine import console
+
+held, imported = threading.Event(), threading.Event()
+
+def another():
+    _imp.acquire_lock()
+    held.set()
+    time.sleep(0.5)  # the main thread waits by now
+    os.kill(os.getpid(), signal.SIGINT)
+    _imp.release_lock()
+    time.sleep(0.5)
+    import tabnanny
+    imported.set()
+
+def main(argv):
+    threading.Thread(target=another, daemon=True).start()
+    held.wait()
+    import wave
+    time.sleep(60)
+
+console.run_job(main, at_end=lambda: print(imported.wait(10)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "True\n", "interrupted.\n")
+
+
+def test_ctrl_c_again_while_ray_starts(parts, tmp_path):
+    """Who does not wait for the end, either, gets the shell back at once: no traceback, no process of Ray stays."""
+    run = Run(tiny_act(parts, tmp_path / "run", "--steps=2"))
+    give_up, started = time.monotonic() + 60, False
+    while not started:
+        assert time.monotonic() < give_up, run.printed
+        time.sleep(0.05)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = any("raylet" in " ".join(p.cmdline()) for p in run.family())
+    run.process.send_signal(signal.SIGINT)
+    run.wait_for("interrupted.")
+    begin = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130 and "Traceback" not in run.printed, run.printed
+    print(f"over after {time.monotonic() - begin:.1f} s")
+
+
 SLOW_SOAKS = [("train", 2, 5, 150), ("tune", 1, 5, 150)]
 
 

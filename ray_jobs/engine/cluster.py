@@ -87,8 +87,6 @@ def start(address: str | None) -> Future:
     done = _ready = Future()
 
     def connect() -> None:
-        import ray
-
         debug = bool(os.environ.get("RAY_JOBS_DEBUG"))
         how = {
             "logging_level": "CRITICAL",
@@ -97,6 +95,8 @@ def start(address: str | None) -> Future:
         }
         found = "not looked for yet"
         try:
+            import ray
+
             found = _find(address, required=bool(asked))
             # A cluster that is started here hands its environment down to all of its processes.
             given = {} if found else dict(OWN_CLUSTER_ENV)

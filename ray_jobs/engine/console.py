@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -47,8 +48,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> None:
     """Run a job's main, then `at_end`, and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
-    # `ray job stop` and process managers send SIGTERM: the same as Ctrl-C here.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _when_interrupted(interrupt)
     try:
         status = main(sys.argv[1:])
     except InputError as error:
@@ -61,8 +61,27 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
         print("interrupted.", file=sys.stderr)
         status = 130
     sys.stdout.flush()
+    _when_interrupted(lambda *_: os._exit(status))  # who does not want to wait need not
     at_end()  # last: nobody should wait for Ray's end to read what is wrong
     sys.exit(status)
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does: raise KeyboardInterrupt, though not amid an import, but a moment later. There, Python (3.12) may
+    never give the import lock back, and the thread that starts Ray, which imports, too, would wait for it for ever."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _when_interrupted(handler: Callable[[int, FrameType | None], None]) -> None:
+    """`ray job stop` and process managers send SIGTERM: the same as Ctrl-C here. SIGALRM is `interrupt`'s own."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as it is in a shell's background
+            signal.signal(number, handler)
 
 
 def duration(seconds: float) -> str:
