@@ -67,18 +67,24 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """What Ctrl-C does: raise KeyboardInterrupt, though not amid an import, but a moment later. There, Python (3.12) may
-    never give the import lock back, and the thread that starts Ray, which imports, too, would wait for it for ever."""
+    """What Ctrl-C does: raise KeyboardInterrupt, though not amid an import, but once that is over; again there, end at once.
+
+    Amid an import, Python (3.12) may never give the import lock back, and the thread that starts Ray, which imports, too,
+    would wait for it for ever; or the library that imports takes it for an import that fails.
+    """
     while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            if signum != signal.SIGALRM and any(signal.getitimer(signal.ITIMER_REAL)):
+                os.write(2, b"interrupted.\n")
+                os._exit(130)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)  # SIGALRM comes here
             return
         frame = frame.f_back
     raise KeyboardInterrupt
 
 
 def _when_interrupted(handler: Callable[[int, FrameType | None], None]) -> None:
-    """`ray job stop` and process managers send SIGTERM: the same as Ctrl-C here. SIGALRM is `interrupt`'s own."""
+    """`ray job stop` and process managers send SIGTERM: the same as Ctrl-C here."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is in a shell's background
             signal.signal(number, handler)
