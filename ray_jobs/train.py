@@ -9,7 +9,6 @@
 import contextlib
 import logging
 import shlex
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +16,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import Display, duration, interrupt, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.console import Display, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError
+from ray_jobs.engine.interruption import interrupt, on_interruption
 from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
 
 if TYPE_CHECKING:
@@ -123,12 +123,11 @@ def _interrupts(display: Display) -> Iterator[Callable[[], str]]:
             display.say("stopping: a checkpoint is saved first; Ctrl-C again stops at once.")
         return reason
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    restore = on_interruption(ask)
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 # ---------------------------------------------------------------------- what the user sees

@@ -93,10 +93,11 @@ def start(address: str | None) -> Future:
             "log_to_driver": debug,
             "include_dashboard": False,  # of a cluster that is started; those that are joined have theirs
         }
-        found = "not looked for yet"
+        found = None
         try:
             import ray
 
+            found = "not looked for yet"
             found = _find(address, required=bool(asked))
             # A cluster that is started here hands its environment down to all of its processes.
             given = {} if found else dict(OWN_CLUSTER_ENV)
@@ -195,9 +196,10 @@ def leave() -> None:
     """Disconnect from Ray, once connecting has ended one way or the other; ends a cluster of our own."""
     if _ready is not None:
         _ready.exception()
-        import ray
+        with contextlib.suppress(ImportError):  # what `start` says
+            import ray
 
-        ray.shutdown()
+            ray.shutdown()
 
 
 @dataclass

@@ -7,17 +7,16 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.interruption import interrupt, on_interruption, take_back
 
 WORKER_LOST = "a worker was lost"
 OUTPUT_EVERY_S = 30  # how often a log file (no terminal) hears of the progress between log steps
@@ -48,7 +47,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> None:
     """Run a job's main, then `at_end`, and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
-    _when_interrupted(interrupt)
+    on_interruption(interrupt)
     try:
         status = main(sys.argv[1:])
     except InputError as error:
@@ -57,37 +56,17 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
         status = 1
-    except KeyboardInterrupt:
+    except BaseException as error:
+        # Ctrl-C ends processes that an import has started, too, and so the import.
+        if not isinstance(error, KeyboardInterrupt) and not take_back():
+            raise
         print("interrupted.", file=sys.stderr)
         status = 130
     sys.stdout.flush()
-    _when_interrupted(lambda *_: os._exit(status))  # who does not want to wait need not
+    take_back()
+    on_interruption(lambda *_: os._exit(status))  # who does not want to wait need not
     at_end()  # last: nobody should wait for Ray's end to read what is wrong
     sys.exit(status)
-
-
-def interrupt(signum: int, frame: FrameType | None) -> None:
-    """What Ctrl-C does: raise KeyboardInterrupt, though not amid an import, but once that is over; again there, end at once.
-
-    Amid an import, Python (3.12) may never give the import lock back, and the thread that starts Ray, which imports, too,
-    would wait for it for ever; or the library that imports takes it for an import that fails.
-    """
-    while frame:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            if signum != signal.SIGALRM and any(signal.getitimer(signal.ITIMER_REAL)):
-                os.write(2, b"interrupted.\n")
-                os._exit(130)
-            signal.setitimer(signal.ITIMER_REAL, 0.05)  # SIGALRM comes here
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
-def _when_interrupted(handler: Callable[[int, FrameType | None], None]) -> None:
-    """`ray job stop` and process managers send SIGTERM: the same as Ctrl-C here."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as it is in a shell's background
-            signal.signal(number, handler)
 
 
 def duration(seconds: float) -> str:

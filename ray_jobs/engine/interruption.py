@@ -1,0 +1,74 @@
+"""Ctrl-C, and SIGTERM, which `ray job stop` and process managers send: what they do to a job."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+ONE_S = 0.5  # signals within are one interruption: `uv run` hands on what its child has got, too, up to 0.2 s later
+AGAIN_S = 0.05  # between looks whether an import is over
+
+_came = -math.inf  # when the last interruption came
+_put_off = False  # until an import is over
+
+
+def on_interruption(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
+    """Call `handler`, as a signal's, for every interruption of this process from now on.
+
+    In the background of a shell, where Ctrl-C is ignored, it stays ignored.
+
+    Returns:
+        What restores the handlers of before.
+    """
+
+    def once(signum: int, frame: FrameType | None) -> None:
+        global _came
+        if signum != signal.SIGALRM:
+            if time.monotonic() - _came < ONE_S:
+                return
+            _came = time.monotonic()
+        handler(signum, frame)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    if before[signal.SIGINT] == signal.SIG_IGN:
+        del before[signal.SIGINT]
+    for number in before:
+        signal.signal(number, once)
+
+    def restore() -> None:
+        for number, was in before.items():
+            signal.signal(number, was)
+
+    return restore
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, though not amid an import, but once that is over; asked again there, end the process.
+
+    Amid an import, Python (3.12) may never give the import lock back, and the thread that starts Ray, which imports, too,
+    would wait for it for ever; or a library takes it for an import that fails, and goes on.
+    """
+    global _put_off
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            if _put_off and signum != signal.SIGALRM:
+                os.write(2, b"interrupted.\n")
+                os._exit(130)
+            _put_off = True
+            signal.setitimer(
+                signal.ITIMER_REAL, AGAIN_S
+            )  # then SIGALRM comes, and `interrupt` is called again
+            return
+        frame = frame.f_back
+    _put_off = False
+    raise KeyboardInterrupt
+
+
+def take_back() -> bool:
+    """Let an interruption that is put off never come; returns whether one was."""
+    global _put_off
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    was, _put_off = _put_off, False
+    return was
