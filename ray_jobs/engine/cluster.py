@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -196,9 +197,7 @@ def leave() -> None:
     """Disconnect from Ray, once connecting has ended one way or the other; ends a cluster of our own."""
     if _ready is not None:
         _ready.exception()
-        with contextlib.suppress(ImportError):  # what `start` says
-            import ray
-
+        if ray := sys.modules.get("ray"):
             ray.shutdown()
 
 

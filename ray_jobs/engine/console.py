@@ -50,18 +50,17 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
     on_interruption(interrupt)
     try:
         status = main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        status = 1
     except BaseException as error:
-        # Ctrl-C ends processes that an import has started, too, and so the import.
-        if not isinstance(error, KeyboardInterrupt) and not take_back():
+        # Ctrl-C ends processes that an import has started, too, and so the import, before it is raised here.
+        if isinstance(error, KeyboardInterrupt) or take_back():
+            told, status = "interrupted.", 130
+        elif isinstance(error, InputError):
+            told, status = f"error: {error}", 2
+        elif isinstance(error, RunError):
+            told, status = f"failed: {error}", 1
+        else:
             raise
-        print("interrupted.", file=sys.stderr)
-        status = 130
+        print(told, file=sys.stderr)
     sys.stdout.flush()
     take_back()
     on_interruption(lambda *_: os._exit(status))  # who does not want to wait need not

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-ONE_S = 0.5  # signals within are one interruption: `uv run` hands on what its child has got, too, up to 0.2 s later
+# Signals this close are one interruption: `uv run` hands on, 0.2 s later, what its child has got, too, and Python may hear of
+# a signal only when what the main thread waits for returns.
+ONE_S = 1.5
 AGAIN_S = 0.05  # between looks whether an import is over
 
 _came = -math.inf  # when the last interruption came
@@ -15,7 +17,7 @@ _put_off = False  # until an import is over
 
 
 def on_interruption(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
-    """Call `handler`, as a signal's, for every interruption of this process from now on.
+    """Call `handler`, as a signal's, once for every interruption from now on; with SIGALRM again for one that was put off.
 
     In the background of a shell, where Ctrl-C is ignored, it stays ignored.
 
@@ -25,9 +27,12 @@ def on_interruption(handler: Callable[[int, FrameType | None], None]) -> Callabl
 
     def once(signum: int, frame: FrameType | None) -> None:
         global _came
-        if signum != signal.SIGALRM:
-            if time.monotonic() - _came < ONE_S:
+        if signum == signal.SIGALRM:
+            if not _put_off:
                 return
+        elif time.monotonic() - _came < ONE_S:
+            return
+        else:
             _came = time.monotonic()
         handler(signum, frame)
 
@@ -57,9 +62,7 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
                 os.write(2, b"interrupted.\n")
                 os._exit(130)
             _put_off = True
-            signal.setitimer(
-                signal.ITIMER_REAL, AGAIN_S
-            )  # then SIGALRM comes, and `interrupt` is called again
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)  # SIGALRM calls this again
             return
         frame = frame.f_back
     _put_off = False
@@ -69,6 +72,6 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
 def take_back() -> bool:
     """Let an interruption that is put off never come; returns whether one was."""
     global _put_off
-    signal.setitimer(signal.ITIMER_REAL, 0)
     was, _put_off = _put_off, False
+    signal.setitimer(signal.ITIMER_REAL, 0)
     return was
