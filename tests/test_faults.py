@@ -283,6 +283,11 @@ def test_more_workers_than_there_is_room_for(parts, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def run_program(program: str) -> subprocess.CompletedProcess:
+    how = {"capture_output": True, "text": True, "timeout": 100, "cwd": ROOT}
+    return subprocess.run([sys.executable, "-c", program], **how)
+
+
 def test_sigterm_beside_ray():
     """Its handler would print its stack and abort the process 3 s later, in the middle of what is saved."""
     program = """
@@ -301,8 +306,7 @@ def main(argv):
 
 console.run_job(main, at_end=cluster.leave)
 """
-    how = {"capture_output": True, "text": True, "timeout": 100, "cwd": ROOT}
-    result = subprocess.run([sys.executable, "-c", program], **how)
+    result = run_program(program)
     assert (result.returncode, result.stdout, result.stderr) == (130, "saved\n", "interrupted.\n")
 
 
@@ -333,9 +337,7 @@ def main(argv):
 
 console.run_job(main, at_end=lambda: print(imported.wait(10)))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
+    result = run_program(program)
     assert (result.returncode, result.stdout, result.stderr) == (130, "True\n", "interrupted.\n")
 
 
@@ -377,9 +379,7 @@ print(len(heard))
 interrupted()
 print(len(heard))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
+    result = run_program(program)
     assert (result.returncode, result.stdout, result.stderr) == (0, "1\n2\n", "")
 
 
@@ -398,9 +398,7 @@ def main(argv):
 
 console.run_job(main, at_end=lambda: None)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
+    result = run_program(program)
     assert (result.returncode, result.stderr) == (130, "interrupted.\n")
 
 

@@ -17,7 +17,7 @@ _put_off = False  # until an import is over
 
 
 def on_interruption(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
-    """Call `handler`, as a signal's, once for every interruption from now on; with SIGALRM again for one that was put off.
+    """Call `handler`, as a signal's, once for every interruption from now on.
 
     In the background of a shell, where Ctrl-C is ignored, it stays ignored.
 
@@ -27,16 +27,11 @@ def on_interruption(handler: Callable[[int, FrameType | None], None]) -> Callabl
 
     def once(signum: int, frame: FrameType | None) -> None:
         global _came
-        if signum == signal.SIGALRM:
-            if not _put_off:
-                return
-        elif time.monotonic() - _came < ONE_S:
-            return
-        else:
+        if time.monotonic() - _came >= ONE_S:
             _came = time.monotonic()
-        handler(signum, frame)
+            handler(signum, frame)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if before[signal.SIGINT] == signal.SIG_IGN:
         del before[signal.SIGINT]
     for number in before:
@@ -56,16 +51,20 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
     would wait for it for ever; or a library takes it for an import that fails, and goes on.
     """
     global _put_off
+    looks_again = signum == signal.SIGALRM
+    if looks_again and not _put_off:  # it was raised, or taken back, meanwhile
+        return
     while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            if _put_off and signum != signal.SIGALRM:
+            if _put_off and not looks_again:
                 os.write(2, b"interrupted.\n")
                 os._exit(130)
             _put_off = True
-            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)  # SIGALRM calls this again
+            signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
             return
         frame = frame.f_back
-    _put_off = False
+    take_back()
     raise KeyboardInterrupt
 
 
