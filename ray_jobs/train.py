@@ -19,6 +19,7 @@ from ray_jobs.engine import cluster
 from ray_jobs.engine.command import check_command, help_of_training
 from ray_jobs.engine.console import Display, doing, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED
+from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.engine.interruption import interrupt, on_interruption
 from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
 
@@ -38,12 +39,15 @@ def main(argv: list[str]) -> int:
     check_command(flags)
     on_ray = _start_ray(flags)
     doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
-    with no_garbage_collection():
+    resumed = asks_to_resume(flags)
+    not_needed = () if resumed else unneeded([flags.get("policy.type", "")], flags)
+    with no_garbage_collection(), without(not_needed):
         from ray_jobs.engine import preflight
         from ray_jobs.engine.recipe import resolve
 
     doing("looking over the recipe and the data set")
     recipe = resolve(argv)
+    recipe.unneeded = not_needed
     preflight.check(recipe)
     display = Display()
     for notice in recipe.notices:

@@ -167,7 +167,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
         work,
         datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
-        train_loop_config={"recipe": pickle.dumps(recipe), "line": line},
+        train_loop_config={"recipe": pickle.dumps(recipe), "line": line, "unneeded": recipe.unneeded},
         torch_config=TorchConfig(timeout_s=LONGEST_WAIT_S),
         scaling_config=ScalingConfig(
             num_workers=(options.min_workers, options.num_workers)

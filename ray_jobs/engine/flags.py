@@ -81,7 +81,11 @@ def _mistake(name: str, value: str, known: Mapping[str, Flag], policy: str | Non
     if flag is None:
         whose = f" for {policy}" if policy and name.startswith("policy.") else ""
         guess = nearest(name, known)
-        see = f"--policy.type={policy or 'act'} --help lists them." if "steps" in known else "--help lists them."
+        see = (
+            f"--policy.type={policy or 'act'} --help lists them."
+            if "steps" in known
+            else "--help lists them."
+        )
         see = f"did you mean --{guess}?" if guess else see
         return [f"unknown flag --{name}{whose}; {see}"]
     if not value:

@@ -99,6 +99,7 @@ def train(
         resumed = json.loads((resume_dir / TRAINING_STATE_DIR / TRAINING_STEP).read_text())
 
     # ------------------------------------------------------------------ data, policy, optimizer
+    report({"kind": "doing", "text": "opening the data set"})
     if cfg.seed is not None:
         set_seed(cfg.seed, accelerator=accelerator)
     torch.backends.cudnn.deterministic = cfg.cudnn_deterministic
@@ -119,6 +120,7 @@ def train(
         room = recipe.gpu_share * torch.cuda.get_device_properties(accelerator.device).total_memory
         if text := memory.warning(recipe, room):
             tell(text)
+    report({"kind": "doing", "text": "building the policy"})
     sharded = accelerator.is_fsdp2
     # All of a policy is in main memory for a while. One that is sharded goes from there to the GPUs share by share.
     need, step = memory.building if memory else 0, 0

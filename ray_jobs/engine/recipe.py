@@ -80,6 +80,8 @@ class Recipe:
     """That will read the same data."""
     gpu_share: float = 1.0
     """Of a GPU, that a worker may use."""
+    unneeded: tuple[str, ...] = ()
+    """Packages that workers do without (see `imports`)."""
 
     @property
     def output_dir(self) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.errors import PREEMPTED, InputError, RunError
+from ray_jobs.engine.imports import without
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -28,7 +29,8 @@ TELL_EVERY_S = 0.5  # how often the driver hears of steps
 def work(config: dict) -> None:
     """One training worker: unpack the recipe, run the loop, report to the driver and to Ray Train."""
     quiet()
-    with no_garbage_collection():
+    config["line"].tell.remote({"kind": "doing", "text": "a worker imports LeRobot"})
+    with no_garbage_collection(), without(config["unneeded"]):
         import ray
         import ray.train
         import torch
