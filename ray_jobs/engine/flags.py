@@ -108,6 +108,11 @@ def _mistake(name: str, value: str, known: Mapping[str, Flag], policy: str | Non
                 f"--{name}={value}: cannot be read. Every bracket and quote must be closed, as in '[1,2]'."
             ]
         return [f"--{name}={value}: must be {flag.expected}."]
+    if isinstance(read, str) and read.startswith("include") and not _is_raw(name):
+        return [
+            f"--{name}={value}: LeRobot's parser would open a file for a text that begins with 'include'; "
+            "give another name."
+        ]
     return at_least(name, read, LEAST[name]) if name in LEAST else []
 
 
@@ -187,10 +192,14 @@ def as_arguments(flags: Mapping[str, str]) -> list[str]:
     return [f"--{name}={_quoted(name, value, known)}" for name, value in flags.items()]
 
 
+def _is_raw(name: str) -> bool:
+    """Whether LeRobot takes a flag out of the command line by itself."""
+    return name == "config_path" or name.endswith((".path", ".type")) or PLUGINS in name
+
+
 def _quoted(name: str, value: str, known: Mapping[str, Flag]) -> str:
     flag = known.get(name)
-    raw = name == "config_path" or name.endswith((".path", ".type")) or PLUGINS in name
-    if flag is None or raw or not flag.is_text or (value == "null" and flag.optional):
+    if flag is None or _is_raw(name) or not flag.is_text or (value == "null" and flag.optional):
         return value
     text = json.dumps(flag.read(value), ensure_ascii=False)
     # YAML takes these only escaped; JSON, either way.
