@@ -43,17 +43,23 @@ def check_flags(
     Raises:
         InputError: All mistakes, a line or two each.
     """
-    known, plugins, policy = dict(more or {}), {}, None
+    known, theirs, plugins, policy = dict(more or {}), {}, {}, None
     if not alone:
         plugins = plugins_of(flags)
         table = (None if plugins else flag_table.load()) or _with_plugins(plugins)
         policy = flags.get("policy.type")
-        known |= flags_of(Options, "") | table.flags(policy)
+        theirs = table.flags(policy)
+        known |= flags_of(Options, "") | theirs
         policy = policy if policy in table.policies else None
     with all_mistakes() as mistakes:
         for name, value in flags.items():
             if name not in plugins:
                 mistakes += _mistake(name, value, known, policy)
+            if name in theirs and theirs[name].is_text and not _is_raw(name) and value.startswith("include"):
+                mistakes.append(
+                    f"--{name}={value}: LeRobot's parser would open a file for a text that begins with 'include'; "
+                    "give another name."
+                )
 
 
 def plugins_of(flags: Mapping[str, str]) -> dict[str, str]:
@@ -108,11 +114,6 @@ def _mistake(name: str, value: str, known: Mapping[str, Flag], policy: str | Non
                 f"--{name}={value}: cannot be read. Every bracket and quote must be closed, as in '[1,2]'."
             ]
         return [f"--{name}={value}: must be {flag.expected}."]
-    if isinstance(read, str) and read.startswith("include") and not _is_raw(name):
-        return [
-            f"--{name}={value}: LeRobot's parser would open a file for a text that begins with 'include'; "
-            "give another name."
-        ]
     return at_least(name, read, LEAST[name]) if name in LEAST else []
 
 
