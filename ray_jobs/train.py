@@ -16,8 +16,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import Display, duration, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.errors import INTERRUPTED, InputError
+from ray_jobs.engine.command import check_command, help_of_training
+from ray_jobs.engine.console import Display, doing, duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.errors import INTERRUPTED
 from ray_jobs.engine.interruption import interrupt, on_interruption
 from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
 
@@ -33,17 +34,22 @@ def main(argv: list[str]) -> int:
     quiet()
     if {"--help", "-h"} & set(argv):
         return _help(argv)
-    _start_ray(argv)
+    flags, _ = read_flags(argv)
+    check_command(flags)
+    on_ray = _start_ray(flags)
+    doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
     with no_garbage_collection():
         from ray_jobs.engine import preflight
         from ray_jobs.engine.recipe import resolve
 
+    doing("looking over the recipe and the data set")
     recipe = resolve(argv)
     preflight.check(recipe)
     display = Display()
     for notice in recipe.notices:
         display.say(notice)
     started = time.monotonic()
+    doing("starting the worker(s)" if recipe.options.ray.num_workers else "building the policy")
     try:
         train = _train_on_ray if recipe.options.ray.num_workers else _train_here
         summary = train(recipe, display)
@@ -53,19 +59,18 @@ def main(argv: list[str]) -> int:
     return 130 if summary["status"] == INTERRUPTED else 0
 
 
-def _start_ray(argv: list[str]) -> None:
+def _start_ray(flags: dict[str, str]) -> bool:
     """Let Ray start, or be joined, while this process imports LeRobot and checks the recipe; nothing is scheduled
-    on it before that. A resumed run may have its options in its folder: its Ray starts later. What is wrong with
-    the command line is said by `resolve`.
+    on it before that. A resumed run may have its options in its folder: its Ray starts later. Returns whether it does.
 
     Workers that import LeRobot meanwhile were 1 s faster, but a refused command then shuts Ray down under a
     thread that uses it, for which Ray 2.60 ends the process with a status of its own.
     """
-    with contextlib.suppress(InputError):
-        flags, _ = read_flags(argv)
-        options = parse_options(flags).ray
-        if options.num_workers and not asks_to_resume(flags):
-            cluster.start(options.address)
+    options = parse_options(flags).ray
+    if not options.num_workers or asks_to_resume(flags):
+        return False
+    cluster.start(options.address)
+    return True
 
 
 def _train_here(recipe: "Recipe", display: Display) -> dict:
@@ -162,15 +167,9 @@ def _last_screen(summary: dict, display: Display, seconds: float, remote: str | 
 
 
 def _help(argv: list[str]) -> int:
-    from lerobot.configs.parser import print_scoped_help
-    from lerobot.configs.train import TrainPipelineConfig
-
-    from ray_jobs.engine.options import help_text
-
+    flags, _ = read_flags([word for word in argv if word not in ("--help", "-h")])
     print(__doc__)
-    print(help_text())
-    if any(word.startswith("--policy.type") for word in argv):
-        print_scoped_help(TrainPipelineConfig, argv)
+    print(help_of_training(flags.get("policy.type")))
     return 0
 
 

@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.interruption import interrupt, on_interruption, take_back
 
 WORKER_LOST = "a worker was lost"
+STILL_EVERY_S = 5  # how often is said what goes on before the first step
 OUTPUT_EVERY_S = 30  # how often a log file (no terminal) hears of the progress between log steps
 
 
@@ -34,6 +36,32 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
     # Without FFmpeg, LeRobot logs 150 lines of torchcodec's traceback before it falls back to PyAV.
     logging.disable(logging.ERROR)
+
+
+_doing = ("", 0.0)  # what goes on before the first step, and since when
+_telling: threading.Thread | None = None
+
+
+def doing(what: str) -> None:
+    """Say what goes on, at once and every 5 s from then on, until something else does; nothing, with an empty text."""
+    global _doing, _telling
+    if what == _doing[0]:
+        return
+    _doing = what, time.monotonic()
+    if what:
+        print(f"{what} ...", flush=True)
+    if _telling is None:
+        _telling = threading.Thread(target=_tell_on, daemon=True)
+        _telling.start()
+
+
+def _tell_on() -> None:
+    while True:
+        time.sleep(STILL_EVERY_S)
+        what, since = _doing
+        if what and (seconds := time.monotonic() - since) >= STILL_EVERY_S:
+            with contextlib.suppress(OSError, ValueError):  # nobody listens
+                print(f"{what}, {duration(seconds)} ...", flush=True)
 
 
 @contextlib.contextmanager
@@ -102,6 +130,7 @@ class Display:
         getattr(self, f"_{event['kind']}", lambda event: None)(event)
 
     def close(self) -> None:
+        doing("")
         if self.bar:
             self.bar.stop()
             self.bar = None
@@ -131,6 +160,7 @@ class Display:
             self.why_again = WORKER_LOST
             self.facts, self.step, self.rate_from = event, event["start_step"], None
             return
+        doing("")
         self.facts, self.step = event, event["start_step"]
         held_out = f", {event['eval_episodes']} held out" if event["eval_episodes"] else ""
         accumulated = f" x {event['grad_accumulation']} accumulated" if event["grad_accumulation"] > 1 else ""
@@ -150,8 +180,13 @@ class Display:
             self.bar = Progress(*columns, console=self.console, transient=True)
             self.task = self.bar.add_task("", total=event["steps"])
             self.bar.start()
+        doing("the first step")
+
+    def _doing(self, event: dict) -> None:
+        doing(event["text"])
 
     def _step(self, event: dict) -> None:
+        doing("")
         self.step = event["step"]
         now = time.monotonic()
         if self.rate_from is None or self.rate_from[1] > self.step:

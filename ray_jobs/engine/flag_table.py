@@ -216,7 +216,9 @@ def _flag(name: str, type_: str, default: Any = None, choices: list[str] | None 
 
 def flags_of(config: type, prefix: str) -> dict[str, Flag]:
     """The flags of one of our own dataclasses."""
-    return _flags(_entries(config, prefix, {}))
+    entries = _entries(config, prefix, {})
+    groups = {name.rpartition(".")[0] for name in entries}  # ours take no config file
+    return _flags({name: entry for name, entry in entries.items() if name not in groups})
 
 
 # ---------------------------------------------------------------------- from the dataclasses

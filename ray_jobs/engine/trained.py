@@ -21,12 +21,13 @@ from ray_jobs.engine import assets, bucket, kernels, parallel, preflight, quanti
 from ray_jobs.engine.data import make_datasets
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import parse
+from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.frame_cache import open_frames
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.objective import Validation, chunk_length
 from ray_jobs.engine.opened import once, own_metadata
-from ray_jobs.engine.options import ASKED, OPTIONS_FILE, asked_device, at_least, parse_options, split_flags
+from ray_jobs.engine.options import ASKED, OPTIONS_FILE, asked_device, parse_options, split_flags
 from ray_jobs.engine.pictures import Replay, joint_names, replay
 from ray_jobs.engine.policy import check_loaded, loading, make_processors
 from ray_jobs.engine.preflight_data import (
@@ -81,7 +82,7 @@ def open_trained(name: str, folder: Path, flags: dict[str, str]) -> Trained:
         InputError: A config is damaged, or a flag will not do.
     """
     ours, theirs = split_flags(flags)
-    theirs = [word for word in theirs if word[2:].partition("=")[0].startswith(OF_THE_DATA)]
+    theirs = {name: value for name, value in theirs.items() if name.startswith(OF_THE_DATA)}
     train_config = folder / TRAIN_CONFIG_NAME
     saved_options = next(
         (path for place in reversed(folder.parents[1:3]) if (path := place / OPTIONS_FILE).is_file()),
@@ -96,11 +97,11 @@ def open_trained(name: str, folder: Path, flags: dict[str, str]) -> Trained:
     threads = saved.pop(ASKED, {}).get("threads")
     saved.pop("ray", None)  # what its training reserved
     if before is None and "dataset.repo_id" not in flags:
-        theirs = [*theirs, "--dataset.repo_id="]
+        theirs = {**theirs, "dataset.repo_id": ""}
     file = train_config if before else None
     with draccus.config_type("json"):
-        cfg = parse(lambda: draccus.parse(TrainPipelineConfig, file, args=theirs), flags)
-    options = parse_options(dict(word[2:].split("=", 1) for word in ours), saved)
+        cfg = parse(lambda: draccus.parse(TrainPipelineConfig, file, args=as_arguments(theirs)), flags)
+    options = parse_options(ours, saved)
     options.assets.dir = options.assets.dir.absolute()
     options.ray.parallelism = "ddp"  # one process holds it all, however it was trained
     if "data.eval_episodes" in flags:
@@ -113,8 +114,6 @@ def open_trained(name: str, folder: Path, flags: dict[str, str]) -> Trained:
         for place in ("root", "revision"):  # where the old data lies
             if f"dataset.{place}" not in flags:
                 setattr(cfg.dataset, place, None)
-    for number in ("num_workers", "max_eval_samples", "tolerance_s"):
-        at_least(number, getattr(cfg, number), 0)
     cfg.policy, cfg.resume = policy, True  # processors stay as they were saved
     policy.pretrained_path = folder
     counter = folder.parent / TRAINING_STATE_DIR / TRAINING_STEP
