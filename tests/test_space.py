@@ -296,6 +296,7 @@ def test_texts_stay_as_they_are_spelled(tmp_path):
         "wandb.project": "1e5",
         "wandb.notes": "no",
         "wandb.entity": "0123",
+        "wandb.mode": "off",
     }
     text = "policy: act\nbaseline:\n" + "".join(f"  {flag}: {value}\n" for flag, value in texts.items())
     found = space(

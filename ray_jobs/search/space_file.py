@@ -29,6 +29,7 @@ import yaml
 
 from ray_jobs.engine import flag_table
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.flags import PLUGINS
 from ray_jobs.search import constraints
 from ray_jobs.search.space import (
     POLICY_TYPE,
@@ -41,11 +42,10 @@ from ray_jobs.search.space import (
     words,
 )
 from ray_jobs.search.space_values import (
-    OVERRULED,
     as_number,
     default,
     known_flags,
-    nearest,
+    meant,
     read_number,
     read_range,
     takes_no_number,
@@ -67,7 +67,7 @@ NOT_TYPED = {
 }
 PUSH = "policy.push_to_hub"
 PRESET = "use_policy_training_preset"
-PLUGINS = "discover_packages_path"  # the end of the flags that name code to be run
+OVERRULED = ("optimizer.", "scheduler.")  # groups that the policy's preset overrules
 MOST, MOST_LETTERS = 20, 400  # mistakes that are told, and letters of each
 MOST_NODES = 10_000  # of a file whose aliases are written out
 SECTIONS = ("policy", "baseline", "search", "constraints")
@@ -107,7 +107,7 @@ class _Reader:
     def space(self) -> Space:
         for section in self.content:
             if section not in SECTIONS:
-                self.note(section, f"unknown section '{section}'; {nearest(section, SECTIONS)}")
+                self.note(section, f"unknown section '{section}'; {meant(section, SECTIONS)}")
         policy = self.content.get("policy")
         self.flags = known_flags(str(policy))
         self.foreign = not any(flag.startswith("policy.") for flag in self.flags)  # a plugin's policy
@@ -115,7 +115,7 @@ class _Reader:
         if not isinstance(policy, str):
             self.note("policy", "'policy: act' (or diffusion, pi0 ...) must say whose space this is.")
         elif self.foreign and table and not any(flag.endswith(PLUGINS) for flag in self.beside):
-            self.note("policy", f"there is no policy {policy}; {nearest(policy, table.policies)}")
+            self.note("policy", f"there is no policy {policy}; {meant(policy, table.policies)}")
         baseline, search = self.section("baseline"), self.section("search")
         if search == {}:
             self.note("search", "'search' is missing: what shall be varied?")
@@ -171,7 +171,7 @@ class _Reader:
         elif flag in NOT_SEARCHED:
             self.note(key, f"{where} only on the command line, it must be the same for all trials.")
         elif flag not in self.flags and not self.may_be(flag):
-            self.note(key, f"{where} no such flag; {nearest(flag, self.flags)}")
+            self.note(key, f"{where} no such flag; {meant(flag, self.flags)}")
         elif section == "search" and flag.startswith(OVERRULED) and self.preset():
             self.note(
                 key,
@@ -232,7 +232,7 @@ class _Reader:
             return None
         for name in entry:
             if name not in KINDS[kind]:
-                wrong(f"unknown key '{name}'; {nearest(name, KINDS[kind])}")
+                wrong(f"unknown key '{name}'; {meant(name, KINDS[kind])}")
         flag_type, drawn, source, factor = self.flags.get(flag), None, None, None
         if kind == "low":
             drawn = read_range(flag_type, entry, wrong)
@@ -306,7 +306,7 @@ class _Reader:
             return
         if flag not in self.flags:
             names = known if self.may_be(flag) else self.flags
-            self.note(key, f"{told}no such flag as {flag}; {nearest(flag, names)}")
+            self.note(key, f"{told}no such flag as {flag}; {meant(flag, names)}")
         elif (why := self.fill(flag)) is not None:
             self.note(key, f"{told}{why}")
 

@@ -1,6 +1,5 @@
 """What the words of a space file mean: which flags there are, and values and ranges of their types."""
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from decimal import Decimal
@@ -8,10 +7,10 @@ from typing import Any
 
 from ray_jobs.engine import flag_table
 from ray_jobs.engine.flag_table import Flag
+from ray_jobs.engine.flags import nearest
 from ray_jobs.engine.options import Options
 from ray_jobs.search.space import Range, encoded, plain
 
-OVERRULED = ("optimizer.", "scheduler.")  # by the policy's preset: never the flag to recommend
 NO_NUMBERS = ("bool", "str", "path", "list", "tuple", "dict")  # types that no range can have
 FEW = 10  # names that can be told
 
@@ -52,14 +51,12 @@ def default(flag: Flag) -> Any:
     return int(flag.default) if flag.type == "int" and flag.default is not None else flag.default
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the one that was probably meant."""
-    known = [str(k) for k in known if not str(k).startswith(OVERRULED)]
-    group = str(name).rpartition(".")[0]
-    for names in ([k for k in known if k.rpartition(".")[0] == group], known):
-        if close := difflib.get_close_matches(str(name), names, n=1):
-            return f"did you mean {close[0]}?"
-    return f"there are {', '.join(sorted(known))}." if len(known) < FEW else "--help lists them."
+def meant(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name."""
+    if guess := nearest(str(name), map(str, known)):
+        return f"did you mean {guess}?"
+    known = sorted(map(str, known))
+    return f"there are {', '.join(known)}." if len(known) < FEW else "--help lists them."
 
 
 def read_range(flag: Flag | None, entry: dict, wrong: Callable[[str], None]) -> Range | None:
