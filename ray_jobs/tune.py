@@ -53,10 +53,11 @@ def main(argv: list[str]) -> int:
         from ray_jobs.search import answer, bucket_copy, dry_run, report
         from ray_jobs.search.plan import SEARCH_FILE, make_plan, read_command
         from ray_jobs.search.slot import decide
+        from ray_jobs.search.spaces import read_spaces
         from ray_jobs.search.study import open_study
 
     typed, options, resume, notices = read_command(argv)
-    plan = make_plan(typed, options, resume, notices, print)
+    plan = make_plan(typed, options, read_spaces(typed, notices), resume, notices, print)
     for notice in plan.notices:
         print(notice)
     cluster.start(plan.recipe.options.ray.address).result()

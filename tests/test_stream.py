@@ -30,7 +30,8 @@ from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.preflight_data import choose_episodes, open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
-from ray_jobs.search.plan import make_plan, read_command
+from ray_jobs.search.plan import read_command
+from ray_jobs.search.spaces import read_spaces
 
 STREAM = "--data.source=stream"
 
@@ -337,7 +338,7 @@ def test_a_search_does_not_stream(parts, tmp_path):
         "policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\nsearch:\n  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n"
     )
     with pytest.raises(InputError, match="for every trial"):
-        make_plan(*read_command([f"--space={space}", *tiny_act(parts, tmp_path / "run", STREAM)]), print)
+        read_spaces(read_command([f"--space={space}", *tiny_act(parts, tmp_path / "run", STREAM)])[0], [])
 
 
 def test_without_ffmpeg_it_says_so(monkeypatch, tmp_path):

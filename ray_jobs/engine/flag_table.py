@@ -106,6 +106,12 @@ class Flag:
 
 def _convert(type_: str, value: Any) -> Any:
     """Raises ValueError for what is no such value; of types that are not known here, all is let through."""
+    first, *others = re.split(r" \| (?![^\[]*\])", type_)  # the last of several is the one to complain
+    if others:
+        try:
+            return _convert(first, value)
+        except ValueError:
+            return _convert(" | ".join(others), value)
     container, _, items = type_.removesuffix("]").partition("[")
     match container:
         case "bool":

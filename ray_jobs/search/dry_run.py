@@ -61,7 +61,7 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
 
     run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus)(time_steps)
     with if_helper_dies("the process that timed a few steps", "No search was begun."):
-        costs = [ray.get(run.remote([*plan.base, *flags(s.published(plan.space.fixed))])) for s in spaces]
+        costs = [ray.get(run.remote([*plan.base, *flags(s.first(plan.space.fixed))])) for s in spaces]
     step_s, eval_s = (statistics.mean(cost[name] for cost in costs) for name in ("step_s", "eval_s"))
     trial_s = step_s * plan.steps + eval_s * plan.steps / plan.recipe.eval_steps
     share = expected_share(plan)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import yaml
-
 from ray_jobs.engine import mirror, preflight
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull
@@ -24,17 +22,10 @@ from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.trust import check_links
-from ray_jobs.search.options import SearchFlags, is_ours, parse_search_flags
-from ray_jobs.search.space import (
-    POLICY_TYPE,
-    PRETRAINED,
-    Config,
-    SearchSpace,
-    Space,
-    flags,
-    plain,
-)
-from ray_jobs.search.space_file import read_space
+from ray_jobs.search.options import SearchFlags, parse_search_flags
+from ray_jobs.search.space import Config, SearchSpace, Space, flags
+from ray_jobs.search.space_file import PUSH
+from ray_jobs.search.spaces import theirs
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
@@ -45,12 +36,10 @@ VALIDATIONS = 8
 # Before the first one. Earlier, a training from scratch has not learned anything yet, and lots would be drawn.
 FEWEST_STEPS = 25
 FEWEST_FRAMES, MOST_FRAMES = 64, 256  # of a validation
-PUSH = "policy.push_to_hub"
 FRAMES = "the data set's frames"  # a term that is no flag
 # What is decided here where the user is silent and must not change with our version: kept with the search.
 DECIDED = ("eval_steps", "max_eval_samples", "env_eval_freq")
 EPISODES = 20  # in a simulator, at every validation
-FOLDERS = {"dataset.root", "policy.path", "policy.pretrained_path", "data.cache"}
 NOT_COMPARED = (
     "wandb.",
     "policy.repo_id",
@@ -70,22 +59,14 @@ NOT_COMPARED = (
     "dataset.root",  # where it lies, not what it is
     "assets.",
 )
-# Flags that are decided for each trial, and why nobody else can.
-NOT_TYPED = {
-    "config_path": "a search begins from a recipe's flags, not from a checkpoint's config",
-    "ray.num_workers": "--tune.workers_per_trial says how many workers each trial has",
-    "ray.gpus_per_worker": "--tune.gpus_per_trial says what each trial reserves",
-    "job_name": "trials are named after --output_dir",
-    "wandb.run_id": "every trial is a run of its own",
-}
 
 
 @dataclass
 class Plan:
     """A checked search.
 
-    `base` are the command-line arguments that all trials share, `typed` the user's own, `recipe` the published
-    configuration of the first space, resolved.
+    `base` are the command-line arguments that all trials share, `typed` the user's own, `recipe` the baseline of the first
+    space, resolved.
     """
 
     output_dir: Path
@@ -213,77 +194,37 @@ def _last_part(place: str) -> str:
 
 
 def make_plan(
-    typed: dict[str, str], options: SearchFlags, resume: bool, notices: list[str], say: Callable[[str], None]
+    typed: dict[str, str],
+    options: SearchFlags,
+    space: SearchSpace,
+    resume: bool,
+    notices: list[str],
+    say: Callable[[str], None],
 ) -> Plan:
-    """Read the spaces, build and check configurations all over them.
+    """Build and check configurations all over the spaces.
 
     Raises:
         InputError: In the user's flags, or in a space file (then with its name and line).
     """
-    for flag, why in NOT_TYPED.items():
-        if flag in typed:
-            raise InputError(f"--{flag}={typed[flag]}: {why}.")
-    spaces = [_read(Path(name.strip())) for name in (options.space or "").split(",") if name.strip()]
-    if not spaces:
-        raise InputError("--space is missing: which space to search, as in --space=search_spaces/act.yaml.")
-    if typed.get("data.source") == "stream":
-        raise InputError(
-            "--data.source=stream: a search would read all of it again for every trial. Give it a local copy, "
-            "perhaps of some episodes (--dataset.episodes)."
-        )
-    for space in spaces:
-        if PUSH in space.lines:
-            raise space.error(
-                PUSH, "the best policy alone is uploaded: type --policy.push_to_hub=true instead"
-            )
-    push = typed.get(PUSH, "false").lower()
-    if push not in ("true", "false"):
-        raise InputError(f"--{PUSH}={typed[PUSH]}: must be true or false.")
-    if push == "true" and "policy.repo_id" not in typed:
-        raise InputError("--policy.push_to_hub=true: where to? --policy.repo_id=USER/NAME is missing.")
-    names = [space.policy for space in spaces]
-    if len(set(names)) < len(names):
-        raise InputError(
-            f"--space={options.space}: two of them are for the policy {max(names, key=names.count)}."
-        )
-    theirs = {flag: value for flag, value in typed.items() if not is_ours(flag) and flag != "output_dir"}
-    if POLICY_TYPE in theirs and {theirs.pop(POLICY_TYPE)} != set(names):
-        raise InputError(
-            f"--policy.type={typed[POLICY_TYPE]}: the space is for {', '.join(names)}; leave it out."
-        )
-    for owner in (theirs, *(s.baseline for s in spaces)):  # slots work in folders of their own
-        for flag in FOLDERS & owner.keys():
-            if owner[flag] and Path(str(owner[flag])).exists():
-                owner[flag] = str(Path(owner[flag]).absolute())
-    mentioned = {flag for space in spaces for flag in space.lines} | {PRETRAINED}
-    fixed = {flag: plain(yaml.safe_load(value)) for flag, value in theirs.items() if flag in mentioned}
-    space = SearchSpace(tuple(spaces), fixed)
-    for flag in sorted(
-        {p.flag for s in spaces for p in s.parameters if p.distribution is not None} & fixed.keys()
-    ):
-        notices.append(f"--{flag}={theirs[flag]} was typed: it is not searched.")
-    base = _base(theirs, options)
+    base, fixed = _base(theirs(typed), options), space.fixed
     remote = typed["output_dir"] if is_uri(typed["output_dir"]) else None
     output_dir = mirror.folder_of(remote) if remote else Path(typed["output_dir"]).absolute()
     scratch = f"--output_dir={output_dir / 'never'}"
     shortest, recipe = math.inf, None
-    for s in spaces:
+    wrong: dict[str, InputError] = {}
+    for s in space.spaces:
         arguments = partial(_arguments, base, scratch)
-        if broken := s.violated(s.published(fixed)):
-            raise InputError(
-                f"with the flags that were typed, {s.file}'s baseline breaks the constraint '{broken}'."
-            )
         try:
-            published = _checked(arguments(s.published(fixed)), output_dir)
+            first = _checked(arguments(s.first(fixed)), output_dir)
         except (StorageError, StorageFull):  # whatever the baseline is
             raise
         except InputError as error:
             _blame_the_user(error, arguments({**s.kind(fixed), **fixed}), output_dir)
             raise _in_file(s, "baseline", {}, error) from None
-        meta = open_dataset(published.lerobot.dataset)
-        recipe = recipe or published
-        notices += [notice for notice in published.notices if notice not in notices]
-        shortest = min(shortest, chunk_length(published.lerobot.policy))
+        meta = open_dataset(first.lerobot.dataset)
+        recipe = recipe or first
+        notices += [notice for notice in first.notices if notice not in notices]
+        shortest = min(shortest, chunk_length(first.lerobot.policy))
         for blamed, config in s.corners(fixed):
             if s.violated(config) is None:
                 try:
@@ -291,11 +232,14 @@ def make_plan(
                     preflight.choose_episodes(built, meta)
                     preflight.check_policy(built, meta)
                 except InputError as error:
-                    raise _in_file(s, blamed, config, error) from None
+                    wrong.setdefault(str(error), _in_file(s, blamed, config, error))
+                    continue
                 shortest = min(shortest, chunk_length(built.lerobot.policy))
         for config in s.chunk_corners(fixed):
             with contextlib.suppress(InputError):  # no such policy
                 shortest = min(shortest, chunk_length(resolve(arguments(config)).lerobot.policy))
+    if wrong:
+        raise InputError("\n".join(map(str, wrong.values())))
     horizon = recipe.options.data.eval_horizon or int(shortest)
     base.append(f"--data.eval_horizon={horizon}")
     if remote:
@@ -305,22 +249,14 @@ def make_plan(
     )
 
 
-def _read(file: Path) -> Space:
-    if not file.is_file():
-        known = sorted(str(path) for path in Path("search_spaces").glob("*.yaml"))
-        hint = f" There are {', '.join(known)}." if known else ""
-        raise InputError(f"--space={file}: there is no such file.{hint}")
-    return read_space(file)
-
-
 def steps_between(steps: int) -> int:
     """Training steps from one validation of a trial to the next, of which it has `steps` in all."""
     return max(math.ceil(steps / VALIDATIONS), min(FEWEST_STEPS, math.ceil(steps / 4)))
 
 
-def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
+def _base(given: dict[str, str], options: SearchFlags) -> list[str]:
     """The arguments that all trials share: the user's, and what a search needs where the user is silent."""
-    steps = theirs.get("steps")
+    steps = given.get("steps")
     if steps is None:
         raise InputError(
             "--steps is missing: how long is a trial? With asha most trials get a part of it: a sixth, say."
@@ -338,10 +274,10 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
         "checkpoint.keep_last": "1",
         "wandb.disable_artifact": "true",
     }
-    if not theirs.keys() & {"data.eval_episodes", "dataset.eval_split"}:
+    if not given.keys() & {"data.eval_episodes", "dataset.eval_split"}:
         defaults["dataset.eval_split"] = "0.1"
     if SUCCESS in options.tune.metrics:
-        if "env.type" not in theirs:
+        if "env.type" not in given:
             raise InputError(
                 f"--tune.metric={options.tune.metric} needs a simulator: --env.type=pusht, say. --help of lerobot-eval tells more."
             )
@@ -351,7 +287,7 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     if options.tune.workers_per_trial > 1:
         defaults["ray.num_workers"] = str(options.tune.workers_per_trial)
     # All trials would go to the same repository, the last one to stay.
-    both = {**defaults, **theirs, PUSH: "false"}
+    both = {**defaults, **given, PUSH: "false"}
     if both["eval_steps"] == "0":
         raise InputError("--eval_steps=0: trials are compared by their validations; leave it out.")
     both["assets.dir"] = str(Path(both.get("assets.dir", "pretrained")).absolute())

@@ -55,7 +55,7 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.rows = json.loads(path.read_text())
         self.space = SearchSpace((read_space(HERE / "table_space.yaml"),), {})
-        self.parameters = [p for p in self.space.spaces[0].parameters if p.distribution is not None]
+        self.parameters = [p for p in self.space.spaces[0].parameters if p.drawn is not None]
         self.points = [self._point(row["params"]) for row in self.rows]
         self.steps = sorted(int(step) for step in self.rows[0]["values"])
         wanted = steps_between(self.steps[-1])
