@@ -29,6 +29,7 @@ from ray_jobs.engine.data import (
     make_datasets,
     open_all_frames,
     reads_in_a_thread,
+    samples_of,
     to_device,
     training_batches,
 )
@@ -39,6 +40,7 @@ from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.policy import build, make_processors
+from ray_jobs.engine.position import START, Position
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import ClosedLoop
 from ray_jobs.engine.stop_flag import StopFlag
@@ -152,11 +154,17 @@ def train(
     for name in ("input_features", "output_features", "use_peft"):
         setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
 
-    where = {"batches_per_step": options.ray.grad_accumulation, "resumed": resumed}
+    samples = samples_of(cfg, dataset) if stream is None else dataset.num_samples
+    each_time, begin, first_step = (samples, cfg.batch_size, shards.count), START, step
+    if resumed is not None:
+        begin = Position.of(resumed, *each_time)
     if stream is None:
-        batches = training_batches(cfg, dataset, accelerator, shards=shards, frames=frames, **where)
+        accumulated = options.ray.grad_accumulation
+        how = {"shards": shards, "frames": frames, "batches_per_step": accumulated, "begin": begin}
+        batches = training_batches(cfg, dataset, accelerator, **how)
     else:
-        batches = streamed_batches(cfg, dataset, accelerator, stream, **where)
+        begin = Position(begin.epoch)  # which is begun again
+        batches = streamed_batches(cfg, dataset, accelerator, stream, epoch=begin.epoch, step=step)
     validation = None
     if eval_dataset is not None and recipe.eval_steps > 0:
         validation = Validation.of(
@@ -188,7 +196,8 @@ def train(
         "start_step": step,
         **lost,
     }
-    facts["epochs"] = round(cfg.steps * facts["global_batch_size"] / dataset.num_frames, 3)
+    to_come = (cfg.steps - step) * facts["global_batch_size"]
+    facts["epochs"] = round(begin.epoch + (begin.start_index + to_come) / samples, 3)
     report({"kind": "start", **facts})
 
     window = Window(shards.weight)
@@ -228,6 +237,8 @@ def train(
                 preprocessor=preprocessor,
                 postprocessor=postprocessor,
                 shards=shards.count,
+                position=begin.after((step - first_step) * options.ray.grad_accumulation, *each_time),
+                samples=samples,
             )
             patiently(write, f"the checkpoint of step {step}", tell)
             keep = partial(scores.keep, recipe.output_dir, step, options.checkpoint, only_best=only_best)
