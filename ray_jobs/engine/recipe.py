@@ -21,7 +21,7 @@ from lerobot.configs import parser as lerobot_parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
-from ray_jobs.engine import assets, mirror
+from ray_jobs.engine import assets, mirror, resume
 from ray_jobs.engine.bucket import check_address, is_uri
 from ray_jobs.engine.checkpoint import checkpoint_steps, last_checkpoint
 from ray_jobs.engine.checkpoint import fault as checkpoint_fault
@@ -141,6 +141,15 @@ def resolve(argv: Sequence[str]) -> Recipe:
         typed = dict(arg[2:].split("=", 1) for arg in theirs)
         translated, more = translate(typed, _type_of_start(theirs))
         theirs, notices = [f"--{name}={value}" for name, value in translated.items()], notices + more
+        if asked_resume and Path(translated.get("config_path", "")).is_file():
+            begun = asked.get("typed", {})
+            theirs = resume.without_the_same(theirs, begun)
+            changed = {
+                name: value
+                for name, value in flags.items()
+                if f"--{name}={value}" in theirs or name in resume.STARTS
+            }
+            resume.refuse_overruled(Path(translated["config_path"]).absolute().parent, changed, begun)
         cfg = _lerobot_config(theirs, flags, options, asked_resume)
 
     if options.data.eval_episodes is not None and "eval_steps" not in flags:
