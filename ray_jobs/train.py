@@ -20,6 +20,7 @@ from ray_jobs.engine.console import Display, duration, no_garbage_collection, qu
 from ray_jobs.engine.errors import INTERRUPTED, InputError
 from ray_jobs.engine.interruption import interrupt, on_interruption
 from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
+from ray_jobs.engine.workers import only_driver, refuse_busy
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     quiet()
     if {"--help", "-h"} & set(argv):
         return _help(argv)
-    _start_ray(argv)
+    _at_once(argv)
     with no_garbage_collection():
         from ray_jobs.engine import preflight
         from ray_jobs.engine.recipe import resolve
@@ -46,23 +47,25 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     try:
         train = _train_on_ray if recipe.options.ray.num_workers else _train_here
-        summary = train(recipe, display)
+        with only_driver(recipe.output_dir):
+            summary = train(recipe, display)
     finally:
         display.close()
     _last_screen(summary, display, time.monotonic() - started, recipe.remote)
     return 130 if summary["status"] == INTERRUPTED else 0
 
 
-def _start_ray(argv: list[str]) -> None:
+def _at_once(argv: list[str]) -> None:
     """Let Ray start, or be joined, while this process imports LeRobot and checks the recipe; nothing is scheduled
     on it before that. A resumed run may have its options in its folder: its Ray starts later. What is wrong with
-    the command line is said by `resolve`.
+    the command line is said by `resolve`, but for a folder in which another command is at work.
 
     Workers that import LeRobot meanwhile were 1 s faster, but a refused command then shuts Ray down under a
     thread that uses it, for which Ray 2.60 ends the process with a status of its own.
     """
     with contextlib.suppress(InputError):
         flags, _ = read_flags(argv)
+        refuse_busy(flags)
         options = parse_options(flags).ray
         if options.num_workers and not asks_to_resume(flags):
             cluster.start(options.address)
