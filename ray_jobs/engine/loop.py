@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import draccus
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -35,6 +36,7 @@ from ray_jobs.engine.data import (
 )
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
@@ -115,6 +117,8 @@ def train(
     make = make_datasets if stream is None else make_streamed_datasets
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
     frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, shards.count, report)
+    if isinstance(frames, FrameCache) and dataset.meta.video_keys:
+        recipe.lerobot.dataset.video_backend = "pyav"  # which has decoded them, whatever was asked for
     quantiles.complete(cfg.policy, dataset.meta)
     memory, room = recipe.memory, 0.0
     if memory and accelerator.device.type == "cuda":
@@ -175,7 +179,8 @@ def train(
     # ------------------------------------------------------------------ tell
     if main:
         checkpoint.sweep(recipe.output_dir)
-        tracker = Tracker(recipe.lerobot, step, started, tell)
+        used = {"eval_steps": recipe.eval_steps, **draccus.encode(options)}
+        tracker = Tracker(recipe.lerobot, used, step, started, tell)
     lost = {"lost_steps": tracker.lost_steps, "restarts": tracker.restarts} if main else {}
     learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {

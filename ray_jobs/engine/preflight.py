@@ -26,7 +26,7 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, mirror, preflight_stream, quantiles, resume
+from ray_jobs.engine import assets, idle, mirror, preflight_stream, quantiles, resume
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
@@ -73,6 +73,7 @@ def check(recipe: Recipe) -> None:
         recipe.memory = estimate(network, recipe, features)
         recipe.notices.append(f"memory: {recipe.memory}")
     resume.check(recipe)
+    recipe.notices += idle.notices(recipe, meta)
     _output_dir(recipe, network)
     _wandb(recipe)
 
