@@ -20,6 +20,7 @@ from ray_jobs.engine.console import no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError
 from ray_jobs.engine.line import open_line
 from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.workers import only_driver, refuse_busy
 
 if TYPE_CHECKING:
     from ray_jobs.search.bucket_copy import BucketCopy
@@ -44,12 +45,11 @@ def main(argv: list[str]) -> int:
     os.environ.update(TUNE_ENV)
     if {"--help", "-h"} & set(argv):
         return _help()
-    _start_ray(argv)
+    _at_once(argv)
     with no_garbage_collection():
         from sqlalchemy.exc import SQLAlchemyError
 
         from ray_jobs.engine.explain import first_line
-        from ray_jobs.engine.workers import lock
         from ray_jobs.search import answer, bucket_copy, dry_run, report
         from ray_jobs.search.plan import SEARCH_FILE, make_plan, read_command
         from ray_jobs.search.slot import decide
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         dry_run.show(plan, slot, print)
         return 0
 
-    with lock(plan.output_dir, wait_s=5):
+    with only_driver(plan.output_dir):
         seed = plan.recipe.lerobot.seed or 0
         new = not (plan.output_dir / SEARCH_FILE).exists()
         if new:  # before the study: what has begun can be resumed
@@ -108,10 +108,12 @@ def main(argv: list[str]) -> int:
     return 130 if status == INTERRUPTED else 0
 
 
-def _start_ray(argv: list[str]) -> None:
-    """Let Ray start while the space is checked; what is wrong with the command line is said later."""
+def _at_once(argv: list[str]) -> None:
+    """Let Ray start while the space is checked; what is wrong with the command line is said later, but for a folder in which
+    another command is at work."""
     with contextlib.suppress(InputError):
         flags, _ = read_flags(argv)
+        refuse_busy({"output_dir": "outputs/search", **flags})
         if flags.get("space") and "resume" not in flags:
             cluster.start(flags.get("ray.address"))
 

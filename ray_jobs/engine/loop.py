@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import draccus
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -29,16 +30,19 @@ from ray_jobs.engine.data import (
     make_datasets,
     open_all_frames,
     reads_in_a_thread,
+    samples_of,
     to_device,
     training_batches,
 )
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.policy import build, make_processors
+from ray_jobs.engine.position import START, Position
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import ClosedLoop
 from ray_jobs.engine.stop_flag import StopFlag
@@ -114,6 +118,8 @@ def train(
     make = make_datasets if stream is None else make_streamed_datasets
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
     frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, shards.count, report)
+    if isinstance(frames, FrameCache) and dataset.meta.video_keys:
+        recipe.lerobot.dataset.video_backend = "pyav"  # which has decoded them, whatever was asked for
     quantiles.complete(cfg.policy, dataset.meta)
     memory, room = recipe.memory, 0.0
     if memory and accelerator.device.type == "cuda":
@@ -154,11 +160,17 @@ def train(
     for name in ("input_features", "output_features", "use_peft"):
         setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
 
-    where = {"batches_per_step": options.ray.grad_accumulation, "resumed": resumed}
+    samples = samples_of(cfg, dataset) if stream is None else dataset.num_samples
+    each_time, begin, first_step = (samples, cfg.batch_size, shards.count), START, step
+    if resumed is not None:
+        begin = Position.of(resumed, *each_time)
     if stream is None:
-        batches = training_batches(cfg, dataset, accelerator, shards=shards, frames=frames, **where)
+        accumulated = options.ray.grad_accumulation
+        how = {"shards": shards, "frames": frames, "batches_per_step": accumulated, "begin": begin}
+        batches = training_batches(cfg, dataset, accelerator, **how)
     else:
-        batches = streamed_batches(cfg, dataset, accelerator, stream, **where)
+        begin = Position(begin.epoch)  # which is begun again
+        batches = streamed_batches(cfg, dataset, accelerator, stream, epoch=begin.epoch, step=step)
     validation = None
     if eval_dataset is not None and recipe.eval_steps > 0:
         validation = Validation.of(
@@ -169,7 +181,8 @@ def train(
     # ------------------------------------------------------------------ tell
     if main:
         checkpoint.sweep(recipe.output_dir)
-        tracker = Tracker(recipe.lerobot, step, started, tell)
+        used = {"eval_steps": recipe.eval_steps, **draccus.encode(options)}
+        tracker = Tracker(recipe.lerobot, used, step, started, tell)
     lost = {"lost_steps": tracker.lost_steps, "restarts": tracker.restarts} if main else {}
     learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
@@ -190,7 +203,8 @@ def train(
         "start_step": step,
         **lost,
     }
-    facts["epochs"] = round(cfg.steps * facts["global_batch_size"] / dataset.num_frames, 3)
+    to_come = (cfg.steps - step) * facts["global_batch_size"]
+    facts["epochs"] = round(begin.epoch + (begin.start_index + to_come) / samples, 3)
     report({"kind": "start", **facts})
 
     window = Window(shards.weight)
@@ -230,6 +244,8 @@ def train(
                 preprocessor=preprocessor,
                 postprocessor=postprocessor,
                 shards=shards.count,
+                position=begin.after((step - first_step) * options.ray.grad_accumulation, *each_time),
+                samples=samples,
             )
             patiently(write, f"the checkpoint of step {step}", tell)
             keep = partial(scores.keep, recipe.output_dir, step, options.checkpoint, only_best=only_best)

@@ -22,13 +22,11 @@ from lerobot.utils.constants import (
     OBS_IMAGES,
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
     POLICY_PREPROCESSOR_DEFAULT_NAME,
-    TRAINING_STATE_DIR,
-    TRAINING_STEP,
 )
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, checkpoint, mirror, preflight_stream, quantiles
+from ray_jobs.engine import assets, idle, mirror, preflight_stream, quantiles, resume
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
@@ -75,7 +73,8 @@ def check(recipe: Recipe) -> None:
     if network is not None:
         recipe.memory = estimate(network, recipe, features)
         recipe.notices.append(f"memory: {recipe.memory}")
-    _resume(recipe)
+    resume.check(recipe)
+    recipe.notices += idle.notices(recipe, meta)
     _output_dir(recipe, network)
     _wandb(recipe)
 
@@ -353,28 +352,6 @@ def _fit(folder: Path, network: torch.nn.Module, saved: dict[str, torch.Tensor])
                 f"cannot start from {folder}, with these flags the policy is another: {fault} are "
                 f"{', '.join(names[:NAMED_TENSORS])}{more}.\nLeave out the --policy flags that change the network."
             )
-
-
-def _resume(recipe: Recipe) -> None:
-    cfg = recipe.lerobot
-    if not cfg.resume:
-        return
-    newest = Path(checkpoint.last_checkpoint(recipe.output_dir) or cfg.checkpoint_path)
-    fault = checkpoint.fault(newest, cfg.policy.type)
-    if fault:
-        raise InputError(f"cannot resume: {fault}.")
-    counter = newest / TRAINING_STATE_DIR / TRAINING_STEP
-    try:
-        content = read_json(counter)
-        step = int(content["step"])
-        if step < 0 or min(int(content.get(name, 1)) for name in ("batch_size", "num_processes")) < 1:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"cannot resume: {counter} holds no step, the checkpoint is damaged.") from None
-    if step >= cfg.steps:
-        raise InputError(
-            f"nothing to resume: {newest} has reached --steps={cfg.steps}. A larger --steps continues it."
-        )
 
 
 def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:

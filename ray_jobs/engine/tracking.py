@@ -94,6 +94,7 @@ class Tracker:
 
     Args:
         cfg: LeRobot's training config; `cfg.wandb.run_id` must be set when W&B is enabled.
+        used: What W&B's config says beside it, or otherwise.
         start_step: Training step the run goes on from; later lines are dropped.
         started: When this session began, in seconds since 1970.
         tell: Called with a line of text when storage fails, and when it is back.
@@ -102,6 +103,7 @@ class Tracker:
     def __init__(
         self,
         cfg: TrainPipelineConfig,
+        used: dict[str, Any],
         start_step: int,
         started: float,
         tell: Callable[[str], None] = lambda text: None,
@@ -122,7 +124,7 @@ class Tracker:
         self.reached(start_step)
         self.file = (self.output_dir / METRICS_FILE).open("a")
         self.board = Board(self.output_dir, start_step + 1, tell)
-        self.wandb = _init_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
+        self.wandb = _init_wandb(cfg, used) if cfg.wandb.enable and cfg.wandb.project else None
 
     def reached(self, step: int) -> None:
         """Note that a step is done: in place, a microsecond's work."""
@@ -180,7 +182,7 @@ class Tracker:
         self.wandb.log_artifact(artifact)
 
 
-def _init_wandb(cfg: TrainPipelineConfig):
+def _init_wandb(cfg: TrainPipelineConfig, used: dict[str, Any]):
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
@@ -193,7 +195,7 @@ def _init_wandb(cfg: TrainPipelineConfig):
         notes=cfg.wandb.notes,
         tags=cfg_to_group(cfg, return_list=True, truncate_tags=True) if cfg.wandb.add_tags else None,
         dir=cfg.output_dir,
-        config=cfg.to_dict(),
+        config=cfg.to_dict() | used,
         job_type="train_eval",
         mode=cfg.wandb.mode or "online",
         settings=wandb.Settings(console="off"),

@@ -7,10 +7,10 @@ import pickle
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.errors import PREEMPTED, InputError, RunError
@@ -88,7 +88,7 @@ def mark_of(folder: Path) -> str:
     """What tells processes of other nodes that they see this very folder (see `check_node`)."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / MARK_FILE
-    if not mark.is_file():
+    if not mark.is_file() or not mark.read_text():
         mark.write_text(uuid.uuid4().hex)
     return mark.read_text()
 
@@ -224,14 +224,53 @@ def _all_ranks() -> None:
 
 
 @contextlib.contextmanager
-def lock(output_dir: Path, wait_s: float = LOCK_WAIT_S, run: str = "") -> Iterator[None]:
-    """Hold a run's folder: two runs must never write into one. Ends with the process, however it ends.
+def only_driver(output_dir: Path) -> Iterator[None]:
+    """Be the one command that runs, or searches, in a folder. Who else tries is told at once: a driver that was killed
+    holds nothing any more, whatever its workers may still do (see `lock`).
+
+    Raises:
+        RunError: There is another one.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / MARK_FILE).open("a") as file:
+        _take(file, output_dir)
+        yield
+
+
+def refuse_busy(flags: dict[str, str]) -> None:
+    """See that no other command is at work in the folder that these flags mean; before anything is imported for it.
+
+    Raises:
+        RunError: There is one.
+    """
+    folders: Sequence[Path] = ()
+    if "output_dir" in flags:
+        folders = [Path(flags["output_dir"])]
+    elif (
+        "config_path" in flags
+    ):  # <run>/checkpoints/<step>/pretrained_model/train_config.json, or the last folder of that
+        folders = Path(flags["config_path"]).absolute().parents[2:4]
+    for folder in folders:
+        with contextlib.suppress(OSError), (folder / MARK_FILE).open("r+") as file:
+            _take(file, folder)
+
+
+def _take(file: IO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"another run is writing into {folder}.") from None
+
+
+@contextlib.contextmanager
+def lock(output_dir: Path, run: str = "") -> Iterator[None]:
+    """Hold a run's folder: two workers must never write into one. Ends with the process, however it ends.
 
     Args:
         run: Tells this run from others. For a worker of the same run, on a node that was cut off, is waited longer.
 
     Raises:
-        RunError: Somebody else holds it, after `wait_s` seconds still.
+        RunError: Somebody else holds it still, after a while.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / LOCK_FILE).open("a+") as file:
@@ -242,7 +281,7 @@ def lock(output_dir: Path, wait_s: float = LOCK_WAIT_S, run: str = "") -> Iterat
                 break
             except BlockingIOError:
                 file.seek(0)
-                wait = CUT_OFF_S if run and file.read() == run else wait_s
+                wait = CUT_OFF_S if run and file.read() == run else LOCK_WAIT_S
                 if time.monotonic() - begin > wait:
                     raise RunError(f"another run is writing into {output_dir}.") from None
                 time.sleep(0.2)
