@@ -131,6 +131,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     start = {
         flag: lerobot_parser.parse_arg(flag, theirs) for flag in ("policy.path", "policy.pretrained_path")
     }
+    start |= assets.read_at_once(flags)
     start = {flag: name for flag, name in start.items() if name is not None and not Path(name).exists()}
     if not asked_resume and not {"policy.repo_id", "policy.push_to_hub", "config_path"} & set(flags):
         # As in most of the published commands, which LeRobot refuses for it today.
