@@ -31,7 +31,7 @@ from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
-from ray_jobs.engine.objective import chunk_length, units
+from ray_jobs.engine.objective import check_scored, chunk_length, units
 from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.patience import may_pass
 from ray_jobs.engine.policy import outline, with_features
@@ -43,6 +43,7 @@ from ray_jobs.engine.preflight_data import (
     open_dataset,
     where_it_is,
 )
+from ray_jobs.engine.preflight_policy import check_rewards, check_type
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
@@ -87,6 +88,8 @@ def check_policy(
     Returns:
         The data set's features under the policy's names, and its network without memory if that can be had.
     """
+    check_type(recipe.lerobot.policy)
+    check_rewards(recipe.lerobot.policy, meta, where_it_is(recipe.lerobot.dataset)[0])
     _lengths(recipe.lerobot.policy)
     _resize(recipe, meta)
     _validation(recipe)
@@ -127,6 +130,9 @@ def _simulator(recipe: Recipe, features: dict[str, PolicyFeature]) -> None:
 
 def _validation(recipe: Recipe) -> None:
     """Refuse what validation cannot do, or what cannot do without validation."""
+    held_out = recipe.options.data.eval_episodes is not None or recipe.lerobot.dataset.eval_split
+    if held_out and recipe.eval_steps > 0:
+        check_scored(recipe.lerobot.policy)
     horizon, longest = recipe.options.data.eval_horizon, chunk_length(recipe.lerobot.policy)
     if horizon is not None and horizon > longest:
         raise InputError(f"--data.eval_horizon={horizon}: the policy predicts {longest} actions from now on.")

@@ -134,6 +134,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     options = parse_options(flags, saved)
     options.assets.dir = options.assets.dir.absolute()  # workers run in folders of their own
     start = {flag: theirs[flag] for flag in ("policy.path", "policy.pretrained_path") if flag in theirs}
+    start |= assets.read_at_once(flags)
     start = {flag: name for flag, name in start.items() if name != "null" and not Path(name).exists()}
     if not asked_resume and not {"policy.repo_id", "policy.push_to_hub", "config_path"} & set(flags):
         # As in most of the published commands, which LeRobot refuses for it today.
