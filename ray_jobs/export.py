@@ -21,6 +21,7 @@ from ray_jobs.engine.bucket import local_folder
 from ray_jobs.engine.checkpoint import pretrained_dir
 from ray_jobs.engine.console import quiet, run_job
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.records import parse_json
 
 POLICIES = ("act", "diffusion", "pi0", "pi05", "smolvla")
 FLAGS = ("lerobot", "checkpoint", "output_dir", "assets.dir")
@@ -181,7 +182,7 @@ def _merge(source: Path, target: Path, assets_dir: Path) -> None:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
 

@@ -16,6 +16,7 @@ import torch
 from lerobot.datasets import LeRobotDataset
 
 from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
+from ray_jobs.engine.records import read_json
 
 CHECKSUMS = "columns.json"
 _checked: set[Path] = set()  # arrays that this process found to be good
@@ -64,7 +65,7 @@ def remove_unused_columns(folder: Path) -> None:
 
 def _is_sound(place: Path) -> bool:
     try:
-        checksums = json.loads((place / CHECKSUMS).read_text())
+        checksums = read_json(place / CHECKSUMS)
         if place in _checked:
             return True
         if all(hash_file(place / name) == checksum for name, checksum in checksums.items()):

@@ -45,6 +45,7 @@ from ray_jobs.engine.preflight_data import (
     where_it_is,
 )
 from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.records import read_metrics
 from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
 from ray_jobs.engine.trust import check_processor, read_json
@@ -361,6 +362,7 @@ def _resume(recipe: Recipe) -> None:
     cfg = recipe.lerobot
     if not cfg.resume:
         return
+    read_metrics(recipe.output_dir)  # what is damaged is told here, not by the workers
     newest = Path(checkpoint.last_checkpoint(recipe.output_dir) or cfg.checkpoint_path)
     fault = checkpoint.fault(newest, cfg.policy.type)
     if fault:

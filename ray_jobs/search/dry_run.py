@@ -10,10 +10,10 @@ import optuna
 import ray
 
 from ray_jobs.engine.console import duration, quiet
+from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.slot import Slot
 from ray_jobs.search.space import flags
-from ray_jobs.search.study import make_sampler
 
 TIMED_STEPS, WARM_UP = 6, 2
 FIRST = 3  # drawn configurations that are shown
