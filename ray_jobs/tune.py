@@ -231,6 +231,7 @@ def _search(
         higher=options.metrics[0] in MORE_IS_BETTER,
         done=len(done),
         best=(best[0].values[0], trial_name(best[0].number)) if best else None,
+        slots=slot.at_once,
     )
     progress.say(dry_run.intro(plan, slot))
     # Trials with several workers look after these themselves.

@@ -115,7 +115,7 @@ def test_sections(searched):
     assert report.main([f"--output_dir={searched}"]) == 0
     page = Page(searched / "report.html").check()
     titles = re.findall(r"<h2>([^<]*)</h2>", page.text)
-    for title in ("Best against published", "In the simulator", "Learning curves", "What mattered", "Parameter by parameter",
+    for title in ("Best against the baseline", "In the simulator", "Learning curves", "What mattered", "Parameter by parameter",
                   "All at once", "Predicted against recorded actions", "Time and cost", "Trials", "How to reproduce"):  # fmt: skip
         assert title in titles
     assert "36.6% to 63.4%" in page.text and ">best/checkpoint<" in page.text and page.images == 6

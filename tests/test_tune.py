@@ -744,5 +744,5 @@ def test_dry_run(common, tmp_path, capsys):
     assert search(*common, *flags) == 0
     printed = capsys.readouterr().out
     assert "policy.kl_weight" in printed and "1 to 100 log, when policy.use_vae is true" in printed
-    assert "0 (published)" in printed and "s per step of the published recipe" in printed
+    assert "0 (baseline)" in printed and "s per step of the baseline" in printed
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ Object stores rename nothing, so that what is whole is what the last write says.
 
 import contextlib
 import fcntl
+import glob
 import json
 import shutil
 import threading
@@ -158,9 +159,13 @@ def send(address: str, name: str, file: Path) -> None:
 
 
 def remove(system, place: str) -> None:
-    """Remove all there is at a place."""
+    """Remove all there is at a place. fsspec would take one that is called `run[12]` for a pattern, and remove `run1`."""
     with contextlib.suppress(FileNotFoundError):
-        system.rm(place, recursive=True)
+        if place == glob.escape(place):
+            system.rm(place, recursive=True)
+            return
+        for path in system.find(place):
+            system.rm_file(path)
 
 
 def _fetch_files(system, place: str, here: Path, again: bool = False) -> None:
@@ -185,7 +190,7 @@ def _fetch_checkpoint(system, place: str, name: str, target: Path) -> None:
         return
     scratch = target.with_name(f".{target.name}.pulled")
     shutil.rmtree(scratch, ignore_errors=True)
-    for file_name, size in parse_json(system.cat(f"{place}/{CHECKPOINTS}/{name}.json")).items():
+    for file_name, size in parse_json(system.cat_file(f"{place}/{CHECKPOINTS}/{name}.json")).items():
         file = scratch / check_name(file_name)
         file.parent.mkdir(parents=True, exist_ok=True)
         system.get_file(f"{place}/{CHECKPOINTS}/{name}/{file_name}", str(file))

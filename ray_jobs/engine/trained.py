@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 
 from ray_jobs.engine import assets, bucket, kernels, parallel, preflight, quantiles
 from ray_jobs.engine.data import make_datasets
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import parse
 from ray_jobs.engine.frame_cache import open_frames
 from ray_jobs.engine.frame_reader import FrameReader
@@ -165,6 +166,7 @@ def score(
 
     Raises:
         InputError: There are no held-out episodes, the data set is not there, or it is another robot's.
+        RunError: The policy predicts NaN.
     """
     recipe = trained.recipe
     cfg, options, dataset_cfg = recipe.lerobot, recipe.options, recipe.lerobot.dataset
@@ -207,6 +209,8 @@ def score(
     validation = Validation.of(cfg, options.data, eval_dataset, frames, detailed=True)
     with _threads(trained.threads if accelerator.device.type == "cpu" else None):
         values = validation(policy, before, after, accelerator)
+    if not math.isfinite(values[METRIC]):
+        raise RunError(f"--checkpoint={trained.name}: what it predicts are no finite numbers.")
     raw, grown = values.pop("val/action_error_raw"), values.pop("val/action_error_over_horizon")
     with torch.no_grad(), accelerator.autocast():
         times = validation.inference_ms(policy, before, after, accelerator.device, predictions)

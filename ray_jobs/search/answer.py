@@ -296,7 +296,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
-    """Best against published, what mattered, the next command."""
+    """Best against the baseline, what mattered, the next command."""
     counts = ", ".join(
         f"{summary[state]} {word}"
         for state, word in (
@@ -327,7 +327,7 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
             equal = "as many steps" + (
                 f" of {batches[1]} samples, not {batches[0]}" if batches[0] != batches[1] else ""
             )
-            say(f"published   {_values(published)} (trial {published['trial']}, {equal}){_spread(published)}; "
+            say(f"baseline    {_values(published)} (trial {published['trial']}, {equal}){_spread(published)}; "
                 f"{gain}")  # fmt: skip
     if summary["importances"]:
         top = list(summary["importances"].items())[:3]

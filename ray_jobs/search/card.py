@@ -45,7 +45,7 @@ def write(plan: Plan, summary: dict, checkpoint: Path) -> Path:
         if held_out is not None
         else f"the last {cfg.dataset.eval_split:.0%} of every task"
     )
-    values = [["", "best", *(["published recipe"] if published else [])]]
+    values = [["", "best", *(["baseline"] if published else [])]]
     rows = [row for row in (best, published) if row]
     for metric in best["values"]:
         values.append([metric, *(f"{row['values'][metric]:.4g}" for row in rows)])

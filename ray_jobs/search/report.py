@@ -32,7 +32,7 @@ KINDS = {  # of trials, in the order in which they are drawn: those that matter 
     "fail": "failed",
     "running": "running",
     "other": "trained in full",
-    "published": "published recipe",
+    "published": "baseline",
     "best": "best",
 }
 
@@ -201,7 +201,7 @@ def _tiles(found: Found) -> list[tuple[str, str, str]]:
             change = f"{mean / theirs - 1 if theirs else 0.0:+.1%}"
             if found.higher:
                 change = f"{100 * (mean - theirs):+.1f} points"
-            tiles.insert(1, ("against the published recipe", change, f"it has {short(theirs)}"))
+            tiles.insert(1, ("against the baseline", change, f"it has {short(theirs)}"))
     if "wall_s" in found.summary:
         tiles.append(("time", duration(found.summary["wall_s"]), f"{found.steps} steps in full"))
     if saved := _saved_steps(found):
@@ -225,15 +225,15 @@ def _saved_steps(found: Found) -> int:
 
 def _against_published(found: Found) -> Section:
     best, published = found.best, found.published
-    both = [("best", best)] + ([("published", published)] if published and published is not best else [])
+    both = [("best", best)] + ([("baseline", published)] if published and published is not best else [])
     values = [v for _, row in both for v in found.seeds(row)]
-    names = [kind for kind, _ in both]
+    names = [name for name, _ in both]
     chart = Chart(
         values, names, title=found.metric, x_label=found.metric, width=480, height=70 + 44 * len(both)
     )
-    for name, (kind, row) in zip(names, both, strict=True):
+    for name, row in both:
         for value in found.seeds(row):
-            chart.dot(value, name, kind, f"trial {row['trial']}: {short(value)}", 5)
+            chart.dot(value, name, found.kind(row), f"trial {row['trial']}: {short(value)}", 5)
     seeds = max(len(found.seeds(row)) for _, row in both)
     on = (
         "in the same episodes of the simulator"
@@ -242,20 +242,20 @@ def _against_published(found: Found) -> Section:
     )
     texts = [f"Both were trained for the same number of steps and scored {on}."]
     if not published:
-        texts = ["The published recipe was not trained to its end."]
+        texts = ["The baseline (trial 0) was not trained to its end."]
     texts.append(
         f"Each dot is one of {seeds} seeds." if seeds > 1
         else "One seed each, so this says nothing about chance: --tune.seeds=3 does."
     )  # fmt: skip
     if published is best:
-        texts = ["The published recipe is the best that was found."]
+        texts = ["The baseline is the best that was found."]
     rows = [
         [c, short(_number(best[c])), *([short(_number(published[c]))] if published else [])]
         for c in found.searched
         if not published or best[c] != published[c]
     ]
-    head = ["parameter", "best", *(["published"] if published else [])]
-    return Section("Best against published", texts, figures=[chart.svg()], head=head, rows=rows)
+    head = ["parameter", "best", *(["baseline"] if published else [])]
+    return Section("Best against the baseline", texts, figures=[chart.svg()], head=head, rows=rows)
 
 
 def _curves(found: Found) -> Section | None:
