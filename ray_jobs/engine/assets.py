@@ -7,7 +7,6 @@ included. Before and after, the Hub is what it is without us: for data sets, for
 """
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import hub_answer, hub_or_cache, offline
+from ray_jobs.engine.records import parse_json
 
 GATED = ("google/paligemma-3b-pt-224",)  # repos whose licence must be accepted first
 TOKENIZERS = dict.fromkeys(("pi0", "pi05"), "google/paligemma-3b-pt-224")  # LeRobot's, hard-coded
@@ -137,7 +137,7 @@ def _named(policy: PreTrainedConfig, start: Path) -> dict[str, list[str]]:
 def _read(file: Path) -> dict:
     """A JSON file's content; nothing if there is none. A damaged one is told of where the weights are looked over."""
     with contextlib.suppress(ValueError, OSError):
-        return json.loads(file.read_text())
+        return parse_json(file.read_bytes())
     return {}
 
 

@@ -38,16 +38,17 @@ from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import add_resize_step
-from ray_jobs.engine.meters import Scores, Window
+from ray_jobs.engine.meters import Scores, Window, check_validation
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.policy import build, make_processors
 from ray_jobs.engine.position import START, Position
 from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.records import read_metrics
 from ray_jobs.engine.simulator import ClosedLoop
 from ray_jobs.engine.stop_flag import StopFlag
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
-from ray_jobs.engine.tracking import Tracker, read_metrics
+from ray_jobs.engine.tracking import Tracker
 
 CHECK_EVERY = 200  # steps between looks for NaN where nothing else asks for the loss
 
@@ -74,7 +75,7 @@ def train(
         The run's summary, as written to summary.json.
 
     Raises:
-        RunError: The loss became NaN or infinite, or a file of the data set cannot be read.
+        RunError: The loss or a validation became NaN or infinite, or a file of the data set cannot be read.
     """
     started = time.time()
     options = recipe.options
@@ -89,6 +90,8 @@ def train(
 
     def tell(text: str) -> None:
         report({"kind": "notice", "text": text})
+
+    patient = partial(patiently, tell=tell, stop=should_stop)
 
     # ------------------------------------------------------------------ where to go on from
     resume_dir = checkpoint.last_checkpoint(recipe.output_dir)
@@ -113,7 +116,7 @@ def train(
     if stream is None and bucket.is_uri(cfg.dataset.root):
         tell(f"fetching {cfg.dataset.root}, once per node")
         fetch = partial(bucket.fetch_whole, cfg.dataset.root)
-        folder = patiently(fetch, cfg.dataset.root, tell, doing="read", passing=storage_may_return)
+        folder = patient(fetch, cfg.dataset.root, doing="read", passing=storage_may_return)
         cfg.dataset.root = str(folder)
     make = make_datasets if stream is None else make_streamed_datasets
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
@@ -182,7 +185,7 @@ def train(
     if main:
         checkpoint.sweep(recipe.output_dir)
         used = {"eval_steps": recipe.eval_steps, **draccus.encode(options)}
-        tracker = Tracker(recipe.lerobot, used, step, started, tell)
+        tracker = Tracker(recipe.lerobot, used, step, started, tell, should_stop)
     lost = {"lost_steps": tracker.lost_steps, "restarts": tracker.restarts} if main else {}
     learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
@@ -247,9 +250,9 @@ def train(
                 position=begin.after((step - first_step) * options.ray.grad_accumulation, *each_time),
                 samples=samples,
             )
-            patiently(write, f"the checkpoint of step {step}", tell)
+            patient(write, f"the checkpoint of step {step}")
             keep = partial(scores.keep, recipe.output_dir, step, options.checkpoint, only_best=only_best)
-            patiently(keep, "the folder of checkpoints", tell)
+            patient(keep, "the folder of checkpoints")
         accelerator.wait_for_everyone()
         report({"kind": "checkpoint", "step": step})
 
@@ -321,9 +324,10 @@ def train(
                         values |= validation(model, preprocessor, postprocessor, accelerator)
                     if acted:
                         values |= closed_loop(model, preprocessor, postprocessor, accelerator)
-                improved = scores.add(step, values)
                 if main:
                     tracker.log(step, values)
+                check_validation(step, values)
+                improved = scores.add(step, values)
                 report({"kind": "eval", "step": step, **values})
                 window.begin_step()
 

@@ -44,6 +44,7 @@ from ray_jobs.engine.options import (
     split_flags,
 )
 from ray_jobs.engine.output_dir import RUN, check_output_dir
+from ray_jobs.engine.records import write_json
 from ray_jobs.engine.translations import translate
 from ray_jobs.engine.trust import check_links, read_json
 
@@ -92,7 +93,6 @@ class Recipe:
     def save_options(self) -> None:
         """Write our options beside the checkpoints, where `--resume` finds them."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        scratch = self.output_dir / f".{OPTIONS_FILE}.tmp"  # a kill must not leave half of it
         asked = {
             "device": self.device,
             "eval_steps": self.eval_steps,
@@ -102,8 +102,7 @@ class Recipe:
             "threads": torch.get_num_threads(),  # the last digits of what a CPU computes depend on it
         }
         content = {**draccus.encode(self.options), ASKED: asked}
-        scratch.write_text(json.dumps(content, indent=2) + "\n")
-        scratch.replace(self.output_dir / OPTIONS_FILE)
+        write_json(self.output_dir / OPTIONS_FILE, content)
 
 
 def resolve(argv: Sequence[str]) -> Recipe:

@@ -27,6 +27,7 @@ from ray_jobs.engine import checkpoint
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.position import SAMPLER, Position
+from ray_jobs.engine.records import read_metrics
 from ray_jobs.engine.trust import read_json
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def check(recipe: "Recipe") -> None:
     cfg = recipe.lerobot
     if not cfg.resume:
         return
+    read_metrics(recipe.output_dir)  # what is damaged is told here, not by the workers
     newest = Path(checkpoint.last_checkpoint(recipe.output_dir) or cfg.checkpoint_path)
     fault = checkpoint.fault(newest, cfg.policy.type)
     if fault:

@@ -186,24 +186,29 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
             if not main:
                 _all_ranks()  # until rank 0 has sent what its node alone had
             fetch = partial(pull, recipe.remote, recipe.output_dir)
-            patiently(fetch, recipe.remote, tell, doing="read", passing=storage_may_return)
+            patiently(
+                fetch, recipe.remote, tell, doing="read", passing=storage_may_return, stop=how["should_stop"]
+            )
         if main:
             run.enter_context(lock(recipe.output_dir, run=recipe.run))
             recipe.save_options()
             if recipe.remote:
-                how["report"] = run.enter_context(_copied(recipe, how["report"], tell))
+                how["report"] = run.enter_context(_copied(recipe, how["report"], tell, how["should_stop"]))
                 _all_ranks()
         return loop.train(recipe, **how)
 
 
 @contextlib.contextmanager
 def _copied(
-    recipe: "Recipe", report: Callable[[dict], None], tell: Callable[[str], None]
+    recipe: "Recipe",
+    report: Callable[[dict], None],
+    tell: Callable[[str], None],
+    should_stop: Callable[[], str],
 ) -> Iterator[Callable[[dict], None]]:
     """Keep a copy of the run in its bucket; yields what to report to instead."""
     from ray_jobs.engine.mirror import mirrored
 
-    with mirrored(recipe.remote, recipe.output_dir, tell, recipe.run) as mirror:
+    with mirrored(recipe.remote, recipe.output_dir, tell, recipe.run, stop=should_stop) as mirror:
 
         def report_and_send(event: dict) -> None:
             report(event)

@@ -4,7 +4,6 @@ Real configs are built at the space's corners, with LeRobot's own classes, befor
 """
 
 import contextlib
-import json
 import math
 import re
 import shutil
@@ -16,19 +15,18 @@ from pathlib import Path
 from ray_jobs.engine import mirror, preflight
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull
-from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
+from ray_jobs.engine.records import SUCCESS, write_json
 from ray_jobs.engine.trust import check_links
+from ray_jobs.search.files import SEARCH_FILE, SPACES_DIR, read_search
 from ray_jobs.search.options import SearchFlags, parse_search_flags
 from ray_jobs.search.space import Config, SearchSpace, Space, flags
 from ray_jobs.search.space_file import PUSH
 from ray_jobs.search.spaces import theirs
 
-SEARCH_FILE = "search.json"  # the command line of a search, for --resume
-SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
 # Validations of a trial, unless told otherwise; with asha one in three goes on at the first and at the third. Of sixteen
 # trials of a recorded table, the best that is left is then within 2 % of the best in 62 of 100 cases, for 33 % of all steps.
 # Judged first after three sixteenths it is in 78, for 40 %; a real search of sixteen took half as long again.
@@ -134,9 +132,7 @@ class Plan:
                 shutil.copyfile(space.file, target)
         terms = self.terms
         kept = {**{flag: terms[flag] for flag in DECIDED}, **self.typed}
-        scratch = self.output_dir / f".{SEARCH_FILE}.tmp"
-        scratch.write_text(json.dumps({"flags": kept, "policies": policies}, indent=2) + "\n")
-        scratch.replace(self.output_dir / SEARCH_FILE)
+        write_json(self.output_dir / SEARCH_FILE, {"flags": kept, "policies": policies})
 
 
 def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
@@ -156,17 +152,13 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
         if not saved.is_file():
             raise InputError(f"--resume=true: nothing to resume, there is no search in {folder}.")
         check_links(folder)
-        try:
-            content = json.loads(saved.read_text())
-            before, policies = content["flags"], content["policies"]
-        except (ValueError, KeyError):
-            raise InputError(f"cannot resume: {saved} is damaged.") from None
+        before = read_search(folder)
         # As they were when the search began, whatever has become of the files since.
-        copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in policies]
+        copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in before.policies]
         given = [Path(name.strip()) for name in typed.pop("space", "").split(",")]
         if {f.read_bytes() for f in given if f.is_file()} - {f.read_bytes() for f in copies if f.is_file()}:
             notices.append(f"--space is not what the search began with: it goes on with {copies[0].parent}.")
-        typed = {**before, **typed, "space": ",".join(map(str, copies))}
+        typed = {**before.flags, **typed, "space": ",".join(map(str, copies))}
     elif folder.exists():
         more = " or --resume=true to continue the search in it" if saved.is_file() else ""
         raise InputError(

@@ -29,23 +29,14 @@ from ray_jobs.engine.errors import (
     StorageLost,
     no_room,
 )
-from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
+from ray_jobs.engine.records import METRIC, read_metrics, read_summary
+from ray_jobs.search.files import trial_place
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
-TRIALS_DIR = "trials"
 ENDED = ("finished", "stopped early")  # how a run ends that was trained as far as it was to be
-
-
-def trial_dir(output_dir: Path, name: str) -> Path:
-    return output_dir / TRIALS_DIR / name
-
-
-def trial_place(search: str, name: str) -> str:
-    """A trial's `--output_dir`, below that of its search: a folder or an address in a bucket."""
-    return f"{search}/{TRIALS_DIR}/{name}"
 
 
 def trial_flags(base: list[str], config: dict, search: str, begun: bool) -> list[str]:
@@ -129,7 +120,7 @@ def run_trial(
     def patient[Result](use: Callable[[], Result]) -> Result:
         passing = lambda error: storage_may_return(error) or may_pass(error)  # noqa: E731
         tell_of_storage = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
-        return patiently(use, place, tell_of_storage, doing="used", passing=passing)
+        return patiently(use, place, tell_of_storage, doing="used", passing=passing, stop=asked_to_stop)
 
     try:
         # Drawn before the search was told to end, or given up when its slot died.
@@ -213,10 +204,8 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recip
 
 
 def validations(folder: Path, metrics: list[str]) -> list[dict]:
-    """The records of a run's metrics.jsonl that have all of `metrics`."""
-    from ray_jobs.engine.tracking import read_metrics
-
-    return [record for record in read_metrics(folder) if all(name in record for name in metrics)]
+    """The records of a run's metrics.jsonl that have numbers for all of `metrics`."""
+    return [r for r in read_metrics(folder) if all(r.get(name) is not None for name in metrics)]
 
 
 def best_values(folder: Path, metrics: list[str]) -> dict:
@@ -242,12 +231,8 @@ def ranked_links(metrics: list[str]) -> tuple[str, ...]:
 
 def _ended(folder: Path) -> dict | None:
     """How a run has ended, if it has been trained to its end."""
-    from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
-
-    if not (folder / SUMMARY_FILE).is_file():
-        return None
-    summary = read_json(folder / SUMMARY_FILE)
-    return _outcome(summary) if summary["status"] in ENDED else None
+    summary = read_summary(folder)
+    return _outcome(summary) if summary.get("status") in ENDED else None
 
 
 def _outcome(summary: dict) -> dict:
