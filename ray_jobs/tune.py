@@ -7,7 +7,6 @@ Every flag of `ray_jobs.train` holds for all trials; the space says what varies.
 `--help` the tuner's own flags.
 """
 
-import contextlib
 import os
 import queue
 import shlex
@@ -18,11 +17,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import no_garbage_collection, quiet, run_job
+from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError, StorageLost
+from ray_jobs.engine.imports import without
 from ray_jobs.engine.line import open_line
-from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.workers import only_driver, refuse_busy
+from ray_jobs.search.command import check_search
 
 if TYPE_CHECKING:
     from ray_jobs.search.bucket_copy import BucketCopy
@@ -46,26 +47,35 @@ def main(argv: list[str]) -> int:
     os.environ.update(TUNE_ENV)
     if {"--help", "-h"} & set(argv):
         return _help()
-    _at_once(argv)
-    with no_garbage_collection():
+    flags, _ = read_flags(["--tune.dry_run=true" if word == "--dry-run" else word for word in argv])
+    not_needed = check_search(flags)
+    refuse_busy({"output_dir": "outputs/search", **flags})
+    on_ray = not asks_to_resume(flags)
+    if on_ray:
+        cluster.start(flags.get("ray.address"))
+    doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
+    with no_garbage_collection(), without(not_needed):
         from sqlalchemy.exc import SQLAlchemyError
 
         from ray_jobs.engine.explain import first_line
         from ray_jobs.search import answer, bucket_copy, dry_run, report
         from ray_jobs.search.begin import open_study
-        from ray_jobs.search.files import DONE, SEARCH_FILE
+        from ray_jobs.search.files import DONE, SEARCH_FILE, SPACES_DIR
         from ray_jobs.search.plan import make_plan, read_command
         from ray_jobs.search.slot import decide
         from ray_jobs.search.spaces import read_spaces
 
+    doing("looking over the spaces and the data set")
     typed, options, resume, notices = read_command(argv)
     plan = make_plan(typed, options, read_spaces(typed, notices), resume, notices, print)
+    plan.recipe.unneeded = not_needed
     for notice in plan.notices:
         print(notice)
     cluster.start(plan.recipe.options.ray.address).result()
     from ray_jobs.engine.faults import if_helper_dies  # not while Ray starts: it imports parts of it
 
     slot = decide(plan)
+    doing("")
     if options.tune.dry_run:
         dry_run.show(plan, slot, print)
         return 0
@@ -80,7 +90,8 @@ def main(argv: list[str]) -> int:
             study = open_study(plan, seed, stopped.is_set)
         except InputError:
             if new:
-                shutil.rmtree(plan.output_dir)  # there was none a moment ago
+                (plan.output_dir / SEARCH_FILE).unlink()
+                shutil.rmtree(plan.output_dir / SPACES_DIR)
             raise
         if not new:
             plan.save()
@@ -113,16 +124,6 @@ def main(argv: list[str]) -> int:
     if error or not summary["best"]:
         raise RunError(error or answer.why_nothing(study, status))
     return 0
-
-
-def _at_once(argv: list[str]) -> None:
-    """Let Ray start while the space is checked; what is wrong with the command line is said later, but for a folder in which
-    another command is at work."""
-    with contextlib.suppress(InputError):
-        flags, _ = read_flags(argv)
-        refuse_busy({"output_dir": "outputs/search", **flags})
-        if flags.get("space") and "resume" not in flags:
-            cluster.start(flags.get("ray.address"))
 
 
 # ---------------------------------------------------------------------- the search
@@ -199,6 +200,7 @@ def _search(
             metrics=options.metrics,
             each=slot.each,
             trials=options.num_samples,
+            unneeded=plan.recipe.unneeded,
             line=line,
         ),
         tune.PlacementGroupFactory([slot.bundle]),

@@ -136,7 +136,7 @@ def _closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
-def check_sources(flags: Mapping[str, str]) -> None:
+def check_sources(flags: Mapping[str, str], *, needs_policy: bool = True) -> None:
     """Refuse config files and checkpoints that are not there, and a command without data or policy."""
     with all_mistakes() as mistakes:
         for flag, file_name in SOURCES.items():
@@ -149,7 +149,12 @@ def check_sources(flags: Mapping[str, str]) -> None:
                 "--dataset.repo_id is missing: the data set's name, as in --dataset.repo_id=user/name "
                 "(with --dataset.root=FOLDER any name will do)."
             )
-        if not flags.keys() & {"policy.type", "policy.path", "reward_model.type", "reward_model.path"}:
+        if needs_policy and not flags.keys() & {
+            "policy.type",
+            "policy.path",
+            "reward_model.type",
+            "reward_model.path",
+        }:
             mistakes.append(
                 "--policy.type is missing: --policy.type=act (or diffusion, smolvla, pi05 ...) trains a new policy, "
                 "--policy.path=FOLDER goes on from a trained one."

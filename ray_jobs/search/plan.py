@@ -17,10 +17,12 @@ from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.options import asks_to_resume, read_flags
+from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.records import SUCCESS, write_json
 from ray_jobs.engine.trust import check_links
+from ray_jobs.search.command import check_steps
 from ray_jobs.search.files import SEARCH_FILE, SPACES_DIR, read_search
 from ray_jobs.search.options import SearchFlags, parse_search_flags
 from ray_jobs.search.space import Config, SearchSpace, Space, flags
@@ -159,12 +161,8 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
         if {f.read_bytes() for f in given if f.is_file()} - {f.read_bytes() for f in copies if f.is_file()}:
             notices.append(f"--space is not what the search began with: it goes on with {copies[0].parent}.")
         typed = {**before.flags, **typed, "space": ",".join(map(str, copies))}
-    elif folder.exists():
-        more = " or --resume=true to continue the search in it" if saved.is_file() else ""
-        raise InputError(
-            f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{more}."
-        )
     else:
+        check_output_dir(folder, (SEARCH_FILE,))
         name = _last_part(place) if is_uri(place) else folder.resolve().name
         typed.setdefault("tune.study_name", name)  # kept when the folder is renamed
     typed["output_dir"] = place
@@ -248,13 +246,8 @@ def steps_between(steps: int) -> int:
 
 def _base(given: dict[str, str], options: SearchFlags) -> list[str]:
     """The arguments that all trials share: the user's, and what a search needs where the user is silent."""
-    steps = given.get("steps")
-    if steps is None:
-        raise InputError(
-            "--steps is missing: how long is a trial? With asha most trials get a part of it: a sixth, say."
-        )
-    if not steps.isdigit() or int(steps) < 2:
-        raise InputError(f"--steps={steps}: must be a whole number, at least 2.")
+    check_steps(given)
+    steps = given["steps"]
     every = steps_between(int(steps))
     defaults = {
         "eval_steps": str(every),

@@ -29,6 +29,7 @@ from ray_jobs.engine.errors import (
     StorageLost,
     no_room,
 )
+from ray_jobs.engine.imports import without
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.records import METRIC, read_metrics, read_summary
 from ray_jobs.search.files import trial_place
@@ -69,6 +70,7 @@ def run_trial(
     metrics: list[str],
     each: Share,
     trials: int,
+    unneeded: tuple[str, ...],
     line,
 ) -> None:
     """Train one configuration; reports to Ray Tune at every validation, and how it ended.
@@ -82,11 +84,12 @@ def run_trial(
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
         trials: How many will read the data: whether to keep its frames depends on it.
+        unneeded: Packages that the trials do without (see `imports`).
         line: Handle of the search's `line.Line`.
     """
     quiet()
     os.environ["WANDB_RUN_GROUP"] = group
-    with no_garbage_collection():
+    with no_garbage_collection(), without(unneeded):
         import ray
         import torch
         from ray import tune
@@ -140,7 +143,7 @@ def run_trial(
             return tune.report({**_ended(folder), **best_values(folder, metrics)})
         if reason := ray.get(line.why_stopped.remote(config["trial"])):  # by what it has just told, say
             return tune.report({"status": reason, **best_values(folder, metrics)})
-        recipe.trainings, recipe.gpu_share = trials, min(1.0, each.gpus)
+        recipe.trainings, recipe.gpu_share, recipe.unneeded = trials, min(1.0, each.gpus), unneeded
         recipe.run = place  # not of another run: who may search there is decided by the search's own lock
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         should_stop = lambda: PRUNED if pruned else asked_to_stop()  # noqa: E731
