@@ -12,7 +12,7 @@ from test_data import make
 from ray_jobs.engine import loop, preflight
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.recipe import resolve
-from ray_jobs.engine.tracking import read_json, read_metrics
+from ray_jobs.engine.records import read_json, read_metrics
 
 LENGTHS = [23, 17, 9, 20]
 CONFIG = "pretrained_model/train_config.json"

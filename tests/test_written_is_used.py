@@ -12,7 +12,7 @@ from test_loop import wandb_runs
 
 from ray_jobs.engine import data, loop, preflight
 from ray_jobs.engine.recipe import resolve
-from ray_jobs.engine.tracking import read_json
+from ray_jobs.engine.records import read_json
 
 STEPS = 3
 ACT = (
