@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import OUTPUT_EVERY_S, duration, quiet, run_job
+from ray_jobs.engine.console import OUTPUT_EVERY_S, doing, duration, quiet, run_job
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flag_table import flags_of
 from ray_jobs.engine.flags import check_flags
@@ -90,8 +90,10 @@ def _dataset(root: Path, episodes: int) -> Path:
             )
         print(f"using the {recorded} recorded episodes in {root}")
         return root
+    doing("importing LeRobot")
     from ray_jobs.part_sorting.record import record
 
+    doing("")
     said = time.monotonic()
 
     def progress(done: int, episodes: int) -> None:

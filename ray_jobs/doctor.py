@@ -9,6 +9,7 @@ for four steps. `--measure=false` reads only. Exit status 1 if something would s
 import tempfile
 from pathlib import Path
 
+from ray_jobs.engine.command import check_command
 from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.options import read_flags
 from ray_jobs.engine.records import json_text
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
         return 0
     flags, _ = read_flags([word for word in argv if word != "--json"])
     measuring = flags.pop("measure", "true").lower() != "false"
+    check_command({"policy.type": "act", **flags})
     with no_garbage_collection():
         from ray_jobs.engine import costs, dataset_options, preflight
         from ray_jobs.engine.diagnosis import diagnose

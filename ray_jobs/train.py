@@ -55,9 +55,12 @@ def main(argv: list[str]) -> int:
     for notice in recipe.notices:
         display.say(notice)
     started = time.monotonic()
-    doing("starting the worker(s)" if recipe.options.ray.num_workers else "building the policy")
+    on_ray = recipe.options.ray.num_workers > 0
     try:
-        train = _train_on_ray if recipe.options.ray.num_workers else _train_here
+        if on_ray:
+            cluster.start(recipe.options.ray.address).result()  # before there is a folder
+        doing("starting the worker(s)" if on_ray else "building the policy")
+        train = _train_on_ray if on_ray else _train_here
         with only_driver(recipe.output_dir):
             summary = train(recipe, display)
     finally:
@@ -97,7 +100,6 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     from ray_jobs.engine.driver import train_on_workers
 
     options = recipe.options.ray
-    cluster.start(options.address).result()
     streamed = recipe.options.data.source == "stream"
     reserved = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
     each = cluster.share(*reserved, decoders=streamed, at_least=options.min_workers)

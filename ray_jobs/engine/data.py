@@ -104,11 +104,12 @@ def open_all_frames(
     def say(text: str) -> None:
         report({"kind": "notice", "text": text})
 
+    names = "frame cache", "frame cache of the held-out episodes"
     return [
-        open_frames(of_set, options.data, reads=count, say=say)
+        open_frames(of_set, options.data, reads=count, say=say, name=name)
         if isinstance(of_set, LeRobotDataset) and FrameReader.can_read(of_set)
         else None
-        for of_set, count in zip((dataset, eval_dataset), reads, strict=True)
+        for of_set, count, name in zip((dataset, eval_dataset), reads, names, strict=True)
     ]
 
 

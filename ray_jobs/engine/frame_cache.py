@@ -174,6 +174,7 @@ def open_frames(
     *,
     reads: int,
     say: Callable[[str], None] = lambda text: None,
+    name: str = "frame cache",
 ) -> FrameCache | FrameSource:
     """A data set's frames: out of the cache, where all of them are then decoded, or else decoded one by one.
 
@@ -181,6 +182,7 @@ def open_frames(
         options: `cache` is `off`, a folder, or `auto`, which looks whether it is worth it and there is room.
         reads: How many samples will be read in all.
         say: Takes the lines in which the user hears what was chosen and why.
+        name: What is spoken of in these.
     """
     source = FrameSource(dataset, options.resize)
     if options.cache == "off":
@@ -192,18 +194,16 @@ def open_frames(
             return source
         need = cache.missing_bytes()
         if options.cache == "auto" and need and (reason := _why_not(cache, need, reads)):
-            say(f"frame cache: none, {reason}")
+            say(f"{name}: none, {reason}")
             return source
         decoding = ", decoding once for all workers and runs" if need else ""
-        say(
-            f"frame cache: {gigabytes(cache.bytes())} of {len(cache.entries)} camera(s) in {folder}{decoding}"
-        )
+        say(f"{name}: {gigabytes(cache.bytes())} of {len(cache.entries)} camera(s) in {folder}{decoding}")
         if cache.bytes() > _free_memory():
-            say("frame cache: larger than the free memory, so frames come from the disk; --data.resize helps")
+            say(f"{name}: larger than the free memory, so frames come from the disk; --data.resize helps")
         cache.fill(say)
     except OSError as error:
         say(
-            f"frame cache: none, {folder} cannot be used ({error.strerror or error}); frames are decoded one by one"
+            f"{name}: none, {folder} cannot be used ({error.strerror or error}); frames are decoded one by one"
         )
         return source
     return cache
