@@ -193,3 +193,17 @@ def test_a_run_in_a_folder_of_such_a_name_goes_on_from_its_last_screen(parts, tm
     assert (again.lerobot.job_name, again.lerobot.wandb.notes) == ("2026_11_30", "x #1")
     again = resolve(tiny_act(root, output_dir, "--resume=true", "--steps=2"))
     assert again.output_dir == output_dir
+
+
+def test_an_empty_folder_is_as_good_as_none(run, tmp_path):
+    from ray_jobs import export
+
+    place, link = tmp_path / "place", tmp_path / "link"
+    place.mkdir()
+    link.symlink_to(place)
+    command = ["--lerobot=0.4", f"--checkpoint={run}", f"--output_dir={link}"]
+    assert export.main(command) == 0
+    assert (place / "config.json").is_file() and (place / "model.safetensors").is_file()
+    assert not list(place.glob(".*"))
+    with pytest.raises(InputError, match="nothing in it is overwritten"):
+        export.main(command)

@@ -114,7 +114,9 @@ def test_the_advice_of_a_refusal(begun, tmp_path):
     (path,) = (w for w in str(refused.value).split() if w.startswith("--policy.path="))
     flags = [f for f in same if not f.startswith(("--output_dir", "--policy.type"))]
     train_in_process([*flags, "--steps=1", path, wanted, f"--output_dir={tmp_path / 'another'}"])
-    groups = read_json(tmp_path / "another/checkpoints/000001/training_state/optimizer_param_groups.json", list)
+    groups = read_json(
+        tmp_path / "another/checkpoints/000001/training_state/optimizer_param_groups.json", list
+    )
     assert groups[0]["lr"] == 1e-3
 
 

@@ -79,6 +79,7 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
     try:
         status = main(sys.argv[1:])
     except BaseException as error:
+        doing("")
         # Ctrl-C ends processes that an import has started, too, and so the import, before it is raised here.
         if isinstance(error, KeyboardInterrupt) or take_back():
             told, status = "interrupted.", 130
@@ -89,6 +90,7 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
         else:
             raise
         print(told, file=sys.stderr)
+    doing("")
     sys.stdout.flush()
     take_back()
     on_interruption(lambda *_: os._exit(status))  # who does not want to wait need not
