@@ -66,9 +66,11 @@ def refuse_overruled(folder: Path, typed: dict[str, str], begun_with: dict[str, 
     """
     before = TrainPipelineConfig.from_pretrained(folder)
     overruled = {}
-    for flag in STARTS & typed.keys():
-        came_from = begun_with.get(flag) or str(before.policy.pretrained_path)
-        if Path(typed[flag]).resolve() not in (Path(came_from).resolve(), folder.resolve()):
+    for flag in (
+        STARTS & typed.keys() if begun_with else ()
+    ):  # of a run that is resumed, a checkpoint has forgotten it
+        came_from = begun_with.get(flag)
+        if Path(typed[flag]).resolve() not in (Path(came_from or "").resolve(), folder.resolve()):
             overruled[flag] = came_from
     asked = {f: v for f, v in typed.items() if f not in STARTS and (f.startswith("policy.") or _overruled(f))}
     together = _parsed(folder, asked)
