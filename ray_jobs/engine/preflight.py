@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 import draccus
 import torch
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from lerobot.configs.default import PeftConfig
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
@@ -237,6 +238,8 @@ def _network(recipe: Recipe, features: dict[str, PolicyFeature]) -> torch.nn.Mod
 def _adapters(recipe: Recipe, network: torch.nn.Module | None) -> torch.nn.Module | None:
     """The network with the adapters of `--peft.*`, as far as one can be put together."""
     cfg = recipe.lerobot
+    if cfg.policy.use_peft and not cfg.resume:
+        _own_adapters(recipe)
     if cfg.peft is None:
         return network
     if recipe.options.ray.ema:
@@ -250,6 +253,28 @@ def _adapters(recipe: Recipe, network: torch.nn.Module | None) -> torch.nn.Modul
         return network and network.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(cfg.peft))
     except Exception as error:
         raise InputError(f"--peft.*: {first_line(error)}") from None
+
+
+def _own_adapters(recipe: Recipe) -> None:
+    """Of a policy that comes with adapters these are trained on, whatever `--peft.*` says; so that is what they are. (Without
+    `--peft.*` LeRobot would leave the policy's config out of the checkpoints.)"""
+    cfg, folder = recipe.lerobot, _folder_of_start(recipe)
+    file = folder and folder / "adapter_config.json"
+    if not file or not file.is_file():
+        return
+    saved = json.loads(file.read_text())
+    names = {"method_type": "peft_type", "full_training_modules": "modules_to_save"}
+    there = {f.name: saved.get(names.get(f.name, f.name)) for f in dataclasses.fields(PeftConfig)}
+    typed = [flag for flag in recipe.command if flag.startswith("peft.") and cfg.peft is not None]
+    others = [flag for flag in typed if getattr(cfg.peft, flag[5:]) != there[flag[5:]]]
+    if others:
+        told = ", ".join(f"--{flag}={recipe.command[flag]} (there {there[flag[5:]]})" for flag in others)
+        raise InputError(
+            f"{told}: without effect, for {folder} has adapters, which are trained on as they are.\n"
+            f"Leave {'it' if len(others) == 1 else 'them'} out; new adapters begin from the policy that those are for, "
+            f"{saved.get('base_model_name_or_path')}."
+        )
+    cfg.peft = PeftConfig(**{name: value for name, value in there.items() if value is not None})
 
 
 def _optimizer(recipe: Recipe) -> None:
@@ -296,12 +321,9 @@ def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature], fold
 
 def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
     """See that the weights to start from are whole and fit the flags, as far as their headers show."""
-    policy, folder = recipe.lerobot.policy, recipe.lerobot.policy.pretrained_path
+    policy, folder = recipe.lerobot.policy, _folder_of_start(recipe)
     if folder is None:
         return
-    folder = Path(folder) if Path(folder).is_dir() else assets.find(recipe.options.assets.dir, str(folder))
-    if folder is None:
-        return  # the workers download it
     needed = [f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"]
     if not any(folder.glob("*model.safetensors")):
         needed.append("model.safetensors")
@@ -333,6 +355,14 @@ def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
             raise InputError(f"cannot start from {folder}: {path.name} is damaged ({error}).") from None
     if network is not None and saved:
         _fit(folder, network, saved)
+
+
+def _folder_of_start(recipe: Recipe) -> Path | None:
+    """Where the policy lies that the training begins from; None if there is none, or the workers download it."""
+    start = recipe.lerobot.policy.pretrained_path
+    if start is None or Path(start).is_dir():
+        return start and Path(start)
+    return assets.find(recipe.options.assets.dir, str(start))
 
 
 def _fit(folder: Path, network: torch.nn.Module, saved: dict[str, torch.Tensor]) -> None:
