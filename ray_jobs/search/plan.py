@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +22,14 @@ from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.trust import check_links
+from ray_jobs.search.idle import without_effect
 from ray_jobs.search.options import SearchFlags, parse_search_flags
 from ray_jobs.search.space import Config, SearchSpace, Space, flags
 from ray_jobs.search.space_file import PUSH
 from ray_jobs.search.spaces import theirs
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
+LEFT_OUT = "left_out"  # part of that file: what is not searched, for it has no effect
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
 # Validations of a trial, unless told otherwise; with asha one in three goes on at the first and at the third. Of sixteen
 # trials of a recorded table, the best that is left is then within 2 % of the best in 62 of 100 cases, for 33 % of all steps.
@@ -82,6 +84,8 @@ class Plan:
     notices: list[str]
     remote: str | None = None
     """The bucket's address that `output_dir` is copied to, if there is one."""
+    left_out: list[str] = field(default_factory=list)
+    """What the spaces would search for nothing."""
 
     @property
     def place(self) -> str:
@@ -135,7 +139,9 @@ class Plan:
         terms = self.terms
         kept = {**{flag: terms[flag] for flag in DECIDED}, **self.typed}
         scratch = self.output_dir / f".{SEARCH_FILE}.tmp"
-        scratch.write_text(json.dumps({"flags": kept, "policies": policies}, indent=2) + "\n")
+        scratch.write_text(
+            json.dumps({"flags": kept, "policies": policies, LEFT_OUT: self.left_out}, indent=2) + "\n"
+        )
         scratch.replace(self.output_dir / SEARCH_FILE)
 
 
@@ -211,6 +217,7 @@ def make_plan(
     output_dir = mirror.folder_of(remote) if remote else Path(typed["output_dir"]).absolute()
     scratch = f"--output_dir={output_dir / 'never'}"
     shortest, recipe = math.inf, None
+    spaces, before = [], _left_out(output_dir) if resume else None
     wrong: dict[str, InputError] = {}
     for s in space.spaces:
         arguments = partial(_arguments, base, scratch)
@@ -222,6 +229,8 @@ def make_plan(
             _blame_the_user(error, arguments({**s.kind(fixed), **fixed}), output_dir)
             raise _in_file(s, "baseline", {}, error) from None
         meta = open_dataset(first.lerobot.dataset)
+        s = _that_matters(s, typed, bool(meta.camera_keys), before, notices)
+        spaces.append(s)
         recipe = recipe or first
         notices += [notice for notice in first.notices if notice not in notices]
         shortest = min(shortest, chunk_length(first.lerobot.policy))
@@ -244,9 +253,41 @@ def make_plan(
     base.append(f"--data.eval_horizon={horizon}")
     if remote:
         mirror.check_writable(remote)
-    return Plan(
-        output_dir, options, space, typed, base, recipe, meta.total_frames, horizon, resume, notices, remote
+    left_out = sorted(
+        {p.flag for s in space.spaces for p in s.parameters} - {p.flag for s in spaces for p in s.parameters}
     )
+    space = SearchSpace(tuple(spaces), fixed)
+    frames = meta.total_frames
+    return Plan(
+        output_dir, options, space, typed, base, recipe, frames, horizon, resume, notices, remote, left_out
+    )
+
+
+def _that_matters(
+    space: Space, typed: dict[str, str], cameras: bool, before: list[str] | None, notices: list[str]
+) -> Space:
+    """The space without what has no effect.
+
+    Args:
+        before: What was left out when the search that goes on began.
+    """
+    reasons: dict[str, list[str]] = {}
+    for flag, why in without_effect(space, typed, cameras).items():
+        if before is None or flag in before:
+            reasons.setdefault(why, []).append(flag)
+    notices += [
+        f"{why}, so this has no effect and is not searched: {', '.join(flags)}"
+        for why, flags in reasons.items()
+    ]
+    left = space.without({flag for flags in reasons.values() for flag in flags})
+    if not any(p.drawn is not None for p in left.parameters):
+        raise space.error("search", f"nothing of it has an effect: {'; '.join(reasons)}.")
+    return left
+
+
+def _left_out(folder: Path) -> list[str]:
+    """What was left out when the search began; one that is older than that knows nothing of it."""
+    return json.loads((folder / SEARCH_FILE).read_text()).get(LEFT_OUT, [])
 
 
 def steps_between(steps: int) -> int:
