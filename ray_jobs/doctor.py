@@ -6,12 +6,12 @@ All flags of `ray_jobs.train` may be given; by default an ACT with LeRobot's set
 for four steps. `--measure=false` reads only. Exit status 1 if something would stop or spoil a training.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
 from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.records import json_text
 
 # Nothing is validated: the one episode that is measured cannot be parted.
 NOT_MEASURED = {"dataset.eval_split", "data.eval_episodes", "eval_steps", "max_eval_samples"}
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         found.facts["costs"] = costs.measure(asked, recipe)
     found.advice += _advice(found.facts, asked.data.resize, recipe.lerobot.policy)
     if "--json" in argv:
-        print(json.dumps(vars(found), indent=2))
+        print(json_text(vars(found), indent=2))
     else:
         print("\n".join(_screen(found)))
     return 1 if found.faults else 0

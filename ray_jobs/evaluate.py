@@ -144,11 +144,9 @@ def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
     """`pretrained_model` folders by a short name, each with what has brought it here, if it lies in a bucket."""
     from ray_jobs.engine.bucket import is_uri
     from ray_jobs.engine.checkpoint import pretrained_dir
-    from ray_jobs.engine.meters import METRIC
-    from ray_jobs.engine.tracking import read_json
     from ray_jobs.search.bucket_copy import bring
-    from ray_jobs.search.plan import SEARCH_FILE
-    from ray_jobs.search.trial import TRIALS_DIR, ranked_checkpoint
+    from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
+    from ray_jobs.search.trial import ranked_checkpoint
 
     found = {}
     words = [word.strip() for word in checkpoint.split(",")]
@@ -156,7 +154,7 @@ def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
         fetch = partial(bring, word) if is_uri(word) else None
         path = fetch() if fetch else Path(word)
         if (path / SEARCH_FILE).is_file():
-            metrics = read_json(path / SEARCH_FILE)["flags"].get("tune.metric", METRIC).split(",")
+            metrics = read_search(path).metrics
             ranked = {t: ranked_checkpoint(t, metrics) for t in sorted((path / TRIALS_DIR).glob("*"))}
             kept = {trial.name: place for trial, place in ranked.items() if place}
             if not kept:
@@ -244,7 +242,7 @@ def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", fol
 
 def _write(target: Path, results: dict[str, dict], argv: list[str]) -> None:
     from ray_jobs.engine.pictures import errors
-    from ray_jobs.engine.tracking import write_json
+    from ray_jobs.engine.records import write_json
 
     target.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "ray_jobs.evaluate", *argv])

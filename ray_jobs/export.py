@@ -21,6 +21,7 @@ from ray_jobs.engine.flag_table import Flag
 from ray_jobs.engine.flags import check_flags
 from ray_jobs.engine.options import read_flags
 from ray_jobs.engine.output_dir import check_output_dir
+from ray_jobs.engine.records import parse_json
 
 POLICIES = ("act", "diffusion", "pi0", "pi05", "smolvla")
 FLAGS = ("lerobot", "checkpoint", "output_dir", "assets.dir")
@@ -191,7 +192,7 @@ def _merge(source: Path, target: Path, assets_dir: Path) -> None:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
 

@@ -19,8 +19,10 @@ from ray_jobs.engine import cluster
 from ray_jobs.engine.command import check_command, help_of_training
 from ray_jobs.engine.console import Display, doing, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED
+from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.engine.interruption import interrupt, on_interruption
 from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
+from ray_jobs.engine.workers import only_driver, refuse_busy
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -36,14 +38,18 @@ def main(argv: list[str]) -> int:
         return _help(argv)
     flags, _ = read_flags(argv)
     check_command(flags)
+    refuse_busy(flags)
     on_ray = _start_ray(flags)
     doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
-    with no_garbage_collection():
+    resumed = asks_to_resume(flags)
+    not_needed = () if resumed else unneeded([flags.get("policy.type", "")], flags)
+    with no_garbage_collection(), without(not_needed):
         from ray_jobs.engine import preflight
         from ray_jobs.engine.recipe import resolve
 
     doing("looking over the recipe and the data set")
     recipe = resolve(argv)
+    recipe.unneeded = not_needed
     preflight.check(recipe)
     display = Display()
     for notice in recipe.notices:
@@ -52,7 +58,8 @@ def main(argv: list[str]) -> int:
     doing("starting the worker(s)" if recipe.options.ray.num_workers else "building the policy")
     try:
         train = _train_on_ray if recipe.options.ray.num_workers else _train_here
-        summary = train(recipe, display)
+        with only_driver(recipe.output_dir):
+            summary = train(recipe, display)
     finally:
         display.close()
     _last_screen(summary, display, time.monotonic() - started, recipe.remote)

@@ -20,9 +20,9 @@ from test_evaluate import evaluated, trained
 from test_tune import ACT, search, study_of
 
 from ray_jobs import evaluate, report
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.recipe import resolve
-from ray_jobs.engine.tracking import read_json, read_metrics
+from ray_jobs.engine.records import read_json, read_metrics
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "link", "img"}
@@ -115,11 +115,13 @@ def test_sections(searched):
     assert report.main([f"--output_dir={searched}"]) == 0
     page = Page(searched / "report.html").check()
     titles = re.findall(r"<h2>([^<]*)</h2>", page.text)
-    for title in ("Best against published", "In the simulator", "Learning curves", "What mattered", "Parameter by parameter",
+    for title in ("Best against the baseline", "In the simulator", "Learning curves", "What mattered", "Parameter by parameter",
                   "All at once", "Predicted against recorded actions", "Time and cost", "Trials", "How to reproduce"):  # fmt: skip
         assert title in titles
     assert "36.6% to 63.4%" in page.text and ">best/checkpoint<" in page.text and page.images == 6
-    assert page.text.count('class="line published"') == 2  # of the curves and of the coordinates
+    assert (
+        page.text.count('class="line published"') == 4
+    )  # of the curves and of the coordinates, wide and narrow
     assert "python -m ray_jobs.tune" in page.text and "best/command.sh" in page.text
 
 
@@ -181,7 +183,10 @@ def test_a_search_without_a_finished_trial(searched, parts, tmp_path):
     space = searched / "search_spaces" / "act.yaml"
     flags = [w for w in tiny_act(parts, tmp_path / "run") if not w.startswith("--policy.") or "backbone" in w]
     more = ("--policy.device=cpu", "--steps=500", "--data.eval_episodes=[10]", "--max_eval_samples=4")
-    assert search(*flags, *more, f"--space={space}", "--tune.num_samples=2", "--tune.time_budget_s=0.1") == 0
+    with pytest.raises(RunError, match="the time was up before any trial was trained to its end"):
+        search(*flags, *more, f"--space={space}", "--tune.num_samples=2", "--tune.time_budget_s=0.1")
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "time is up"
+    assert report.main([f"--output_dir={tmp_path / 'run'}"]) == 0
     page = Page(tmp_path / "run" / "report.html").check()
     assert "No trial was trained to its end" in page.text
 

@@ -16,12 +16,12 @@ from optuna.trial import TrialState
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flags import check_flags
 from ray_jobs.search import constraints
+from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.options import SAMPLERS, TuneOptions
 from ray_jobs.search.plan import steps_between
 from ray_jobs.search.searcher import DEATHS, StudyScheduler, StudySearch
 from ray_jobs.search.space import SearchSpace, flags
 from ray_jobs.search.space_file import read_space
-from ray_jobs.search.study import make_sampler
 
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 GOOD = """\

@@ -185,7 +185,7 @@ def test_evaluated_from_the_bucket(parts, s3, tmp_path, capsys):
     result = json.loads((out / "evaluation.json").read_text())["results"][s3.address]
     assert result["val/action_error"] == summary["best"]["val/action_error"]
     search = s3.address.replace("runs/act", "search")
-    s3.system.pipe_file(f"{search}/search.json", json.dumps({"flags": {}}).encode())
+    s3.system.pipe_file(f"{search}/search.json", json.dumps({"flags": {}, "policies": ["act"]}).encode())
     for trial in ("0000", "0001"):
         s3.system.copy(s3.address, f"{search}/trials/{trial}", recursive=True)
     found = evaluate._find(search)

@@ -35,9 +35,9 @@ from vla import save_base, tiny
 
 from ray_jobs import tune
 from ray_jobs.engine.errors import InputError, RunError
-from ray_jobs.engine.tracking import read_json, read_metrics
+from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.search import answer, progress
-from ray_jobs.search import study as study_module
+from ray_jobs.search import storage as storage_module
 from ray_jobs.search.answer import importances
 from ray_jobs.search.study import BASELINE
 
@@ -347,11 +347,11 @@ def test_ctrl_c_and_a_longer_search(common, tmp_path, sent):
 
 def test_study_that_is_away_for_a_while(tmp_path, capsys, monkeypatch):
     """Somebody else holds the file for longer than SQLite waits: the search waits on, and says so."""
-    monkeypatch.setattr(study_module, "BUSY_S", 0.1)
+    monkeypatch.setattr(storage_module, "BUSY_S", 0.1)
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    storage = study_module._storage(url)
+    storage = storage_module.open_storage(url)
     study = optuna.create_study(storage=storage, study_name="s")
-    storage.patient = True
+    storage.be_patient(lambda: False)
     other = sqlite3.connect(tmp_path / "study.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
     threading.Timer(1.5, other.execute, ["COMMIT"]).start()
@@ -744,5 +744,5 @@ def test_dry_run(common, tmp_path, capsys):
     assert search(*common, *flags) == 0
     printed = capsys.readouterr().out
     assert "policy.kl_weight" in printed and "1 to 100 log, when policy.use_vae is true" in printed
-    assert "0 (published)" in printed and "s per step of the published recipe" in printed
+    assert "0 (baseline)" in printed and "s per step of the baseline" in printed
     assert not (tmp_path / "run").exists()

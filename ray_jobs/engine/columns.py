@@ -17,6 +17,7 @@ from lerobot.datasets import LeRobotDataset
 
 from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
 from ray_jobs.engine.frame_store import COLUMNS_FILE
+from ray_jobs.engine.records import read_json
 
 _checked: set[Path] = set()  # arrays that this process found to be good
 
@@ -56,7 +57,7 @@ def cached_columns(dataset: LeRobotDataset, folder: Path) -> dict[str, torch.Ten
 
 def _is_sound(place: Path) -> bool:
     try:
-        checksums = json.loads((place / COLUMNS_FILE).read_text())
+        checksums = read_json(place / COLUMNS_FILE)
         if place in _checked:
             return True
         if all(hash_file(place / name) == checksum for name, checksum in checksums.items()):

@@ -16,13 +16,18 @@ SCHEME = "://"  # of a bucket's address
 
 
 def check_command(
-    flags: Mapping[str, str], more: Mapping[str, Flag] | None = None, resumable: tuple[str, ...] = RUN
+    flags: Mapping[str, str],
+    more: Mapping[str, Flag] | None = None,
+    *,
+    resumable: tuple[str, ...] = RUN,
+    needs_policy: bool = True,
 ) -> None:
     """Look over the flags of a training, or of a search's trainings.
 
     Args:
         more: Flags of the job beside those of a training.
         resumable: Names of files by which the job knows what it could continue.
+        needs_policy: Whether flags must say which policy it is; a search's spaces do.
 
     Raises:
         InputError: All mistakes that show without importing anything.
@@ -42,7 +47,7 @@ def check_command(
             known = flags_of(Options, "")
             collect(lambda: parse_options({name: flags[name] for name in flags if name in known}))
         if not resume:
-            collect(lambda: check_sources(flags))
+            collect(lambda: check_sources(flags, needs_policy=needs_policy))
             output_dir = flags.get("output_dir")
             if output_dir and SCHEME not in output_dir:
                 collect(lambda: check_output_dir(Path(output_dir), resumable))

@@ -1,7 +1,6 @@
 """A run as its driver sees it: Ray Train's trainer around the loop, in this process or with workers of a cluster."""
 
 import contextlib
-import json
 import os
 import pickle
 import threading
@@ -74,7 +73,7 @@ def train_on_workers(
                 line.ask_to_stop.remote(reason)
         for event in ray.get(line.hear.remote(0)):
             report(event)
-        return summary_of(recipe, line, outcome)
+        return summary_of(recipe, line, outcome, should_stop)
 
 
 class Training:
@@ -167,7 +166,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
         work,
         datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
-        train_loop_config={"recipe": pickle.dumps(recipe), "line": line},
+        train_loop_config={"recipe": pickle.dumps(recipe), "line": line, "unneeded": recipe.unneeded},
         torch_config=TorchConfig(timeout_s=LONGEST_WAIT_S),
         scaling_config=ScalingConfig(
             num_workers=(options.min_workers, options.num_workers)
@@ -206,7 +205,7 @@ def start_fit(trainer) -> tuple[threading.Thread, dict]:
     return thread, outcome
 
 
-def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
+def summary_of(recipe: "Recipe", line, outcome: dict, should_stop: Callable[[], str]) -> dict:
     """The summary of a run whose `fit` is over (see `start_fit`).
 
     Raises:
@@ -214,7 +213,7 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
     """
     import ray
 
-    from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
+    from ray_jobs.engine.records import SUMMARY_FILE, parse_json, read_summary
 
     if error := ray.get(line.why_failed.remote()):
         if isinstance(error, RunError):
@@ -230,8 +229,9 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
 
         read = partial(read_file, recipe.remote, SUMMARY_FILE)
         quietly = lambda text: None  # noqa: E731
-        return json.loads(patiently(read, recipe.remote, quietly, doing="read", passing=storage_may_return))
-    return read_json(recipe.output_dir / SUMMARY_FILE)
+        how = {"doing": "read", "passing": storage_may_return, "stop": should_stop}
+        return parse_json(patiently(read, recipe.remote, quietly, **how))
+    return read_summary(recipe.output_dir)
 
 
 def _explain(error: Exception, recipe: "Recipe") -> str:

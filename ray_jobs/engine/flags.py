@@ -43,17 +43,23 @@ def check_flags(
     Raises:
         InputError: All mistakes, a line or two each.
     """
-    known, plugins, policy = dict(more or {}), {}, None
+    known, theirs, plugins, policy = dict(more or {}), {}, {}, None
     if not alone:
         plugins = plugins_of(flags)
         table = (None if plugins else flag_table.load()) or _with_plugins(plugins)
         policy = flags.get("policy.type")
-        known |= flags_of(Options, "") | table.flags(policy)
+        theirs = table.flags(policy)
+        known |= flags_of(Options, "") | theirs
         policy = policy if policy in table.policies else None
     with all_mistakes() as mistakes:
         for name, value in flags.items():
             if name not in plugins:
                 mistakes += _mistake(name, value, known, policy)
+            if name in theirs and theirs[name].is_text and not _is_raw(name) and value.startswith("include"):
+                mistakes.append(
+                    f"--{name}={value}: LeRobot's parser would open a file for a text that begins with 'include'; "
+                    "give another name."
+                )
 
 
 def plugins_of(flags: Mapping[str, str]) -> dict[str, str]:
@@ -81,7 +87,11 @@ def _mistake(name: str, value: str, known: Mapping[str, Flag], policy: str | Non
     if flag is None:
         whose = f" for {policy}" if policy and name.startswith("policy.") else ""
         guess = nearest(name, known)
-        see = f"--policy.type={policy or 'act'} --help lists them." if "steps" in known else "--help lists them."
+        see = (
+            f"--policy.type={policy or 'act'} --help lists them."
+            if "steps" in known
+            else "--help lists them."
+        )
         see = f"did you mean --{guess}?" if guess else see
         return [f"unknown flag --{name}{whose}; {see}"]
     if not value:
@@ -126,7 +136,7 @@ def _closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
-def check_sources(flags: Mapping[str, str]) -> None:
+def check_sources(flags: Mapping[str, str], *, needs_policy: bool = True) -> None:
     """Refuse config files and checkpoints that are not there, and a command without data or policy."""
     with all_mistakes() as mistakes:
         for flag, file_name in SOURCES.items():
@@ -139,7 +149,12 @@ def check_sources(flags: Mapping[str, str]) -> None:
                 "--dataset.repo_id is missing: the data set's name, as in --dataset.repo_id=user/name "
                 "(with --dataset.root=FOLDER any name will do)."
             )
-        if not flags.keys() & {"policy.type", "policy.path", "reward_model.type", "reward_model.path"}:
+        if needs_policy and not flags.keys() & {
+            "policy.type",
+            "policy.path",
+            "reward_model.type",
+            "reward_model.path",
+        }:
             mistakes.append(
                 "--policy.type is missing: --policy.type=act (or diffusion, smolvla, pi05 ...) trains a new policy, "
                 "--policy.path=FOLDER goes on from a trained one."
@@ -183,10 +198,14 @@ def as_arguments(flags: Mapping[str, str]) -> list[str]:
     return [f"--{name}={_quoted(name, value, known)}" for name, value in flags.items()]
 
 
+def _is_raw(name: str) -> bool:
+    """Whether LeRobot takes a flag out of the command line by itself."""
+    return name == "config_path" or name.endswith((".path", ".type")) or PLUGINS in name
+
+
 def _quoted(name: str, value: str, known: Mapping[str, Flag]) -> str:
     flag = known.get(name)
-    raw = name == "config_path" or name.endswith((".path", ".type")) or PLUGINS in name
-    if flag is None or raw or not flag.is_text or (value == "null" and flag.optional):
+    if flag is None or _is_raw(name) or not flag.is_text or (value == "null" and flag.optional):
         return value
     text = json.dumps(flag.read(value), ensure_ascii=False)
     # YAML takes these only escaped; JSON, either way.

@@ -31,6 +31,7 @@ import xxhash
 
 from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, replace
+from ray_jobs.engine.records import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,7 @@ class Entry:
 
     def _is_sound(self) -> bool:
         with contextlib.suppress(OSError, ValueError):
-            about = json.loads((self.folder / ENTRY_FILE).read_text())
+            about = read_json(self.folder / ENTRY_FILE, fingerprint=str)
             sizes = {name: (self.folder / name).stat().st_size for name in self._sizes()}
             return about["fingerprint"] == self.about["fingerprint"] and sizes == self._sizes()
         return False
@@ -215,7 +216,7 @@ def entries(folder: Path) -> dict[str, Entry]:
     found = {}
     for path in sorted(folder.glob(f"*/{ENTRY_FILE}")):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            found[path.parent.name] = Entry(path.parent, json.loads(path.read_text()))
+            found[path.parent.name] = Entry(path.parent, read_json(path, fingerprint=str, root=str))
     return found
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from lerobot.configs.train import TrainPipelineConfig
-from lerobot.datasets import LeRobotDataset
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 
@@ -31,6 +31,8 @@ from ray_jobs.engine.options import DataOptions
 # Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising
 # policy then depends on the group alone.
 GROUP = 16
+# Policies of LeRobot's that predict from queues of their own only, which a robot fills: no batch can be scored.
+UNSCORED = ("multi_task_dit", "tdmpc", "vqbet")
 TIMED = 5  # predictions that are timed, after one to warm up
 
 
@@ -38,7 +40,36 @@ def chunk_length(policy_cfg) -> int:
     """Actions a policy predicts from now on: all of the chunk, whatever `n_action_steps` executes of it."""
     if policy_cfg.type == "diffusion":
         return policy_cfg.horizon - policy_cfg.n_obs_steps + 1
-    return getattr(policy_cfg, "chunk_size", None) or len(policy_cfg.action_delta_indices)
+    return getattr(policy_cfg, "chunk_size", None) or len(policy_cfg.action_delta_indices or [0])
+
+
+def check_scored(policy_cfg) -> None:
+    """Refuse a policy whose predictions cannot be compared with the recorded actions.
+
+    Raises:
+        InputError: It is one of those.
+    """
+    if policy_cfg.type in UNSCORED:
+        raise InputError(
+            f"{policy_cfg.type} predicts only from what a robot has shown it so far, so val/action_error cannot be measured. "
+            "It trains without --data.eval_episodes and --eval_steps."
+        )
+
+
+def units(meta: LeRobotDatasetMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard deviation of the action's dimensions, and which of them ever move.
+
+    Raises:
+        InputError: The data set's statistics do not tell.
+    """
+    stats = (meta.stats or {}).get(ACTION, {})
+    if lacking := {"min", "max", "std"} - set(stats):
+        raise InputError(
+            f"meta/stats.json of {meta.repo_id} has no {', '.join(sorted(lacking))} of {ACTION}, in which validation "
+            "measures. A training without held-out episodes can do without."
+        )
+    std = torch.as_tensor(np.asarray(stats["std"]), dtype=torch.float32)
+    return std, torch.as_tensor(np.asarray(stats["max"]) > np.asarray(stats["min"])) & (std > 0)
 
 
 class Validation:
@@ -53,7 +84,7 @@ class Validation:
         detailed: Whether to tell how the error grows over the horizon as well.
 
     Raises:
-        InputError: H is longer than the policy's chunk.
+        InputError: H is longer than the policy's chunk, or it cannot be scored.
     """
 
     def __init__(
@@ -68,6 +99,7 @@ class Validation:
         timed: bool = False,
         detailed: bool = False,
     ):
+        check_scored(policy_cfg)
         self.dataset, self.timed, self.detailed = dataset, timed, detailed
         longest = chunk_length(policy_cfg)
         self.horizon = longest if horizon is None else horizon
@@ -80,9 +112,7 @@ class Validation:
         self.actions = torch.from_numpy(np.stack(table[ACTION][:]).astype(np.float32))  # (frames, dims)
         episode = torch.from_numpy(np.asarray(table["episode_index"][:]))
         self.episodes = episode.unique().tolist()
-        stats = dataset.meta.stats[ACTION]
-        self.std = torch.as_tensor(np.asarray(stats["std"]), dtype=torch.float32)
-        self.moving = torch.as_tensor(np.asarray(stats["max"]) > np.asarray(stats["min"])) & (self.std > 0)
+        self.std, self.moving = units(dataset.meta)
         self.last_row = torch.empty_like(episode)
         self.groups: list[tuple[int, list[int]]] = []  # (position of the episode, rows)
         per_episode = max(1, max_frames // len(self.episodes)) if max_frames else None

@@ -22,28 +22,28 @@ from lerobot.utils.constants import (
     OBS_IMAGES,
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
     POLICY_PREPROCESSOR_DEFAULT_NAME,
-    TRAINING_STATE_DIR,
-    TRAINING_STEP,
 )
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, checkpoint, mirror, preflight_stream, quantiles
+from ray_jobs.engine import assets, idle, mirror, preflight_stream, quantiles, resume
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
-from ray_jobs.engine.objective import chunk_length
+from ray_jobs.engine.objective import check_scored, chunk_length, units
 from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.patience import may_pass
 from ray_jobs.engine.policy import outline, with_features
 from ray_jobs.engine.preflight_data import (
     check_files,
     check_resize,
+    check_statistics,
     choose_episodes,
     open_dataset,
     where_it_is,
 )
+from ray_jobs.engine.preflight_policy import check_rewards, check_type
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
@@ -74,7 +74,8 @@ def check(recipe: Recipe) -> None:
     if network is not None:
         recipe.memory = estimate(network, recipe, features)
         recipe.notices.append(f"memory: {recipe.memory}")
-    _resume(recipe)
+    resume.check(recipe)
+    recipe.notices += idle.notices(recipe, meta)
     _output_dir(recipe, network)
     _wandb(recipe)
 
@@ -87,10 +88,14 @@ def check_policy(
     Returns:
         The data set's features under the policy's names, and its network without memory if that can be had.
     """
+    check_type(recipe.lerobot.policy)
+    check_rewards(recipe.lerobot.policy, meta, where_it_is(recipe.lerobot.dataset)[0])
     _lengths(recipe.lerobot.policy)
     _resize(recipe, meta)
     _validation(recipe)
     features = check_features(recipe, meta)
+    if recipe.eval_steps:
+        units(meta)
     network = _network(recipe, features)
     _optimizer(recipe)
     return features, network
@@ -125,6 +130,9 @@ def _simulator(recipe: Recipe, features: dict[str, PolicyFeature]) -> None:
 
 def _validation(recipe: Recipe) -> None:
     """Refuse what validation cannot do, or what cannot do without validation."""
+    held_out = recipe.options.data.eval_episodes is not None or recipe.lerobot.dataset.eval_split
+    if held_out and recipe.eval_steps > 0:
+        check_scored(recipe.lerobot.policy)
     horizon, longest = recipe.options.data.eval_horizon, chunk_length(recipe.lerobot.policy)
     if horizon is not None and horizon > longest:
         raise InputError(f"--data.eval_horizon={horizon}: the policy predicts {longest} actions from now on.")
@@ -158,12 +166,7 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
     features = dataset_to_policy_features(meta.features)
     if ACTION not in features:
         raise InputError(f"{name}: the data set has no '{ACTION}'; it has {_list(features)}.")
-    # LeRobot would train on such a feature as it is, not normalized.
-    numbers = {key for key in features if meta.features[key]["dtype"] != "string"}
-    lacking = sorted(numbers - set(meta.stats or {}))
-    if lacking:
-        raise InputError(f"{name}: meta/stats.json has no statistics of {', '.join(lacking)}.")
-
+    check_statistics(recipe, meta)
     if where_it_is(cfg.dataset)[1] is not None and not is_uri(
         cfg.dataset.root
     ):  # else the workers do, who fetch it
@@ -355,28 +358,6 @@ def _fit(folder: Path, network: torch.nn.Module, saved: dict[str, torch.Tensor])
                 f"cannot start from {folder}, with these flags the policy is another: {fault} are "
                 f"{', '.join(names[:NAMED_TENSORS])}{more}.\nLeave out the --policy flags that change the network."
             )
-
-
-def _resume(recipe: Recipe) -> None:
-    cfg = recipe.lerobot
-    if not cfg.resume:
-        return
-    newest = Path(checkpoint.last_checkpoint(recipe.output_dir) or cfg.checkpoint_path)
-    fault = checkpoint.fault(newest, cfg.policy.type)
-    if fault:
-        raise InputError(f"cannot resume: {fault}.")
-    counter = newest / TRAINING_STATE_DIR / TRAINING_STEP
-    try:
-        content = read_json(counter)
-        step = int(content["step"])
-        if step < 0 or min(int(content.get(name, 1)) for name in ("batch_size", "num_processes")) < 1:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"cannot resume: {counter} holds no step, the checkpoint is damaged.") from None
-    if step >= cfg.steps:
-        raise InputError(
-            f"nothing to resume: {newest} has reached --steps={cfg.steps}. A larger --steps continues it."
-        )
 
 
 def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:

@@ -4,9 +4,11 @@ They are computed as LeRobot's `augment_dataset_quantile_stats` does (per episod
 user's cache folder, and never written into the data set.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +20,18 @@ from lerobot.datasets import LeRobotDatasetMetadata, aggregate_stats, get_featur
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.records import read_json
 
 NAMES = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90")}
 
 
 def lacking(policy: PreTrainedConfig, meta: LeRobotDatasetMetadata) -> dict[str, FeatureType]:
-    """Features of the data set whose quantiles the policy needs and `meta.stats` has not."""
-    missing = {}
+    """Features of the data set whose quantiles the policy needs and `meta.stats` has not. LeRobot leaves alone what has
+    no statistics at all."""
+    missing, stats = {}, meta.stats or {}
     for key, feature in dataset_to_policy_features(meta.features).items():
         names = NAMES.get(policy.normalization_mapping.get(feature.type.value), ())
-        if not all(name in meta.stats.get(key, {}) for name in names):
+        if key in stats and not all(name in stats[key] for name in names):
             missing[key] = feature.type
     return missing
 
@@ -41,10 +45,12 @@ def complete(policy: PreTrainedConfig, meta: LeRobotDatasetMetadata) -> None:
     missing = lacking(policy, meta)
     cameras = [key for key, kind in missing.items() if kind is FeatureType.VISUAL]
     if cameras:
+        # LeRobot's script that would add them uploads the data set, too: nothing to advise.
+        mapping = {**policy.normalization_mapping, FeatureType.VISUAL.value: NormalizationMode.IDENTITY}
+        spelled = json.dumps({kind: mode.value for kind, mode in mapping.items()})
         raise InputError(
-            f"{policy.type} normalizes {', '.join(cameras)} by quantiles, which meta/stats.json lacks; those of videos "
-            "are not computed here.\nThis adds them to the data set: python -m "
-            f"lerobot.scripts.augment_dataset_quantile_stats --repo-id={meta.repo_id} --root={meta.root}"
+            f"{policy.type} normalizes {', '.join(cameras)} by quantiles, which meta/stats.json lacks; those of images "
+            f"are not computed here.\nImages as they are: --policy.normalization_mapping={shlex.quote(spelled)}"
         )
     if not missing:
         return
@@ -52,9 +58,10 @@ def complete(policy: PreTrainedConfig, meta: LeRobotDatasetMetadata) -> None:
     identity = [sorted(missing), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_jobs" / "quantiles"
     cached = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.json"
-    if cached.is_file():
-        quantiles = json.loads(cached.read_text())
-    else:
+    quantiles = None
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+        quantiles = read_json(cached, **dict.fromkeys(missing, dict))
+    if quantiles is None:
         quantiles = _compute(files, list(missing))
         cache.mkdir(parents=True, exist_ok=True)
         scratch = cached.with_suffix(f".{os.getpid()}.tmp")  # several workers may compute at once

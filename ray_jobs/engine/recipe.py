@@ -23,7 +23,7 @@ from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
 import ray_jobs.part_sorting  # noqa: F401  (registers --env.type=part_sorting)
-from ray_jobs.engine import assets, mirror
+from ray_jobs.engine import assets, mirror, resume
 from ray_jobs.engine.bucket import check_address, is_uri
 from ray_jobs.engine.checkpoint import checkpoint_steps, last_checkpoint
 from ray_jobs.engine.checkpoint import fault as checkpoint_fault
@@ -44,6 +44,7 @@ from ray_jobs.engine.options import (
     split_flags,
 )
 from ray_jobs.engine.output_dir import RUN, check_output_dir
+from ray_jobs.engine.records import write_json
 from ray_jobs.engine.translations import translate
 from ray_jobs.engine.trust import check_links, read_json
 
@@ -76,10 +77,14 @@ class Recipe:
     """The same whenever the run is resumed."""
     typed: dict[str, str] = field(default_factory=dict)
     """The flags that the run was begun with."""
+    command: dict[str, str] = field(default_factory=dict)
+    """The flags of this command, which may go on with it."""
     trainings: int = 1
     """That will read the same data."""
     gpu_share: float = 1.0
     """Of a GPU, that a worker may use."""
+    unneeded: tuple[str, ...] = ()
+    """Packages that workers do without (see `imports`)."""
 
     @property
     def output_dir(self) -> Path:
@@ -88,7 +93,6 @@ class Recipe:
     def save_options(self) -> None:
         """Write our options beside the checkpoints, where `--resume` finds them."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        scratch = self.output_dir / f".{OPTIONS_FILE}.tmp"  # a kill must not leave half of it
         asked = {
             "device": self.device,
             "eval_steps": self.eval_steps,
@@ -98,8 +102,7 @@ class Recipe:
             "threads": torch.get_num_threads(),  # the last digits of what a CPU computes depend on it
         }
         content = {**draccus.encode(self.options), ASKED: asked}
-        scratch.write_text(json.dumps(content, indent=2) + "\n")
-        scratch.replace(self.output_dir / OPTIONS_FILE)
+        write_json(self.output_dir / OPTIONS_FILE, content)
 
 
 def resolve(argv: Sequence[str]) -> Recipe:
@@ -113,7 +116,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     """
     flags, notices = read_flags(argv)
     check_flags(flags)
-    begun_with = dict(flags)
+    typed_now = dict(flags)
     asked_resume = asks_to_resume(flags)
     remote = flags.get("output_dir") if is_uri(flags.get("output_dir")) else None
     if remote:
@@ -130,6 +133,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     options = parse_options(flags, saved)
     options.assets.dir = options.assets.dir.absolute()  # workers run in folders of their own
     start = {flag: theirs[flag] for flag in ("policy.path", "policy.pretrained_path") if flag in theirs}
+    start |= assets.read_at_once(flags)
     start = {flag: name for flag, name in start.items() if name != "null" and not Path(name).exists()}
     if not asked_resume and not {"policy.repo_id", "policy.push_to_hub", "config_path"} & set(flags):
         # As in most of the published commands, which LeRobot refuses for it today.
@@ -139,6 +143,15 @@ def resolve(argv: Sequence[str]) -> Recipe:
         # Which policy a checkpoint holds shows now: flags of older recipes may be meant for it.
         theirs, more = translate(theirs, _type_of_start(theirs))
         notices += more
+        if asked_resume and Path(theirs.get("config_path", "")).is_file():
+            begun = asked.get("typed", {})
+            theirs = resume.without_the_same(theirs, begun)
+            changed = {
+                name: value
+                for name, value in flags.items()
+                if theirs.get(name) == value or name in resume.STARTS
+            }
+            resume.refuse_overruled(Path(theirs["config_path"]).absolute().parent, changed, begun)
         cfg = _lerobot_config(theirs, flags, options, asked_resume)
 
     if options.data.eval_episodes is not None and "eval_steps" not in flags:
@@ -155,12 +168,6 @@ def resolve(argv: Sequence[str]) -> Recipe:
     if cfg.policy.push_to_hub and (reason := _no_upload(cfg.policy.repo_id, options)):
         cfg.policy.push_to_hub = False
         notices.append(f"The policy will not be uploaded to --policy.repo_id={cfg.policy.repo_id}: {reason}.")
-    idle = next((name for name in flags if name.startswith(("optimizer.", "scheduler."))), None)
-    if idle and cfg.use_policy_training_preset and not cfg.resume:
-        notices.append(
-            f"--{idle} has no effect: the policy brings its own (--policy.optimizer_lr and its like), "
-            "unless --use_policy_training_preset=false."
-        )
     # Workers run in folders of their own.
     cfg.output_dir = Path(cfg.output_dir).absolute()
     for owner, name in ((cfg.policy, "pretrained_path"), (cfg, "checkpoint_path")):
@@ -177,7 +184,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     plugins = list(plugins_of(flags).values())
     recipe = Recipe(cfg, options, device, eval_steps, notices, remote=remote, plugins=plugins)
     recipe.id = asked.get("id", recipe.id)
-    recipe.typed = asked.get("typed", {} if asked_resume else begun_with)
+    recipe.command, recipe.typed = typed_now, asked.get("typed", {} if asked_resume else typed_now)
     return recipe
 
 

@@ -30,7 +30,7 @@ from lerobot.utils.random_utils import seeded_context
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
-from ray_jobs.engine.meters import SUCCESS
+from ray_jobs.engine.records import SUCCESS
 
 CONFIDENCE = 0.95
 

@@ -4,7 +4,6 @@ Real configs are built at the space's corners, with LeRobot's own classes, befor
 """
 
 import contextlib
-import json
 import math
 import re
 import shutil
@@ -16,21 +15,21 @@ from pathlib import Path
 from ray_jobs.engine import mirror, preflight
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull
-from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.options import asks_to_resume, read_flags
+from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
+from ray_jobs.engine.records import SUCCESS, write_json
 from ray_jobs.engine.trust import check_links
+from ray_jobs.search.command import check_steps
+from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_search
 from ray_jobs.search.idle import without_effect
 from ray_jobs.search.options import SearchFlags, parse_search_flags
 from ray_jobs.search.space import Config, SearchSpace, Space, flags
 from ray_jobs.search.space_file import PUSH
 from ray_jobs.search.spaces import theirs
 
-SEARCH_FILE = "search.json"  # the command line of a search, for --resume
-LEFT_OUT = "left_out"  # part of that file: what is not searched, for it has no effect
-SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
 # Validations of a trial, unless told otherwise; with asha one in three goes on at the first and at the third. Of sixteen
 # trials of a recorded table, the best that is left is then within 2 % of the best in 62 of 100 cases, for 33 % of all steps.
 # Judged first after three sixteenths it is in 78, for 40 %; a real search of sixteen took half as long again.
@@ -138,11 +137,8 @@ class Plan:
                 shutil.copyfile(space.file, target)
         terms = self.terms
         kept = {**{flag: terms[flag] for flag in DECIDED}, **self.typed}
-        scratch = self.output_dir / f".{SEARCH_FILE}.tmp"
-        scratch.write_text(
-            json.dumps({"flags": kept, "policies": policies, LEFT_OUT: self.left_out}, indent=2) + "\n"
-        )
-        scratch.replace(self.output_dir / SEARCH_FILE)
+        content = {"flags": kept, "policies": policies, LEFT_OUT: self.left_out}
+        write_json(self.output_dir / SEARCH_FILE, content)
 
 
 def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
@@ -162,23 +158,15 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
         if not saved.is_file():
             raise InputError(f"--resume=true: nothing to resume, there is no search in {folder}.")
         check_links(folder)
-        try:
-            content = json.loads(saved.read_text())
-            before, policies = content["flags"], content["policies"]
-        except (ValueError, KeyError):
-            raise InputError(f"cannot resume: {saved} is damaged.") from None
+        before = read_search(folder)
         # As they were when the search began, whatever has become of the files since.
-        copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in policies]
+        copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in before.policies]
         given = [Path(name.strip()) for name in typed.pop("space", "").split(",")]
         if {f.read_bytes() for f in given if f.is_file()} - {f.read_bytes() for f in copies if f.is_file()}:
             notices.append(f"--space is not what the search began with: it goes on with {copies[0].parent}.")
-        typed = {**before, **typed, "space": ",".join(map(str, copies))}
-    elif folder.exists():
-        more = " or --resume=true to continue the search in it" if saved.is_file() else ""
-        raise InputError(
-            f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{more}."
-        )
+        typed = {**before.flags, **typed, "space": ",".join(map(str, copies))}
     else:
+        check_output_dir(folder, (SEARCH_FILE,))
         name = _last_part(place) if is_uri(place) else folder.resolve().name
         typed.setdefault("tune.study_name", name)  # kept when the folder is renamed
     typed["output_dir"] = place
@@ -217,7 +205,7 @@ def make_plan(
     output_dir = mirror.folder_of(remote) if remote else Path(typed["output_dir"]).absolute()
     scratch = f"--output_dir={output_dir / 'never'}"
     shortest, recipe = math.inf, None
-    spaces, before = [], _left_out(output_dir) if resume else None
+    spaces, before = [], read_search(output_dir).left_out if resume else None
     wrong: dict[str, InputError] = {}
     for s in space.spaces:
         arguments = partial(_arguments, base, scratch)
@@ -285,11 +273,6 @@ def _that_matters(
     return left
 
 
-def _left_out(folder: Path) -> list[str]:
-    """What was left out when the search began; one that is older than that knows nothing of it."""
-    return json.loads((folder / SEARCH_FILE).read_text()).get(LEFT_OUT, [])
-
-
 def steps_between(steps: int) -> int:
     """Training steps from one validation of a trial to the next, of which it has `steps` in all."""
     return max(math.ceil(steps / VALIDATIONS), min(FEWEST_STEPS, math.ceil(steps / 4)))
@@ -297,13 +280,8 @@ def steps_between(steps: int) -> int:
 
 def _base(given: dict[str, str], options: SearchFlags) -> list[str]:
     """The arguments that all trials share: the user's, and what a search needs where the user is silent."""
-    steps = given.get("steps")
-    if steps is None:
-        raise InputError(
-            "--steps is missing: how long is a trial? With asha most trials get a part of it: a sixth, say."
-        )
-    if not steps.isdigit() or int(steps) < 2:
-        raise InputError(f"--steps={steps}: must be a whole number, at least 2.")
+    check_steps(given)
+    steps = given["steps"]
     every = steps_between(int(steps))
     defaults = {
         "eval_steps": str(every),

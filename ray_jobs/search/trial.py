@@ -29,23 +29,15 @@ from ray_jobs.engine.errors import (
     StorageLost,
     no_room,
 )
-from ray_jobs.engine.meters import METRIC
+from ray_jobs.engine.imports import without
 from ray_jobs.engine.options import OPTIONS_FILE
+from ray_jobs.engine.records import METRIC, read_metrics, read_summary
+from ray_jobs.search.files import trial_place
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
-TRIALS_DIR = "trials"
 ENDED = ("finished", "stopped early")  # how a run ends that was trained as far as it was to be
-
-
-def trial_dir(output_dir: Path, name: str) -> Path:
-    return output_dir / TRIALS_DIR / name
-
-
-def trial_place(search: str, name: str) -> str:
-    """A trial's `--output_dir`, below that of its search: a folder or an address in a bucket."""
-    return f"{search}/{TRIALS_DIR}/{name}"
 
 
 def trial_flags(base: list[str], config: dict, search: str, begun: bool) -> list[str]:
@@ -78,6 +70,7 @@ def run_trial(
     metrics: list[str],
     each: Share,
     trials: int,
+    unneeded: tuple[str, ...],
     line,
 ) -> None:
     """Train one configuration; reports to Ray Tune at every validation, and how it ended.
@@ -91,11 +84,12 @@ def run_trial(
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
         trials: How many will read the data: whether to keep its frames depends on it.
+        unneeded: Packages that the trials do without (see `imports`).
         line: Handle of the search's `line.Line`.
     """
     quiet()
     os.environ["WANDB_RUN_GROUP"] = group
-    with no_garbage_collection():
+    with no_garbage_collection(), without(unneeded):
         import ray
         import torch
         from ray import tune
@@ -129,7 +123,7 @@ def run_trial(
     def patient[Result](use: Callable[[], Result]) -> Result:
         passing = lambda error: storage_may_return(error) or may_pass(error)  # noqa: E731
         tell_of_storage = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
-        return patiently(use, place, tell_of_storage, doing="used", passing=passing)
+        return patiently(use, place, tell_of_storage, doing="used", passing=passing, stop=asked_to_stop)
 
     try:
         # Drawn before the search was told to end, or given up when its slot died.
@@ -149,7 +143,7 @@ def run_trial(
             return tune.report({**_ended(folder), **best_values(folder, metrics)})
         if reason := ray.get(line.why_stopped.remote(config["trial"])):  # by what it has just told, say
             return tune.report({"status": reason, **best_values(folder, metrics)})
-        recipe.trainings, recipe.gpu_share = trials, min(1.0, each.gpus)
+        recipe.trainings, recipe.gpu_share, recipe.unneeded = trials, min(1.0, each.gpus), unneeded
         recipe.run = place  # not of another run: who may search there is decided by the search's own lock
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         should_stop = lambda: PRUNED if pruned else asked_to_stop()  # noqa: E731
@@ -213,10 +207,8 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recip
 
 
 def validations(folder: Path, metrics: list[str]) -> list[dict]:
-    """The records of a run's metrics.jsonl that have all of `metrics`."""
-    from ray_jobs.engine.tracking import read_metrics
-
-    return [record for record in read_metrics(folder) if all(name in record for name in metrics)]
+    """The records of a run's metrics.jsonl that have numbers for all of `metrics`."""
+    return [r for r in read_metrics(folder) if all(r.get(name) is not None for name in metrics)]
 
 
 def best_values(folder: Path, metrics: list[str]) -> dict:
@@ -242,12 +234,8 @@ def ranked_links(metrics: list[str]) -> tuple[str, ...]:
 
 def _ended(folder: Path) -> dict | None:
     """How a run has ended, if it has been trained to its end."""
-    from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
-
-    if not (folder / SUMMARY_FILE).is_file():
-        return None
-    summary = read_json(folder / SUMMARY_FILE)
-    return _outcome(summary) if summary["status"] in ENDED else None
+    summary = read_summary(folder)
+    return _outcome(summary) if summary.get("status") in ENDED else None
 
 
 def _outcome(summary: dict) -> dict:

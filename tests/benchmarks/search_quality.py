@@ -37,11 +37,11 @@ from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
+from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import steps_between
 from ray_jobs.search.space import SearchSpace
 from ray_jobs.search.space_file import read_space
-from ray_jobs.search.study import make_sampler
 
 HERE = Path(__file__).parent
 TABLES = {name: HERE / f"act_trials_{name}.json" for name in ("demo", "real")}
