@@ -42,8 +42,8 @@ def read_search(place: Path | str, text: bytes | None = None) -> Asked:
     """
     try:
         text = (Path(place) / SEARCH_FILE).read_bytes() if text is None else text
-        content = parse_json(text, flags=dict, policies=list)
-        left_out = content.get(LEFT_OUT, [])
+        content = parse_json(text, flags=dict, policies=list, left_out=list | None)
+        left_out = content.get(LEFT_OUT) or []
         for value in (*content["flags"].values(), *content["policies"], *left_out):
             if not isinstance(value, str):
                 raise ValueError(f"{value!r} is no text")
