@@ -139,9 +139,9 @@ def test_nothing_was_trained_to_its_end(common, tmp_path, capsys):
 
 
 def begin(common: list[str], output: Path, *more: str) -> Run:
-    """A search whose trials last for minutes, of which at least one has ended."""
+    """A search of which at least one has ended."""
     flags = [f"--space={space_file(output.parent)}", f"--output_dir={output}", "--tune.num_samples=40"]
-    flags += ["--steps=3000", "--eval_steps=20", "--tune.grace_steps=60", "--ray.address=local", *more]
+    flags += ["--steps=400", "--eval_steps=20", "--tune.grace_steps=40", "--ray.address=local", *more]
     run = Run([*common, *flags], job="ray_jobs.tune")
     run.wait_for(" at step")
     return run
@@ -175,7 +175,7 @@ def test_study_that_vanishes_while_the_search_runs(common, tmp_path, how):
     for trial in known:
         if trial.state.is_finished():
             assert told(now[trial.number]) == told(trial)
-        else:
+        elif (output / f"trials/{trial.number:04d}/options.json").exists():  # else it was only drawn
             assert now[trial.number].params == trial.params
     for path, text in trained.items():
         assert path.read_text().startswith(text), "a trial has begun anew"
