@@ -239,6 +239,35 @@ def test_mount_away(parts, tmp_path, kind, for_ever):
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "search"])
+def test_stopping_does_not_wait_for_a_mount(parts, tmp_path, kind):
+    """SIGTERM while nothing can be written: it ends at once, not in 15 minutes, and says what it could not write."""
+    away = tmp_path / "away"
+    run = Victim(kind, parts, tmp_path / "run", tmp_path, FAULTY, FAULT="mount", FAULT_FILE=str(away))
+    run.wait_for_step(EVERY + 1)
+    away.touch()
+    run.wait_for("cannot be written, trying again: OSError: [Errno 5]")
+    run.process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    assert run.end(180) == 1, run.printed
+    assert time.monotonic() - sent < 60, run.printed
+    assert "could not be written before this was stopped: OSError" in run.printed, run.printed
+    assert "Traceback" not in run.printed and run.whole()
+
+
+def test_stopping_does_not_wait_for_a_bucket(parts, tmp_path, bucket):
+    more = ["--steps=2000", "--save_freq=100", "--log_freq=100"]
+    run = Victim("one", parts, bucket.run, tmp_path, *more)
+    run.wait_for("step ")
+    bucket.do("stop")
+    run.wait_for("trying again")
+    run.process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    assert run.end(180) == 1, run.printed
+    assert time.monotonic() - sent < 60, run.printed
+    assert "could not be written before this was stopped" in run.printed and "are in " in run.printed
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "search"])
 def test_full_disk(parts, tmp_path, kind):
     """The disk fills up while a checkpoint is written: the run or the search ends with one line, the last checkpoints intact,
     no torn one; with room made, --resume=true goes on."""
