@@ -172,7 +172,10 @@ def _numbers(meta: LeRobotDatasetMetadata, columns: dict[str, np.ndarray], found
 
 def _statistics(meta: LeRobotDatasetMetadata, columns: dict, policy, found: Diagnosis) -> None:
     """meta/stats.json has what policies normalize by, and it fits the data."""
-    stats = meta.stats or {}
+    if meta.stats is None:
+        found.faults.append("meta/stats.json is missing: nothing would be normalized.")
+        return
+    stats = meta.stats
     features = [k for k, f in meta.features.items() if k.startswith("observation.") or k == "action"]
     features = [key for key in features if meta.features[key]["dtype"] != "string"]
     missing = [key for key in features if not {"min", "max", "mean", "std"} <= set(stats.get(key, ()))]
@@ -184,9 +187,6 @@ def _statistics(meta: LeRobotDatasetMetadata, columns: dict, policy, found: Diag
         needed = FeatureType.VISUAL in quantiles.lacking(policy, meta).values()
         (found.faults if needed else found.warnings).append(
             f"meta/stats.json has no quantiles (q01, q99) of {', '.join(without)}; pi0.5 normalizes by them."
-        )
-        found.advice.append(
-            "python -m lerobot.scripts.augment_dataset_quantile_stats computes the quantiles."
         )
     for key, facts in found.facts["numbers"].items():
         if key in stats and key not in missing:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from lerobot.configs.train import TrainPipelineConfig
-from lerobot.datasets import LeRobotDataset
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 
@@ -39,6 +39,22 @@ def chunk_length(policy_cfg) -> int:
     if policy_cfg.type == "diffusion":
         return policy_cfg.horizon - policy_cfg.n_obs_steps + 1
     return getattr(policy_cfg, "chunk_size", None) or len(policy_cfg.action_delta_indices)
+
+
+def units(meta: LeRobotDatasetMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard deviation of the action's dimensions, and which of them ever move.
+
+    Raises:
+        InputError: The data set's statistics do not tell.
+    """
+    stats = (meta.stats or {}).get(ACTION, {})
+    if lacking := {"min", "max", "std"} - set(stats):
+        raise InputError(
+            f"meta/stats.json of {meta.repo_id} has no {', '.join(sorted(lacking))} of {ACTION}, in which validation "
+            "measures. A training without held-out episodes can do without."
+        )
+    std = torch.as_tensor(np.asarray(stats["std"]), dtype=torch.float32)
+    return std, torch.as_tensor(np.asarray(stats["max"]) > np.asarray(stats["min"])) & (std > 0)
 
 
 class Validation:
@@ -80,9 +96,7 @@ class Validation:
         self.actions = torch.from_numpy(np.stack(table[ACTION][:]).astype(np.float32))  # (frames, dims)
         episode = torch.from_numpy(np.asarray(table["episode_index"][:]))
         self.episodes = episode.unique().tolist()
-        stats = dataset.meta.stats[ACTION]
-        self.std = torch.as_tensor(np.asarray(stats["std"]), dtype=torch.float32)
-        self.moving = torch.as_tensor(np.asarray(stats["max"]) > np.asarray(stats["min"])) & (self.std > 0)
+        self.std, self.moving = units(dataset.meta)
         self.last_row = torch.empty_like(episode)
         self.groups: list[tuple[int, list[int]]] = []  # (position of the episode, rows)
         per_episode = max(1, max_frames // len(self.episodes)) if max_frames else None

@@ -33,13 +33,14 @@ from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
-from ray_jobs.engine.objective import chunk_length
+from ray_jobs.engine.objective import chunk_length, units
 from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.patience import may_pass
 from ray_jobs.engine.policy import outline, with_features
 from ray_jobs.engine.preflight_data import (
     check_files,
     check_resize,
+    check_statistics,
     choose_episodes,
     open_dataset,
     where_it_is,
@@ -91,6 +92,8 @@ def check_policy(
     _resize(recipe, meta)
     _validation(recipe)
     features = check_features(recipe, meta)
+    if recipe.eval_steps:
+        units(meta)
     network = _network(recipe, features)
     _optimizer(recipe)
     return features, network
@@ -158,12 +161,7 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
     features = dataset_to_policy_features(meta.features)
     if ACTION not in features:
         raise InputError(f"{name}: the data set has no '{ACTION}'; it has {_list(features)}.")
-    # LeRobot would train on such a feature as it is, not normalized.
-    numbers = {key for key in features if meta.features[key]["dtype"] != "string"}
-    lacking = sorted(numbers - set(meta.stats or {}))
-    if lacking:
-        raise InputError(f"{name}: meta/stats.json has no statistics of {', '.join(lacking)}.")
-
+    check_statistics(recipe, meta)
     if where_it_is(cfg.dataset)[1] is not None and not is_uri(
         cfg.dataset.root
     ):  # else the workers do, who fetch it

@@ -8,14 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import av
-import numpy as np
 import pyarrow.parquet
 from lerobot.configs.default import DatasetConfig
+from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.datasets import CODEBASE_VERSION, LeRobotDatasetMetadata
 from lerobot.datasets.utils import DatasetInfo, has_legacy_hub_download_metadata
-from lerobot.utils.constants import (
-    HF_LEROBOT_HOME,
-)
+from lerobot.processor.converters import to_tensor
+from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, IMAGENET_STATS
+from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.engine import bucket
 from ray_jobs.engine.errors import InputError
@@ -24,6 +24,8 @@ from ray_jobs.engine.frames import frame_shape, set_frame_size
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.trust import check_info, read_json
 
+# What LeRobot's normalizer asks for; quantiles are computed here where they are missing.
+NORMALIZED_BY = {NormalizationMode.MEAN_STD: ("mean", "std"), NormalizationMode.MIN_MAX: ("min", "max")}
 VIDEO_BACKENDS = ("pyav", "torchcodec", "video_reader")
 
 
@@ -50,8 +52,10 @@ def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
         _info(name, root, dataset.repo_id)
         # A missing file would make LeRobot ask the Hub for the whole data set.
         episodes = sorted((root / "meta" / "episodes").glob("*/*.parquet")) or [root / "meta" / "episodes"]
-        for path in (root / "meta" / "tasks.parquet", root / "meta" / "stats.json", *episodes):
+        for path in (root / "meta" / "tasks.parquet", *episodes):
             _whole(name, root, path)
+        if (root / "meta" / "stats.json").exists():  # not all policies need one, nor does LeRobot
+            _whole(name, root, root / "meta" / "stats.json")
     try:
         with contextlib.nullcontext() if root else hub_or_cache():
             here = None if dataset.root is None else root
@@ -61,8 +65,10 @@ def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
             raise InputError(f"{name}: not in {HF_LEROBOT_HOME}, and {hub_answer(error)}") from None
         raise InputError(f"{name}: the data set cannot be opened: {first_line(error)}") from None
     for key, numbers in (meta.stats or {}).items():
-        if any(not np.issubdtype(np.asarray(value).dtype, np.number) for value in numbers.values()):
-            raise InputError(f"{name}: meta/stats.json: {key} has something else than numbers.")
+        try:  # LeRobot makes tensors of all of them, also of those that no policy reads
+            to_tensor(numbers)
+        except Exception:
+            raise InputError(f"{name}: meta/stats.json: {key} has something else than numbers.") from None
     found = len(meta.episodes or ())
     if not found or found != meta.total_episodes:
         raise InputError(
@@ -114,6 +120,38 @@ def _whole(name: str, root: Path, path: Path, what: str = "") -> None:
             av.open(str(path)).close()
     except Exception as error:
         raise InputError(f"{file} is damaged: {first_line(error)}") from None
+
+
+def check_statistics(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+    """See that meta/stats.json has what LeRobot will not do without, of what the policy reads. A feature without any
+    statistics it trains on as it is, and so it is here, with a notice."""
+    dataset, policy, stats = recipe.lerobot.dataset, recipe.lerobot.policy, meta.stats or {}
+    file = f"{where_it_is(dataset)[0]}: meta/stats.json"
+    imagenets = [k for k in meta.camera_keys if dataset.use_imagenet_stats and k not in meta.depth_keys]
+    if cameras := [key for key in imagenets if key not in stats]:
+        reason = "is missing" if meta.stats is None else f"has no statistics of {', '.join(cameras)}"
+        raise InputError(
+            f"{file} {reason}, and LeRobot then has no place for those of ImageNet that it gives cameras.\n"
+            "Cameras as they are, not normalized: --dataset.use_imagenet_stats=false"
+        )
+    as_they_are = []
+    for key, feature in dataset_to_policy_features(meta.features).items():
+        mode = policy.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
+        read = key == ACTION or feature.type is not FeatureType.ACTION
+        if not read or mode is NormalizationMode.IDENTITY or meta.features[key]["dtype"] == "string":
+            continue
+        there = {*stats.get(key, ()), *(IMAGENET_STATS if key in imagenets else ())}
+        if key not in stats:
+            as_they_are.append(key)
+        elif lacking := [name for name in NORMALIZED_BY.get(mode, ()) if name not in there]:
+            raise InputError(
+                f"{file} has no {' and no '.join(lacking)} of {key}, by which {policy.type} normalizes it."
+            )
+    if as_they_are:
+        recipe.notices.append(
+            f"warning: {file} has no statistics of {', '.join(as_they_are)}, which the policy is given as it is, not "
+            "normalized (as in lerobot-train)."
+        )
 
 
 def check_files(

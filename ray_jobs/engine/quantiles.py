@@ -7,6 +7,7 @@ user's cache folder, and never written into the data set.
 import hashlib
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ NAMES = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE
 
 
 def lacking(policy: PreTrainedConfig, meta: LeRobotDatasetMetadata) -> dict[str, FeatureType]:
-    """Features of the data set whose quantiles the policy needs and `meta.stats` has not."""
-    missing = {}
+    """Features of the data set whose quantiles the policy needs and `meta.stats` has not. LeRobot leaves alone what has
+    no statistics at all."""
+    missing, stats = {}, meta.stats or {}
     for key, feature in dataset_to_policy_features(meta.features).items():
         names = NAMES.get(policy.normalization_mapping.get(feature.type.value), ())
-        if not all(name in meta.stats.get(key, {}) for name in names):
+        if key in stats and not all(name in stats[key] for name in names):
             missing[key] = feature.type
     return missing
 
@@ -41,10 +43,12 @@ def complete(policy: PreTrainedConfig, meta: LeRobotDatasetMetadata) -> None:
     missing = lacking(policy, meta)
     cameras = [key for key, kind in missing.items() if kind is FeatureType.VISUAL]
     if cameras:
+        # LeRobot's script that would add them uploads the data set, too: nothing to advise.
+        mapping = {**policy.normalization_mapping, FeatureType.VISUAL.value: NormalizationMode.IDENTITY}
+        spelled = json.dumps({kind: mode.value for kind, mode in mapping.items()})
         raise InputError(
-            f"{policy.type} normalizes {', '.join(cameras)} by quantiles, which meta/stats.json lacks; those of videos "
-            "are not computed here.\nThis adds them to the data set: python -m "
-            f"lerobot.scripts.augment_dataset_quantile_stats --repo-id={meta.repo_id} --root={meta.root}"
+            f"{policy.type} normalizes {', '.join(cameras)} by quantiles, which meta/stats.json lacks; those of images "
+            f"are not computed here.\nImages as they are: --policy.normalization_mapping={shlex.quote(spelled)}"
         )
     if not missing:
         return
