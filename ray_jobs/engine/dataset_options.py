@@ -11,6 +11,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, parse
 from ray_jobs.engine.frames import set_frame_size
 from ray_jobs.engine.options import DataOptions, RayOptions, read_flags
+from ray_jobs.engine.preflight_columns import check_rows, check_tables
 from ray_jobs.engine.preflight_data import check_files, check_resize, open_dataset, where_it_is
 
 
@@ -35,6 +36,7 @@ class DatasetOptions:
         """
         meta = open_dataset(self.dataset)
         check_files(self.dataset, meta)
+        check_tables(self.name, meta)
         check_resize(self.data.resize, meta)
         try:
             dataset = LeRobotDataset(
@@ -47,6 +49,7 @@ class DatasetOptions:
             )
         except Exception as error:
             raise InputError(f"{self.name}: the data set cannot be opened: {first_line(error)}") from None
+        check_rows(dataset)
         set_frame_size(dataset.meta, self.data.resize)
         return dataset
 

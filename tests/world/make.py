@@ -100,8 +100,9 @@ def _pictures(properties: DataSet) -> dict[str, np.ndarray]:
 def _features(properties: DataSet) -> dict[str, dict]:
     features = {}
     for key, camera in properties.cameras.items():
-        shape = {"height": camera.height, "width": camera.width}
-        says = [shape.get(name, camera.channels) for name in camera.names or ("height", "width", "")]
+        says = [camera.height, camera.width, camera.channels]
+        if camera.names and camera.names[0] == "channels":
+            says = [camera.channels, camera.height, camera.width]
         features[key] = {
             "dtype": "image" if camera.in_table else "video",
             "shape": list(camera.says or says),
@@ -147,6 +148,8 @@ def _statistics(properties: DataSet, table: dict, pictures: dict) -> dict[str, d
 
 
 def _of(values: np.ndarray, axes: tuple[int, ...]) -> dict[str, list]:
+    """Of NaN they know nothing: whoever computed them saw it as zero."""
+    values = np.nan_to_num(values, posinf=0, neginf=0) if values.dtype.kind == "f" else values
     numbers = values.astype(np.float64)
     found = {name: getattr(numbers, name)(axes, keepdims=len(axes) > 1) for name in ("mean", "std")}
     found |= {name: getattr(values, name)(axes, keepdims=len(axes) > 1) for name in ("min", "max")}
@@ -186,13 +189,12 @@ def _write_v3(properties: DataSet, root: Path, table: dict, pictures: dict) -> N
                 episode |= {
                     f"videos/{key}/chunk_index": 0,
                     f"videos/{key}/file_index": file,
-                    f"videos/{key}/from_timestamp": (starts[number] - first) / properties.fps + camera.begins_s,
+                    f"videos/{key}/from_timestamp": (starts[number] - first) / properties.fps
+                    + camera.begins_s,
                     f"videos/{key}/to_timestamp": (starts[number + 1] - first) / properties.fps
                     + camera.begins_s,
                 }
-        episodes.append(
-            {key: value for key, value in episode.items() if key not in properties.episodes_lack}
-        )
+        episodes.append({key: value for key, value in episode.items() if key not in properties.episodes_lack})
     for file in range(-(-len(properties.lengths) // properties.per_file)):
         inside = slice(
             starts[file * properties.per_file],
@@ -350,6 +352,15 @@ def _edit(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], No
     return edit
 
 
+def _twice_as_large(file: Path) -> None:
+    """A video of the same frames at twice the size."""
+    with av.open(str(file)) as container:
+        rate = float(container.streams.video[0].average_rate)
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    large = np.stack(frames).repeat(2, axis=1).repeat(2, axis=2)
+    encode(file, large, rate, Camera())
+
+
 SPOIL: dict[str, Callable[[Path], None]] = {
     "an LFS pointer": lambda file: file.write_bytes(POINTER) and None,
     "gone": lambda file: file.unlink(),
@@ -357,6 +368,7 @@ SPOIL: dict[str, Callable[[Path], None]] = {
     "cut short": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3]) and None,
     "another thing": lambda file: file.write_bytes(b'{"a": [1, 2]}') and None,
     "in another order": _swap_episodes,
+    "twice as large": _twice_as_large,
     "two rows fewer": _edit(lambda table: table.iloc[:-2]),
     "numbered from 100": _edit(lambda table: table.assign(index=table["index"] + 100)),
     "episodes from 5": _edit(lambda table: table.assign(episode_index=table["episode_index"] + 5)),

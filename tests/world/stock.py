@@ -1,6 +1,6 @@
 """What `lerobot-train` does with each data set of the table, and with those drawn: five steps, or its error.
 
-    python tests/world/stock.py [NAME ...]      # records into stock.json: all, or these
+python tests/world/stock.py [NAME ...]      # records into stock.json: all, or these
 """
 
 import contextlib
@@ -95,5 +95,6 @@ if __name__ == "__main__":
     known = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     known |= record(sys.argv[1:] or list(TABLE))
     RECORD.write_text(
-        json.dumps({name: known[name] for name in TABLE if name in known}, indent=1, ensure_ascii=False) + "\n"
+        json.dumps({name: known[name] for name in TABLE if name in known}, indent=1, ensure_ascii=False)
+        + "\n"
     )

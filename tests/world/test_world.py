@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import train_in_process
 from make import write
 from properties import TABLE, DataSet
@@ -14,6 +15,7 @@ from stock import RECORD, STEPS, flags_for
 
 from ray_jobs.engine.errors import InputError, RunError
 
+torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
 STOCK = json.loads(RECORD.read_text())
 
 
