@@ -11,7 +11,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, parse
 from ray_jobs.engine.frames import set_frame_size
 from ray_jobs.engine.options import DataOptions, RayOptions, read_flags
-from ray_jobs.engine.preflight_columns import check_rows, check_tables
+from ray_jobs.engine.preflight_columns import check_rows
 from ray_jobs.engine.preflight_data import check_files, check_resize, open_dataset, where_it_is
 
 
@@ -36,7 +36,6 @@ class DatasetOptions:
         """
         meta = open_dataset(self.dataset)
         check_files(self.dataset, meta)
-        check_tables(self.name, meta)
         check_resize(self.data.resize, meta)
         try:
             dataset = LeRobotDataset(

@@ -37,7 +37,7 @@ from ray_jobs.engine.objective import chunk_length, units
 from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.patience import may_pass
 from ray_jobs.engine.policy import outline, with_features
-from ray_jobs.engine.preflight_columns import check_kinds, check_tables
+from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.engine.preflight_data import (
     check_files,
     check_resize,
@@ -67,9 +67,6 @@ def check(recipe: Recipe) -> None:
     choose_episodes(recipe, meta)
     chosen = f"files of episodes {dataset.episodes} and {held_out}"
     once(dataset, chosen, lambda: check_files(dataset, meta, held_out))
-    name, here = where_it_is(dataset)
-    if here is not None and not is_uri(dataset.root):
-        once(dataset, "tables", lambda: check_tables(name, meta))
     preflight_stream.check_data(recipe, meta)
     features, network = check_policy(recipe, meta)
     _simulator(recipe, features)
@@ -166,7 +163,7 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
     if ACTION not in features:
         raise InputError(f"{name}: the data set has no '{ACTION}'; it has {_list(features)}.")
     check_statistics(recipe, meta)
-    check_kinds(name, policy, meta)
+    check_kinds(name, policy, meta, cfg.batch_size)
     if where_it_is(cfg.dataset)[1] is not None and not is_uri(
         cfg.dataset.root
     ):  # else the workers do, who fetch it

@@ -37,6 +37,12 @@ def check_metadata(name: str, meta: LeRobotDatasetMetadata) -> None:
                 f"{name}: meta/info.json: {key} needs a shape and names of three axes, as ['height', 'width', "
                 f"'channels']; it has {list(feature['shape'])} and {feature.get('names')}."
             )
+    for key, numbers in (meta.stats or {}).items():
+        if nested := [f"{key}/{inner}" for inner, values in numbers.items() if isinstance(values, dict)]:
+            raise InputError(
+                f"{name}: meta/stats.json: {nested[0]} has a '/' in its name, with which LeRobot can train, but save no "
+                "checkpoint."
+            )
     if meta.tasks is None:
         raise InputError(f"{name}: meta/info.json counts no tasks; LeRobot needs the task of each frame.")
     needed = ["length", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index"]
@@ -54,9 +60,11 @@ def check_tables(name: str, meta: LeRobotDatasetMetadata) -> None:
     tells."""
     promised = {key for key, feature in meta.features.items() if feature["dtype"] != "video"}
     inside: dict[str, list[int]] = {}
-    for episode in range(len(meta.episodes)):
-        inside.setdefault(str(meta.get_data_file_path(episode)), []).append(episode)
-    lengths = meta.episodes["length"]
+    # As columns: a row of meta.episodes takes a hundred times as long.
+    chunks, files = (list(meta.episodes[f"data/{index}_index"]) for index in ("chunk", "file"))
+    for episode, (chunk, file) in enumerate(zip(chunks, files, strict=True)):
+        inside.setdefault(meta.data_path.format(chunk_index=chunk, file_index=file), []).append(episode)
+    lengths = list(meta.episodes["length"])
     for file, episodes in inside.items():
         footer = pq.read_metadata(meta.root / file)
         columns = footer.schema.to_arrow_schema().names
@@ -93,8 +101,8 @@ def _range(footer: pq.FileMetaData, number: int, key: str) -> tuple[int | None, 
     return min(note.min for note in notes), max(note.max for note in notes)
 
 
-def check_kinds(name: str, policy: PreTrainedConfig, meta: LeRobotDatasetMetadata) -> None:
-    """See that the policy can compute with what the columns hold."""
+def check_kinds(name: str, policy: PreTrainedConfig, meta: LeRobotDatasetMetadata, batch_size: int) -> None:
+    """See that the policy can compute with what the columns hold, in batches of that size."""
     features, stats = dataset_to_policy_features(meta.features), meta.stats or {}
     known = hasattr(policy, "max_state_dim") or policy.type in TAKES_NUMBERS_AS_THEY_ARE
     for key, feature in features.items():
@@ -112,7 +120,7 @@ def check_kinds(name: str, policy: PreTrainedConfig, meta: LeRobotDatasetMetadat
                 raise InputError(f"{name}: {key} has {channels} channels; {policy.type} takes 3 (or 1).")
         if key not in READ or not known:
             continue
-        if shape == (1,):
+        if shape == (1,) and min(batch_size, meta.total_frames) > 1:  # a batch of one passes for that axis
             raise InputError(
                 f"{name}: {key} has one dimension, which LeRobot's loader gives as a number without an axis: "
                 f"{policy.type} cannot take it. A second dimension, of zeros, helps."

@@ -21,7 +21,7 @@ from ray_jobs.engine import bucket
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.frames import frame_shape, set_frame_size
-from ray_jobs.engine.preflight_columns import check_metadata
+from ray_jobs.engine.preflight_columns import check_metadata, check_tables
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.trust import check_info, read_json
 
@@ -190,6 +190,7 @@ def check_files(
                 raise InputError(f"{name}: meta/episodes: file {chunk}/{file}: {error}.") from None
             path = root / name_of_file
             _whole(name, root, path, f" (episode {episode} is in it)")
+    check_tables(name, meta)
 
 
 def check_resize(

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from properties import Camera, DataSet
 
+RECORDINGS = Path(__file__).resolve().parents[3] / "shared" / "datasets"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 12345\n" % 0
 # Encoder, pixel format and options by what a camera is stored as. "h264" and "av1" are as LeRobot writes them.
 os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 tells its settings otherwise
@@ -37,6 +38,8 @@ QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 
 def write(properties: DataSet, parent: Path) -> Path:
     """Returns the data set's folder; as a user would name it, if it has a link."""
+    if properties.recording:
+        return RECORDINGS / properties.recording
     root = parent / properties.folder
     root.mkdir(parents=True)
     new = properties.version.startswith("v3")

@@ -54,6 +54,7 @@ class DataSet:
     tasks_as_column: bool = False  # and not as the table's index
     spoilt: tuple[tuple[str, str], ...] = ()  # how (see make.SPOIL), which files
     folder: str = "set"
+    recording: str = ""  # one that people made, instead of all of this
     link: str = ""
     flags: tuple[str, ...] = ()
 
@@ -63,6 +64,10 @@ class DataSet:
     """Another line, which holds the same: its losses count where LeRobot cannot read this one."""
     fault: str = ""
     """A pattern of what `doctor` says would spoil a training that goes through."""
+    unscored: str = ""
+    """A pattern of why `evaluate` can't score what was trained on it."""
+    slow: bool = False
+    """Another line of the table covers it nearly: not in the quick part."""
 
 
 def seen_by(**cameras: Camera) -> dict[str, Camera]:
@@ -113,20 +118,20 @@ TABLE: dict[str, DataSet] = {
     # ------------------------------------------------------------------ cameras
     "h264": filmed(),
     "h264 with B-frames": filmed(cameras=seen_by(top=Camera("h264 with B-frames"))),
-    "h264 without subsampled colours": filmed(cameras=seen_by(top=Camera("h264 4:4:4"))),
+    "h264 without subsampled colours": filmed(cameras=seen_by(top=Camera("h264 4:4:4")), slow=True),
     "av1": filmed(cameras=seen_by(top=Camera("av1", 64, 64))),
-    "av1 of libaom": filmed(cameras=seen_by(top=Camera("av1 of libaom"))),
-    "av1 of 10 bit": filmed(cameras=seen_by(top=Camera("av1 of 10 bit", 64, 64))),
+    "av1 of libaom": filmed(cameras=seen_by(top=Camera("av1 of libaom")), slow=True),
+    "av1 of 10 bit": filmed(cameras=seen_by(top=Camera("av1 of 10 bit", 64, 64)), slow=True),
     "hevc": filmed(cameras=seen_by(top=Camera("hevc", 64, 64))),
     "mpeg4": filmed(cameras=seen_by(top=Camera("mpeg4"))),
-    "vp9": filmed(cameras=seen_by(top=Camera("vp9"))),
+    "vp9": filmed(cameras=seen_by(top=Camera("vp9")), slow=True),
     "pictures in the tables": filmed(cameras=seen_by(top=Camera("PNG"))),
     "JPEG in the tables": filmed(cameras=seen_by(top=Camera("JPEG"))),
     "grey pictures in the tables": filmed(cameras=seen_by(top=Camera("PNG", channels=1))),
     "pictures with an alpha channel": filmed(
         cameras=seen_by(top=Camera("PNG", channels=4)), refused=r"top has 4 channels; act takes 3"
     ),
-    "two cameras of one size": filmed(cameras=seen_by(top=Camera(), wrist=Camera("mpeg4"))),
+    "two cameras of one size": filmed(cameras=seen_by(top=Camera(), wrist=Camera("mpeg4")), slow=True),
     "two cameras of two sizes": filmed(cameras=seen_by(top=Camera(), wrist=Camera("mpeg4", 48, 40))),
     "a video and pictures in the tables": filmed(cameras=seen_by(top=Camera(), wrist=Camera("PNG"))),
     "a camera and an environment state": filmed(columns=NUMBERS),
@@ -137,17 +142,21 @@ TABLE: dict[str, DataSet] = {
         cameras=seen_by(top=Camera(names=("channels", "height", "width")))
     ),
     "channels last, called channel": filmed(
-        cameras=seen_by(top=Camera(names=("height", "width", "channel")))
+        cameras=seen_by(top=Camera(names=("height", "width", "channel"))), slow=True
     ),
-    "names that are others": filmed(cameras=seen_by(top=Camera(names=("h", "w", "c")))),
+    "names that are others": filmed(cameras=seen_by(top=Camera(names=("h", "w", "c"))), slow=True),
     "a camera without names": filmed(
         cameras=seen_by(top=Camera(names=None)), refused=r"top needs a shape and names of three axes"
     ),
-    "a size that info.json has wrong": filmed(cameras=seen_by(top=Camera(says=(64, 96, 3)))),
+    "a size that info.json has wrong": filmed(
+        cameras=seen_by(top=Camera(says=(64, 96, 3))), fault="the video is 32x48, meta/info.json says 64x96"
+    ),
     "pictures of a size that info.json has wrong": filmed(
         cameras=seen_by(top=Camera("PNG", says=(64, 96, 3)))
     ),
-    "channels first, and named otherwise": filmed(cameras=seen_by(top=Camera(says=(3, 32, 48)))),
+    "channels first, and named otherwise": filmed(
+        cameras=seen_by(top=Camera(says=(3, 32, 48))), fault="the video is 32x48, meta/info.json says 3x32"
+    ),
     "one camera of two sizes": filmed(
         per_file=1,
         cameras=seen_by(top=Camera()),
@@ -157,14 +166,14 @@ TABLE: dict[str, DataSet] = {
     "a camera named after nothing": filmed(
         cameras={"top": Camera()}, refused=r"the camera top never reaches the policy"
     ),
-    "observation.image": filmed(cameras={"observation.image": Camera()}),
-    "videos that begin later": filmed(cameras=seen_by(top=Camera(begins_s=0.5))),
+    "observation.image": filmed(cameras={"observation.image": Camera()}, slow=True),
+    "videos that begin later": filmed(cameras=seen_by(top=Camera(begins_s=0.5)), slow=True),
     "a file per episode": filmed(per_file=1),
     "two episodes per file": filmed(per_file=2, cameras=seen_by(top=Camera("h264 with B-frames"))),
     # ------------------------------------------------------------------ time
     "5 fps": filmed(fps=5),
-    "60 fps": filmed(fps=60),
-    "29.97 fps": filmed(fps=29.97),
+    "60 fps": filmed(fps=60, slow=True),
+    "29.97 fps": filmed(fps=29.97, slow=True),
     "50.0 fps": DataSet(fps=50.0),
     "jitter": DataSet(jitter_s=0.02, fault="off the grid of 10 fps"),
     "jitter of a camera": filmed(jitter_s=0.02, refused="tolerance"),
@@ -227,7 +236,8 @@ TABLE: dict[str, DataSet] = {
     "rewards": DataSet(columns=with_columns(**NEXT)),
     "subtasks": DataSet(columns=with_columns(subtask_index=("int64", 1), subtask=("string", 1))),
     "annotations": filmed(
-        columns={**ROBOT, "annotation.human.validity": ("int64", 1), "annotation.note": ("string", 1)}
+        columns={**ROBOT, "annotation.human.validity": ("int64", 1), "annotation.note": ("string", 1)},
+        slow=True,
     ),
     "a string among the observations": DataSet(
         columns=with_columns(observation__note=("string", 1)), refused=r"observation.note holds strings"
@@ -241,8 +251,14 @@ TABLE: dict[str, DataSet] = {
             "observation.état": ("float32", 2),
         }
     ),
-    "a slash in a name": DataSet(columns={**NUMBERS, "observation/extra": ("float32", 2)}),
-    "a camera of an odd name": filmed(cameras={"observation.images.Überkopf cam-1 [#2]": Camera()}),
+    "a slash in a name": DataSet(
+        columns={**NUMBERS, "observation/extra": ("float32", 2)},
+        flags=("--save_checkpoint=true",),
+        refused="observation/extra has a '/' in its name",
+    ),
+    "a camera of an odd name": filmed(
+        cameras={"observation.images.Überkopf cam-1 [#2]": Camera()}, slow=True
+    ),
     "columns that info.json does not know": DataSet(
         columns=with_columns(secret=("float32", 2)),
         unnamed=("secret",),
@@ -261,7 +277,7 @@ TABLE: dict[str, DataSet] = {
     # ------------------------------------------------------------------ statistics
     "statistics with booleans": DataSet(columns=with_columns(**NEXT), stats=("booleans",)),
     "statistics with booleans of a camera's robot": filmed(
-        columns={**ROBOT, "next.done": ("bool", 1)}, stats=("booleans", "no quantiles")
+        columns={**ROBOT, "next.done": ("bool", 1)}, stats=("booleans", "no quantiles"), slow=True
     ),
     "statistics without quantiles": DataSet(stats=("no quantiles",)),
     "statistics of other data": DataSet(stats=("of other data",)),
@@ -275,8 +291,10 @@ TABLE: dict[str, DataSet] = {
         refused=r"note has something else than numbers",
     ),
     "statistics of columns that are gone": DataSet(stats=("of columns that are gone",)),
-    "no statistics": DataSet(stats=("none",)),
-    "no statistics of the action": DataSet(stats=("not action",)),
+    "no statistics": DataSet(stats=("none",), fault="stats.json is missing", unscored="stats"),
+    "no statistics of the action": DataSet(
+        stats=("not action",), fault="statistics of action", unscored="stats"
+    ),
     "no statistics of the time": DataSet(stats=("not timestamp", "not index")),
     "no statistics of the camera": filmed(
         stats=("not observation.images.top",), refused="no statistics of observation.images.top"
@@ -299,7 +317,7 @@ TABLE: dict[str, DataSet] = {
     "more episodes than there are": DataSet(info={"total_episodes": 4}, refused="counts 4 episodes"),
     "fewer episodes than there are": DataSet(info={"total_episodes": 2}),
     "another number of frames": DataSet(info={"total_frames": 20}),
-    "another number of frames of a camera": filmed(info={"total_frames": 20}),
+    "another number of frames of a camera": filmed(info={"total_frames": 20}, slow=True),
     "no tasks": DataSet(info={"total_tasks": 0}, refused=r"counts no tasks"),
     "rows in another order": DataSet(
         spoilt=(("in another order", "data/*/*.parquet"),), refused=r"not numbered 0, 1, 2"
@@ -364,4 +382,11 @@ TABLE: dict[str, DataSet] = {
     },
     "a camera in a folder of an odd name": filmed(folder="g1 [v2] #3 ü?", like="h264"),
     "a link": DataSet(folder="set", link="a link"),
+    # ------------------------------------------------------------------ recordings that people made
+    "PushT": DataSet(recording="pusht_lowdim"),
+    "GR1": DataSet(recording="gr1_picknplace", slow=True),
+    "G1": DataSet(recording="g1_yellow_bottle", slow=True),
+    "G1 at 480p": DataSet(recording="g1_yellow_bottle_480p", slow=True),
+    "CR5 on the grid": DataSet(recording="cr5_on_grid", slow=True),
+    "CR5 with its jitter": DataSet(recording="cr5_jitter", slow=True, refused="tolerance", fault="."),
 }
