@@ -12,6 +12,7 @@ from ray_jobs.engine.explain import first_line, parse
 from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.frames import set_frame_size
 from ray_jobs.engine.options import DataOptions, RayOptions, read_flags
+from ray_jobs.engine.preflight_columns import check_rows
 from ray_jobs.engine.preflight_data import check_files, check_resize, open_dataset, where_it_is
 
 
@@ -48,6 +49,7 @@ class DatasetOptions:
             )
         except Exception as error:
             raise InputError(f"{self.name}: the data set cannot be opened: {first_line(error)}") from None
+        check_rows(dataset)
         set_frame_size(dataset.meta, self.data.resize)
         return dataset
 

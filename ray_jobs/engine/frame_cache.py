@@ -52,28 +52,26 @@ class FrameCache:
         self.source, self.folder = source, folder
         self.dataset, self.size = dataset, size = source.dataset, source.size
         self.meta = meta = dataset.meta
+        bounds = meta.episodes.with_format("numpy", columns=["dataset_from_index", "dataset_to_index"])
+        self.starts = np.asarray(bounds["dataset_from_index"][:])
+        self.ends = np.asarray(bounds["dataset_to_index"][:])
         self.entries: dict[str, Entry] = {}
         for key in (key for key in meta.camera_keys if can_cache(meta, key)):
-            channels, *recorded = frame_shape(meta, key)
+            channels, *recorded = source.shape(key)
             about = {
                 "dataset": dataset.repo_id,
                 "root": str(dataset.root),
                 "camera": key,
                 "shape": [channels, *(size or recorded)],
                 "resized": size is not None,
-                "frames": meta.total_frames,
+                "frames": int(self.ends[-1]),  # meta/info.json may count others
                 "tolerance_s": dataset.tolerance_s,
                 "fingerprint": fingerprint(
                     meta.root, key, key in meta.video_keys, size, dataset.tolerance_s, folder
                 ),
             }
             self.entries[key] = open_entry(entry_folder(folder, about), about)
-        bounds = meta.episodes.with_format("numpy", columns=["dataset_from_index", "dataset_to_index"])
-        self.starts = np.asarray(bounds["dataset_from_index"][:])
-        self.ends = np.asarray(bounds["dataset_to_index"][:])
-        self.episodes = (
-            sorted(dataset.episodes) if dataset.episodes is not None else range(meta.total_episodes)
-        )
+        self.episodes = range(len(self.ends)) if dataset.episodes is None else sorted(dataset.episodes)
         self.columns: dict[str, torch.Tensor] = {}
 
     def __reduce__(self) -> tuple:  # for the worker processes of a DataLoader

@@ -71,6 +71,17 @@ class FrameSource:
         self.dataset, self.meta, self.size = dataset, meta, size
         self.file_start = {key: meta.episodes[f"videos/{key}/from_timestamp"] for key in meta.video_keys}
 
+    def shape(self, key: str) -> tuple[int, int, int]:
+        """(C, H, W) of a camera's first frame: meta/info.json may say something else, which LeRobot does not mind."""
+        said = frame_shape(self.meta, key)
+        with contextlib.suppress(Exception):  # it cannot be read: who decodes it will say so
+            if key in self.meta.image_keys:
+                return tuple(self._stored(key, 0).shape)
+            with av.open(str(self._file(0, key))) as container:
+                stream = container.streams.video[0]
+                return said[0], stream.height, stream.width
+        return said
+
     def video(self, key: str, episode: int, timestamps: list[float]) -> torch.Tensor:
         """uint8 frames of a video camera: (C, H, W), or (T, C, H, W) with more than one timestamp."""
         path = self._file(episode, key)
@@ -90,11 +101,14 @@ class FrameSource:
     def image(self, key: str, row: int) -> torch.Tensor:
         """The uint8 frame (C, H, W) of an image camera at a row of the (filtered) table."""
         with _named(f"{key} of row {row}"):
-            stored = self.dataset.hf_dataset.data.column(key)[row].as_py()
-            data = io.BytesIO(stored["bytes"]) if stored["bytes"] else self.dataset.root / stored["path"]
-            pixels = np.array(Image.open(data))
-            pixels = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
-            return resized(pixels.contiguous(), self.size)
+            return resized(self._stored(key, row), self.size)
+
+    def _stored(self, key: str, row: int) -> torch.Tensor:
+        stored = self.dataset.hf_dataset.data.column(key)[row].as_py()
+        data = io.BytesIO(stored["bytes"]) if stored["bytes"] else self.dataset.root / stored["path"]
+        pixels = np.array(Image.open(data))
+        pixels = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+        return pixels.contiguous()
 
     def episode(self, key: str, episode: int, rows: range, timestamps: np.ndarray) -> Iterator[torch.Tensor]:
         """All frames of an episode in order, at a fraction of the price of single ones.

@@ -34,7 +34,7 @@ from ray_jobs.engine.data import (
     to_device,
     training_batches,
 )
-from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED
+from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import add_resize_step
@@ -282,10 +282,15 @@ def train(
                         tracker.log_cameras(
                             {k: batch[k][:4].flatten(0, -4) for k in dataset.meta.camera_keys}, 0
                         )
-                    batch = preprocessor(batch)
-                    window.data_ready()
-                    with accelerator.autocast():
-                        loss, outputs = policy(batch)
+                    with (
+                        _first(cfg, batch, accelerator)
+                        if step == facts["start_step"]
+                        else contextlib.nullcontext()
+                    ):
+                        batch = preprocessor(batch)
+                        window.data_ready()
+                        with accelerator.autocast():
+                            loss, outputs = policy(batch)
                     accelerator.backward(loss * shards.weight if shards.weight != 1 else loss)
                     window.add_loss(loss, outputs)
                     if accelerator.sync_gradients:
@@ -358,6 +363,32 @@ def train(
                 tell(push(cfg, model, preprocessor, postprocessor, dataset.meta))
     accelerator.wait_for_everyone()
     return result
+
+
+@contextlib.contextmanager
+def _first(cfg: TrainPipelineConfig, batch: dict, accelerator: Accelerator) -> Iterator[None]:
+    """Within, what fails on the first batch fails for what the data are, and would on every other."""
+    held = ", ".join(
+        f"{key} {tuple(v.shape)}"
+        for key, v in batch.items()
+        if key in cfg.policy.input_features | cfg.policy.output_features and torch.is_tensor(v)
+    )
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        of_the_machine = torch.OutOfMemoryError, torch.AcceleratorError, NotImplementedError
+        if isinstance(error, of_the_machine) or (
+            isinstance(error, RuntimeError) and accelerator.num_processes > 1
+        ):
+            raise  # perhaps another rank's end
+        reason = (
+            first_line(error)
+            if isinstance(error, RuntimeError)
+            else f"{type(error).__name__}: {first_line(error)}"
+        )
+        raise RunError(
+            f"{cfg.policy.type} cannot compute a loss from {cfg.dataset.repo_id}: {reason}\nIts batches hold {held}."
+        ) from error
 
 
 def push(cfg: TrainPipelineConfig, policy, preprocessor, postprocessor, meta) -> str:

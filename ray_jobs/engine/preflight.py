@@ -36,6 +36,7 @@ from ray_jobs.engine.objective import check_scored, chunk_length, units
 from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.patience import may_pass
 from ray_jobs.engine.policy import outline, with_features
+from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.engine.preflight_data import (
     check_files,
     check_resize,
@@ -168,6 +169,7 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
     if ACTION not in features:
         raise InputError(f"{name}: the data set has no '{ACTION}'; it has {_list(features)}.")
     check_statistics(recipe, meta)
+    check_kinds(name, policy, meta, cfg.batch_size)
     if where_it_is(cfg.dataset)[1] is not None and not is_uri(
         cfg.dataset.root
     ):  # else the workers do, who fetch it

@@ -21,6 +21,7 @@ from ray_jobs.engine import bucket
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.frames import frame_shape, set_frame_size
+from ray_jobs.engine.preflight_columns import check_metadata, check_tables
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.trust import check_info, read_json
 
@@ -70,10 +71,13 @@ def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
         except Exception:
             raise InputError(f"{name}: meta/stats.json: {key} has something else than numbers.") from None
     found = len(meta.episodes or ())
-    if not found or found != meta.total_episodes:
+    if not found or found < meta.total_episodes:
         raise InputError(
             f"{name}: meta/info.json counts {meta.total_episodes} episodes, meta/episodes has {found}."
         )
+    check_metadata(name, meta)
+    # LeRobot trains on what is there, whatever meta/info.json counts.
+    meta.info.total_episodes, meta.info.total_frames = found, meta.episodes["dataset_to_index"][-1]
     return meta
 
 
@@ -186,6 +190,7 @@ def check_files(
                 raise InputError(f"{name}: meta/episodes: file {chunk}/{file}: {error}.") from None
             path = root / name_of_file
             _whole(name, root, path, f" (episode {episode} is in it)")
+    check_tables(name, meta)
 
 
 def check_resize(
