@@ -14,7 +14,7 @@ from ray_jobs import tune
 from ray_jobs.engine import flag_table
 from ray_jobs.engine.errors import InputError
 from ray_jobs.search.new_space import SHIPPED, space_for
-from ray_jobs.search.space import SearchSpace
+from ray_jobs.search.space import SearchSpace, encoded
 from ray_jobs.search.space_file import read_space
 
 POLICIES = flag_table.load().policies

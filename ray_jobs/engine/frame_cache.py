@@ -29,7 +29,7 @@ from ray_jobs.engine.frame_store import (
     gigabytes,
     open_entry,
 )
-from ray_jobs.engine.frames import FrameSource, frame_shape
+from ray_jobs.engine.frames import FrameSource, NoFrame, frame_shape
 from ray_jobs.engine.options import DataOptions
 
 TELL_EVERY_S = 15
@@ -199,6 +199,9 @@ def open_frames(
         if cache.bytes() > _free_memory():
             say(f"{name}: larger than the free memory, so frames come from the disk; --data.resize helps")
         cache.fill(say)
+    except NoFrame as error:  # LeRobot trains on until it comes to that frame
+        say(f"{name}: none, frames are decoded one by one; {error}")
+        return source
     except OSError as error:
         say(
             f"{name}: none, {folder} cannot be used ({error.strerror or error}); frames are decoded one by one"

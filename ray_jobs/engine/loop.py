@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,6 +39,7 @@ from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunErr
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import add_resize_step
+from ray_jobs.engine.memory import MAIN, main_memory
 from ray_jobs.engine.meters import Scores, Window, check_validation
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.patience import patiently, storage_may_return
@@ -128,6 +130,12 @@ def train(
     if memory and accelerator.device.type == "cuda":
         room = recipe.gpu_share * torch.cuda.get_device_properties(accelerator.device).total_memory
         if text := memory.warning(recipe, room):
+            tell(text)
+    elif memory and accelerator.device.type == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if text := memory.without_hope(recipe, here):
+            raise RunError(text)
+        if text := memory.warning(recipe, main_memory() / here, MAIN):
             tell(text)
     report({"kind": "doing", "text": "building the policy"})
     sharded = accelerator.is_fsdp2
