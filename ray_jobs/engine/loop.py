@@ -25,6 +25,7 @@ from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
 from ray_jobs.engine import assets, bucket, checkpoint, kernels, parallel, quantiles
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.data import (
     make_datasets,
     open_all_frames,
@@ -211,6 +212,7 @@ def train(
 
     averaged_weights = averaged if average is not None else None
 
+    @busy("saving")
     def save(*, only_best: bool) -> None:
         window.check_finite(accelerator)
         weights, moments = parallel.whole_state(accelerator, model, optimizer.optimizer)
@@ -338,6 +340,7 @@ def train(
     return result
 
 
+@busy("uploading")
 def push(cfg: TrainPipelineConfig, policy, preprocessor, postprocessor, meta) -> str:
     """Upload the trained policy to the Hub, as `lerobot-train` does. Returns what to tell about it: a trained
     policy is none the worse for a network that failed."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.driver import ERROR_LOG
@@ -108,6 +109,7 @@ def run_trial(
         from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
         from ray_jobs.engine.workers import listen_for_stop, teller
 
+    tell_tune = busy("waiting for Ray Tune")(tune.report)  # which decides what comes next
     place, pruned, values = trial_place(search, config["trial"]), False, {}
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
     node = ray.get_runtime_context().get_node_id()
@@ -123,7 +125,7 @@ def run_trial(
         tell({**event, "trial": config["trial"]})
         if event["kind"] == "eval" and not pruned and all(name in event for name in metrics):
             values.update((key, event[key]) for key in ("step", *metrics))
-            tune.report({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
+            tell_tune({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
             pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
 
     def patient[Result](use: Callable[[], Result]) -> Result:
@@ -134,21 +136,21 @@ def run_trial(
     try:
         # Drawn before the search was told to end, or given up when its slot died.
         if reason := ray.get(line.why_stopped.remote(config["trial"])):
-            return tune.report({"status": reason})
+            return tell_tune({"status": reason})
         if asked_to_stop() == PREEMPTED:  # the slot is one that had waited there for a trial
             raise Preempted()
         try:
             patient(check)
         except RunError as error:  # other trials would fail here one after the other
             ray.get(line.fail.remote(error))
-            return tune.report({"status": INTERRUPTED})
+            return tell_tune({"status": INTERRUPTED})
         recipe = patient(lambda: _prepare(base, config, search, folder))
         for record in validations(folder, metrics):  # of a copy, the study may know less than this
-            tune.report({key: record[key] for key in ("step", *metrics)})
+            tell_tune({key: record[key] for key in ("step", *metrics)})
         if recipe is None:  # its slot died before it could tell
-            return tune.report({**_ended(folder), **best_values(folder, metrics)})
+            return tell_tune({**_ended(folder), **best_values(folder, metrics)})
         if reason := ray.get(line.why_stopped.remote(config["trial"])):  # by what it has just told, say
-            return tune.report({"status": reason, **best_values(folder, metrics)})
+            return tell_tune({"status": reason, **best_values(folder, metrics)})
         recipe.trainings, recipe.gpu_share = trials, min(1.0, each.gpus)
         recipe.run = place  # not of another run: who may search there is decided by the search's own lock
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
@@ -166,7 +168,7 @@ def run_trial(
     except (StorageFull, StorageLost) as error:
         # Nothing is wrong with the trial; it goes on when the search does.
         ray.get(line.fail.remote(error))
-        return tune.report({"status": INTERRUPTED})
+        return tell_tune({"status": INTERRUPTED})
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
     except Preempted:
@@ -174,7 +176,7 @@ def run_trial(
     except Exception as error:
         if no_room(error):
             ray.get(line.fail.remote(StorageFull(f"{place}: {first_line(error)}")))
-            return tune.report({"status": INTERRUPTED})
+            return tell_tune({"status": INTERRUPTED})
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ERROR_LOG).write_text(traceback.format_exc())
         if is_uri(place):
@@ -186,7 +188,7 @@ def run_trial(
     if is_uri(place) and result["status"] != "failed":
         shutil.rmtree(folder, ignore_errors=True)  # all of it is in the bucket
     _free()
-    tune.report({**result, "times": {**times, "end": time.time()}})
+    tell_tune({**result, "times": {**times, "end": time.time()}})
 
 
 def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recipe | None":
