@@ -15,7 +15,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ray_jobs.engine import cluster
+from ray_jobs.engine import cluster, surroundings
 from ray_jobs.engine.console import no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError
 from ray_jobs.engine.line import open_line
@@ -182,6 +182,7 @@ def _search(
             metrics=options.metrics,
             each=slot.each,
             trials=options.num_samples,
+            paths=surroundings.handed_on(),
             line=line,
         ),
         tune.PlacementGroupFactory([slot.bundle]),

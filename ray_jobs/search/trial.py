@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_jobs.engine import surroundings
 from ray_jobs.engine.busy import busy
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
@@ -79,6 +80,7 @@ def run_trial(
     metrics: list[str],
     each: Share,
     trials: int,
+    paths: dict[str, str],
     line,
 ) -> None:
     """Train one configuration; reports to Ray Tune at every validation, and how it ended.
@@ -92,8 +94,10 @@ def run_trial(
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
         trials: How many will read the data: whether to keep its frames depends on it.
+        paths: Of the driver's environment (see `surroundings`).
         line: Handle of the search's `line.Line`.
     """
+    surroundings.take_over(paths)
     quiet()
     os.environ["WANDB_RUN_GROUP"] = group
     with no_garbage_collection():
