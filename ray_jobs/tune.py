@@ -16,7 +16,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ray_jobs.engine import cluster
+from ray_jobs.engine import cluster, surroundings
 from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError, StorageLost
 from ray_jobs.engine.imports import without
@@ -205,6 +205,7 @@ def _search(
             each=slot.each,
             trials=options.num_samples,
             unneeded=plan.recipe.unneeded,
+            paths=surroundings.handed_on(),
             line=line,
         ),
         tune.PlacementGroupFactory([slot.bundle]),

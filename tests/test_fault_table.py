@@ -172,11 +172,14 @@ def test_hung_worker(parts, tmp_path, kind):
     assert run.lost() <= EVERY
 
 
-@pytest.mark.parametrize("kind", ["one", "two", "search"])
-def test_stuck_worker(parts, tmp_path, kind):
-    """It answers, but takes no step, as then no other does: the one that they wait for is told, and replaced."""
+@pytest.mark.parametrize(
+    ("kind", "fault"), [("one", "stuck"), ("two", "stuck"), ("search", "stuck"), ("one", "checkpointed")]
+)
+def test_stuck_worker(parts, tmp_path, kind, fault):
+    """It answers, but takes no step, as then no other does: the one that they wait for is told, and replaced. So it is within
+    gradient checkpointing, for which torch has a file that is called as ours for saving is."""
     stuck = tmp_path / "stuck"
-    fault = {"FAULT": "stuck", "FAULT_FILE": str(stuck)}
+    fault = {"FAULT": fault, "FAULT_FILE": str(stuck)}
     run = Victim(kind, parts, tmp_path / "run", tmp_path, "--ray.hang_timeout=10", FAULTY, **fault)
     run.wait_for_step(EVERY + 1)
     stuck.touch()

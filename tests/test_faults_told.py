@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
-from conftest import ROOT, tiny_act
+import torch.utils.checkpoint
+from conftest import ROOT, tiny_act, train_in_process
 from lerobot.policies.act.modeling_act import ACTPolicy
 from ray.exceptions import (
     ActorDiedError,
@@ -26,9 +28,11 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors import SafetensorError
 
 from ray_jobs.engine import checkpoint, driver, faults, loop, patience, preflight, watchdog
+from ray_jobs.engine.busy import busy_with
 from ray_jobs.engine.console import Display
 from ray_jobs.engine.errors import InputError, RunError, StorageLost
 from ray_jobs.engine.faults import in_plain_words
+from ray_jobs.engine.patience import patiently
 from ray_jobs.engine.recipe import resolve
 
 
@@ -91,6 +95,71 @@ def test_a_worker_tells_where_it_is(monkeypatch):
     count = len(line.beats)
     time.sleep(0.2)
     assert len(line.beats) == count, "it must end with the training"
+
+
+def beats_within(monkeypatch, doing) -> list[bool]:
+    """What a worker tells of `slow` while its training does something that lasts."""
+    line = Line(monkeypatch)
+    monkeypatch.setattr(watchdog, "BEAT_S", 0.02)
+
+    def training() -> None:
+        hear = watchdog.beat(line, rank=0)
+        hear({"kind": "step", "step": 1})
+        doing()
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    return [told.slow for told in line.beats if told.step == 1]
+
+
+def test_a_hang_within_a_checkpointed_forward_pass_is_no_saving(monkeypatch):
+    """torch's gradient checkpointing lies in a file of the same name as ours."""
+    module = torch.nn.Linear(2, 2)
+
+    def hangs(x):
+        time.sleep(0.3)
+        return module(x)
+
+    forward = partial(torch.utils.checkpoint.checkpoint, hangs, torch.ones(2), use_reentrant=False)
+    told = beats_within(monkeypatch, forward)
+    assert told and not any(told)
+
+
+def test_who_saves_or_waits_for_storage_does_not_hang(monkeypatch):
+    told = beats_within(monkeypatch, lambda: patiently(partial(time.sleep, 0.3), "it", print))
+    assert sum(told) >= 3, "while it waits"
+    other = threading.Thread(target=patiently, args=(partial(time.sleep, 0.6), "it", print))
+    other.start()  # the copy to a bucket, say, goes on beside the training
+    told = beats_within(monkeypatch, lambda: time.sleep(0.3))
+    other.join()
+    assert told and not any(told)
+
+
+def test_who_saves_or_validates_says_so(parts, tmp_path, monkeypatch):
+    """In a real run: what is called within the two is called by somebody who has said so, and nothing else is."""
+    seen = {}
+
+    def watch(owner, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen.setdefault(name, set()).add(busy_with(threading.current_thread()))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(checkpoint, "save")
+    watch(ACTPolicy, "predict_action_chunk")
+    watch(loop, "clip_gradients")
+    more = ("--steps=1", "--data.eval_episodes=[11]", "--max_eval_samples=2")
+    train_in_process(tiny_act(parts, tmp_path / "run", *more))
+    assert seen == {
+        "clip_gradients": {""},
+        "predict_action_chunk": {"validating"},
+        "save": {"waiting for storage"},
+    }
+    assert busy_with(threading.current_thread()) == ""
 
 
 def test_the_first_step_is_told_at_once(monkeypatch):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ray_jobs.engine import surroundings
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.errors import InputError, RunError, StorageFull, StorageLost
 from ray_jobs.engine.workers import mark_of, run_loop, work
@@ -166,7 +167,12 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
         work,
         datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
-        train_loop_config={"recipe": pickle.dumps(recipe), "line": line, "unneeded": recipe.unneeded},
+        train_loop_config={
+            "recipe": pickle.dumps(recipe),
+            "line": line,
+            "unneeded": recipe.unneeded,
+            "paths": surroundings.handed_on(),
+        },
         torch_config=TorchConfig(timeout_s=LONGEST_WAIT_S),
         scaling_config=ScalingConfig(
             num_workers=(options.min_workers, options.num_workers)

@@ -27,6 +27,7 @@ from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
 from ray_jobs.engine import assets, bucket, checkpoint, kernels, parallel, quantiles
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.data import (
     make_datasets,
     open_all_frames,
@@ -238,6 +239,7 @@ def train(
 
     averaged_weights = averaged if average is not None else None
 
+    @busy("saving")
     def save(*, only_best: bool) -> None:
         window.check_finite(accelerator)
         weights, moments = parallel.whole_state(accelerator, model, optimizer.optimizer)
@@ -399,6 +401,7 @@ def _first(cfg: TrainPipelineConfig, batch: dict, accelerator: Accelerator) -> I
         ) from error
 
 
+@busy("uploading")
 def push(cfg: TrainPipelineConfig, policy, preprocessor, postprocessor, meta) -> str:
     """Upload the trained policy to the Hub, as `lerobot-train` does. Returns what to tell about it: a trained
     policy is none the worse for a network that failed."""

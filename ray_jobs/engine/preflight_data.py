@@ -26,7 +26,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.frames import frame_shape, set_frame_size
 from ray_jobs.engine.policy import with_features
-from ray_jobs.engine.preflight_columns import check_metadata
+from ray_jobs.engine.preflight_columns import check_metadata, check_tables
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.stream_data import split_episodes
 

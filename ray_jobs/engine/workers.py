@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from ray_jobs.engine import surroundings
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.errors import PREEMPTED, InputError, RunError
 from ray_jobs.engine.imports import without
@@ -28,6 +29,7 @@ TELL_EVERY_S = 0.5  # how often the driver hears of steps
 
 def work(config: dict) -> None:
     """One training worker: unpack the recipe, run the loop, report to the driver and to Ray Train."""
+    surroundings.take_over(config["paths"])
     quiet()
     config["line"].tell.remote({"kind": "doing", "text": "a worker imports LeRobot"})
     with no_garbage_collection(), without(config["unneeded"]):
