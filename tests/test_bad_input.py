@@ -199,7 +199,7 @@ def test_wandb_login(act, tmp_path, monkeypatch):
         ("meta/info.json", edit(lambda info: info.pop("features")), "meta/info.json is damaged"),
         ("meta/info.json", edit(lambda info: info.update(codebase_version="v4.0")), "v4.0"),
         ("meta/info.json", edit(lambda info: info.update(total_episodes=13)), "13 episodes"),
-        ("meta/info.json", edit(lambda info: info["features"].pop("action")), "no 'action'"),
+        ("meta/info.json", edit(lambda info: info["features"].pop("action")), "a column action, which"),
         ("meta/info.json", edit(lambda info: info["features"].pop(CAMERA)), "at least one image"),
         ("meta/stats.json", edit(lambda stats: stats["action"].pop("std")), "has no std of action"),
         ("meta/stats.json", edit(lambda stats: stats.pop(CAMERA)), f"no statistics of {CAMERA}"),

@@ -25,7 +25,7 @@ from lerobot.utils.constants import (
 
 from ray_jobs.engine import checkpoint
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.explain import first_line, parse
 from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.position import SAMPLER, Position
 from ray_jobs.engine.records import read_metrics
@@ -66,7 +66,7 @@ def refuse_overruled(folder: Path, typed: dict[str, str], begun_with: dict[str, 
     Raises:
         InputError: There are some.
     """
-    before = TrainPipelineConfig.from_pretrained(folder)
+    before = parse(lambda: TrainPipelineConfig.from_pretrained(folder), typed)
     overruled = {}
     for flag in (
         STARTS & typed.keys() if begun_with else ()
