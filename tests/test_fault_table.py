@@ -210,6 +210,20 @@ def test_out_of_memory(parts, tmp_path, kind, memory):
             assert [row["state"] for row in csv.DictReader(file)] == ["FAIL", "COMPLETE"]
 
 
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_exception_that_comes_again(parts, tmp_path, kind):
+    """A mistake in the policy's code is tried once more, and then told for what it is: no lost worker."""
+    wrong = tmp_path / "wrong"
+    wrong.touch()
+    run = Victim(kind, parts, tmp_path / "run", tmp_path, FAULTY, FAULT="wrong", FAULT_FILE=str(wrong))
+    assert run.end(240) == 1, run.printed
+    told = "TypeError: unsupported operand: <object object at 0x>, twice after step 2: it would come again."
+    assert f"failed: {told}" in run.printed, run.printed
+    assert "a worker was lost" not in run.printed and "Traceback" not in run.printed
+    assert "in wrong\n" in (tmp_path / "run/error.log").read_text()
+    assert run.printed.count("effective batch") == 1 and run.printed.count("the run goes on from step") == 1
+
+
 @pytest.mark.parametrize("kind", ["one", "two", "search"])
 @pytest.mark.parametrize("for_ever", [False, True])
 def test_mount_away(parts, tmp_path, kind, for_ever):

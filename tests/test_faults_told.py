@@ -1,5 +1,6 @@
 """What is said about a fault: which worker the others wait for, why one was lost, what to change when memory runs out."""
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -28,12 +29,15 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors import SafetensorError
 
 from ray_jobs.engine import checkpoint, driver, faults, loop, patience, preflight, watchdog
+from ray_jobs.engine import line as line_module
 from ray_jobs.engine.busy import busy_with
+from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import Display
 from ray_jobs.engine.errors import InputError, RunError, StorageLost
 from ray_jobs.engine.faults import in_plain_words
 from ray_jobs.engine.patience import patiently
 from ray_jobs.engine.recipe import resolve
+from ray_jobs.train import waiting_for
 
 
 def beat(rank: int, step: int | None = 7, **more) -> watchdog.Beat:
@@ -61,6 +65,74 @@ def test_who_waits_is_not_who_is_waited_for():
     waiting = watchdog.Beat(0, "n", "a", 1, 7, "wait (distributed.py:1)", slow=False, waits=True)
     culprit, why = watchdog.culprit({0: (waiting, 1, 700), 1: (beat(1), 1, 700)}, 600)
     assert culprit.rank == 1 and "data.py:9" in why
+
+
+@pytest.mark.parametrize(
+    ("error", "same"),
+    [
+        (TypeError("no operand for <A at 0x7f01>"), TypeError("no operand for <A at 0x7f02>")),
+        (KeyError("next.reward"), KeyError("next.reward")),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    ],
+)
+def test_an_exception_of_the_trainings_own_code_is_told_in_the_same_words(error, same):
+    assert faults.ordinary(error) == faults.ordinary(same or error) and "0x7" not in faults.ordinary(error)
+    assert "a worker failed (rank 1: " in faults.describe({1: error})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:539] Connection closed by peer [127.0.0.1]:4242"),
+        RuntimeError("NCCL error: remote process exited or there was a network error"),
+        RuntimeError("DistNetworkError: Broken pipe"),
+        faults.Preempted(),
+        RayActorError(error_msg="the actor died"),
+        WorkerCrashedError(),
+        OutOfMemoryError("killed"),
+    ],
+)
+def test_what_a_loss_has_done_is_no_exception_of_the_training(error):
+    assert faults.ordinary(error) is None
+    assert "a worker was lost (rank 1: " in faults.describe({1: error})
+
+
+def test_an_exception_may_come_once_at_every_step():
+    line = line_module.Line()
+
+    def came(*error) -> bool:
+        return asyncio.run(line.came_before(0, error))
+
+    assert not came(3, "KeyError: 'a'") and not came(4, "KeyError: 'a'") and not came(4, "KeyError: 'b'")
+    assert came(4, "KeyError: 'b'")
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "free", "told"),
+    [
+        (1, 0, None, "still waiting: a worker with 2 CPUs, 0 GPUs is starting (imports, data, models)"),
+        (
+            2,
+            1,
+            None,
+            "still waiting: 2 workers with 2 CPUs, 1 GPUs each are starting (imports, data, models)",
+        ),
+        (
+            1,
+            0,
+            {},
+            "for room for a worker with 2 CPUs, 0 GPUs: the cluster has 0 CPUs, 0 GPUs that nobody uses",
+        ),
+        (
+            2,
+            1,
+            {"CPU": 4.0, "GPU": 1.0, "memory": 9e9},
+            "the cluster has 4 CPUs, 1 GPUs that nobody uses now",
+        ),
+    ],
+)
+def test_what_is_waited_for_is_said_in_words(workers, gpus, free, told):
+    assert told in waiting_for(workers, Share(2, gpus), free)
 
 
 class Line:

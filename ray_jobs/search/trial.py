@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,6 @@ from ray_jobs.engine import surroundings
 from ray_jobs.engine.busy import busy
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.driver import ERROR_LOG
 from ray_jobs.engine.errors import (
     INTERRUPTED,
     PREEMPTED,
@@ -34,6 +32,7 @@ from ray_jobs.engine.errors import (
 from ray_jobs.engine.imports import without
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.records import METRIC, read_metrics, read_summary
+from ray_jobs.engine.workers import ERROR_LOG
 from ray_jobs.search.files import trial_place
 
 if TYPE_CHECKING:
@@ -103,12 +102,12 @@ def run_trial(
         from ray_jobs.engine.bucket import is_uri
         from ray_jobs.engine.driver import train_here, train_on_workers
         from ray_jobs.engine.explain import first_line
-        from ray_jobs.engine.faults import Preempted
+        from ray_jobs.engine.faults import Preempted, comes_again
         from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
-        from ray_jobs.engine.workers import listen_for_stop, teller
+        from ray_jobs.engine.workers import keep_error, listen_for_stop, teller
 
     tell_tune = busy("waiting for Ray Tune")(tune.report)  # which decides what comes next
-    place, pruned, values = trial_place(search, config["trial"]), False, {}
+    place, pruned, values, reached = trial_place(search, config["trial"]), False, {}, None
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
     node = ray.get_runtime_context().get_node_id()
     asked_to_stop, tell, hear = listen_for_stop(line, node), teller(line), lambda event: None
@@ -116,7 +115,8 @@ def run_trial(
     times = {"slot": f"{platform.node()}:{os.getpid()}", "begun": time.time()}
 
     def report(event: dict) -> None:
-        nonlocal pruned
+        nonlocal pruned, reached
+        reached = event.get("step", reached)
         hear(event)
         if event["kind"] in ("start", "step"):
             times.setdefault(event["kind"], time.time())
@@ -175,12 +175,10 @@ def run_trial(
         if no_room(error):
             ray.get(line.fail.remote(StorageFull(f"{place}: {first_line(error)}")))
             return tell_tune({"status": INTERRUPTED})
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ERROR_LOG).write_text(traceback.format_exc())
-        if is_uri(place):
-            mirror.send(place, ERROR_LOG, folder / ERROR_LOG)
+        keep_error(folder, place if is_uri(place) else None, error)
+        again = comes_again(error, reached, config["trial"], line)
         # After an error of its GPU a process can't use it any more, and storage may be back: Ray Tune tries another process.
-        if isinstance(error, torch.AcceleratorError) or may_pass(error):
+        if not again and (isinstance(error, torch.AcceleratorError) or may_pass(error)):
             raise
         result = {"status": "failed", "reason": f"{type(error).__name__}, see {place}/{ERROR_LOG}"}
     if is_uri(place) and result["status"] != "failed":

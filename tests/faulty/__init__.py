@@ -42,6 +42,15 @@ def stuck(self, batch):
     return forward(self, batch)
 
 
+def wrong(self, batch):
+    """A mistake in somebody's code, at the third batch of every process."""
+    global batches
+    batches += 1
+    if batches >= 3 and FILE.exists():
+        raise TypeError(f"unsupported operand: {object()}")
+    return forward(self, batch)
+
+
 def checkpointed(self, batch):
     """Stuck where activations are computed again in the backward pass, as large policies do: torch does so in a file called
     checkpoint.py, too."""
@@ -58,6 +67,8 @@ if FAULT in ("gpu", "main"):
     ACTPolicy.forward = exhausted
 if FAULT == "stuck":
     ACTPolicy.forward = stuck
+if FAULT == "wrong":
+    ACTPolicy.forward = wrong
 if FAULT == "checkpointed":
     ACTPolicy.forward = checkpointed
 if FAULT == "mount":
