@@ -67,7 +67,9 @@ def main(argv: list[str]) -> int:
     kind = export(source, target, assets_dir=Path(flags.get("assets.dir") or "pretrained"))
     print(f"exported    {source}\nto          {target}, for LeRobot 0.4")
     if kind in ("pi0", "pi05"):
-        print(f"mind        0.4's pi0 needs a fork of transformers, which comes from LeRobot's repository:\n{FORK}")
+        print(
+            f"mind        0.4's pi0 needs a fork of transformers, which comes from LeRobot's repository:\n{FORK}"
+        )
     return 0
 
 

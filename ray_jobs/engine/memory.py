@@ -69,7 +69,11 @@ class Memory:
             changes.append(f"--batch_size={half} --ray.grad_accumulation={2 * options.grad_accumulation}")
         acts = cfg.env is not None and cfg.env_eval_freq > 0
         whole = options.ema or options.min_workers or acts  # none of these goes with shares of a policy
-        if options.parallelism == "ddp" and not whole and self.total - (self.activations or 0) > self.total // 2:
+        if (
+            options.parallelism == "ddp"
+            and not whole
+            and self.total - (self.activations or 0) > self.total // 2
+        ):
             workers = "--tune.workers_per_trial" if recipe.trainings > 1 else "--ray.num_workers"
             more = "" if options.num_workers > 1 else f" {workers}=2"
             changes.append(f"--ray.parallelism=fsdp{more}")
