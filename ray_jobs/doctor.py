@@ -117,29 +117,38 @@ def _advice(facts: dict, size: list[int] | None, policy) -> list[str]:
     need, free = costs.get("to_decode_bytes", 0), costs.get("free_disk_bytes", 0)
     sizes = {key: camera["shape"][:2] for key, camera in facts.get("cameras", {}).items()}
     large = [key for key, shape in sizes.items() if min(shape) > 256]
+    # What `check_resize` asks of the cameras.
+    resizable = size is None and all(
+        "image" in key and not camera.get("depth") for key, camera in facts.get("cameras", {}).items()
+    )
     if need > 0.9 * free:
         advice.append(
             "The cache does not fit on the disk: --data.resize, --data.cache=FOLDER on a larger one."
         )
     shrunk = {key: _own_size(policy, *shape) for key, shape in sizes.items()}
-    smaller = {tuple(own) for key, own in shrunk.items() if own and min(own) < min(sizes[key])}
-    if len(smaller) == 1 and size is None:
+    smaller = {
+        tuple(own)
+        for key, own in shrunk.items()
+        if own and list(own) != list(sizes[key]) and all(map(int.__le__, own, sizes[key]))
+    }
+    if len(smaller) == 1 and resizable:
         height, width = smaller.pop()
         advice.append(
             f"{policy.type} shrinks images to {height}x{width} itself: --data.resize='[{height},{width}]' stores them "
             "like that, which makes cache and loader cheaper. It changes the pixels a little (anti-aliased, 8 bit), here "
             "and at run time."
         )
-    elif large and size is None:
+    elif large and resizable:
+        height, width = (round(pixels * 240 / min(sizes[large[0]])) for pixels in sizes[large[0]])
         advice.append(
-            f"{', '.join(large)}: more pixels than most policies use; --data.resize='[240,320]' makes cache, loader "
-            "and step cheaper."
+            f"{', '.join(large)}: more pixels than most policies use; --data.resize='[{height},{width}]' makes cache, "
+            "loader and step cheaper."
         )
     distances = [camera.get("key_frame_distance", 0) for camera in facts.get("cameras", {}).values()]
     if max(distances, default=0) > 30:
         advice.append(
-            f"Key frames are up to {max(distances)} frames apart: single frames are slow to decode, so leave "
-            "--data.cache on."
+            f"Key frames are up to {max(distances)} frames apart: single frames are slow to decode, which "
+            "--data.cache=off does again for every sample."
         )
     return advice
 

@@ -35,6 +35,8 @@ DROPPED = {
     "action_feature_names": lambda value: True,
 }
 KEPT = {("pi0", "gradient_checkpointing"), ("pi05", "gradient_checkpointing")}
+# No package registry has the transformers that 0.4's pi0 and pi0.5 need, nor the extra that asks for it.
+FORK = "pip install 'lerobot[pi] @ git+https://github.com/huggingface/lerobot@v0.4.4'"
 # Steps of today's processors that 0.4.4 has not; without effect unless they are enabled.
 DROPPED_STEPS = ("relative_actions_processor", "absolute_actions_processor")
 
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
     print(f"exported    {source}\nto          {target}, for LeRobot 0.4")
     if kind in ("pi0", "pi05"):
         print(
-            "mind        0.4's pi0 needs the transformers of `pip install 'lerobot[pi]==0.4.4'` from its repository."
+            f"mind        0.4's pi0 needs a fork of transformers, which comes from LeRobot's repository:\n{FORK}"
         )
     return 0
 

@@ -7,6 +7,7 @@ included. Before and after, the Hub is what it is without us: for data sets, for
 """
 
 import contextlib
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,7 +224,7 @@ def backbone_url(policy: PreTrainedConfig) -> str | None:
 
 
 def _command(folder: Path, name: str) -> str:
-    return f"hf download {name} --local-dir {folder / name.rpartition('/')[2]}"
+    return f"hf download {shlex.quote(name)} --local-dir {shlex.quote(str(folder / name.rpartition('/')[2]))}"
 
 
 def _licence(name: str) -> str:

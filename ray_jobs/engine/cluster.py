@@ -268,6 +268,7 @@ def share(
             f"{asked}={num_workers} with {gpus:g} GPUs each: NCCL takes a GPU once, so workers that train together "
             "need whole ones. On one GPU, one worker with a larger --batch_size does the same."
         )
+    typed = cpus is not None
     if cpus is None:
         every = range(len(have))
         hosts = [n for n in every if node_gpus[n] >= gpus and node_cpus[n]] or list(every)
@@ -289,7 +290,7 @@ def share(
     if decoders and sum(node_cpus) - num_workers * cpus < 1 and not may_grow():
         raise InputError(
             f"--data.source=stream: {num_workers} workers with {cpus:g} CPUs each leave none of the cluster's "
-            f"{sum(node_cpus)} to decode. Fewer workers, or --ray.cpus_per_worker={max(1, int(cpus) // 2)}."
+            f"{sum(node_cpus)} to decode. {'Leave --ray.cpus_per_worker out' if typed else 'Fewer workers will do'}."
         )
     return Share(cpus, gpus)
 

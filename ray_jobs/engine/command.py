@@ -26,7 +26,7 @@ def check_command(
 
     Args:
         more: Flags of the job beside those of a training.
-        resumable: Names of files by which the job knows what it could continue.
+        resumable: Patterns of the files by which the job knows what it could continue.
         needs_policy: Whether flags must say which policy it is; a search's spaces do.
 
     Raises:

@@ -39,8 +39,11 @@ def folder_of(address: str) -> Path:
     return default_folder() / "outputs" / fingerprint_of(address.rstrip("/"))
 
 
-def check_new(address: str) -> None:
+def check_new(address: str, resumable: str = OPTIONS_FILE) -> None:
     """Refuse a place for a new run that has something in it.
+
+    Args:
+        resumable: Name of the file by which the job knows what it could continue.
 
     Raises:
         InputError: It has, or it cannot be read.
@@ -49,10 +52,10 @@ def check_new(address: str) -> None:
     system, place = open_root(address, flag="output_dir")
     with told(address):
         taken = system.exists(place) and system.find(place)
+        more = ", or --resume=true to continue what is in it" if system.exists(f"{place}/{resumable}") else ""
     if taken:
         raise InputError(
-            f"--output_dir={address} already exists, and nothing in it is overwritten. Give another place, or "
-            "--resume=true to continue the run in it."
+            f"--output_dir={address} already exists, and nothing in it is overwritten. Give another place{more}."
         )
     here = folder_of(address)
     if (here / CHECKPOINTS).is_dir():

@@ -6,7 +6,7 @@ from ray_jobs.engine.errors import InputError
 
 # All that a run leaves that has ended before it began (a worker's node had no data set, say), and what an empty disk has.
 NOTHING = {".driver", ".lock", ".ray", "lost+found"}
-RUN = ("options.json", "checkpoints")  # what a training leaves that can be continued
+RUN = ("options.json", "checkpoints/[0-9]*")  # what a training leaves that can be continued
 
 
 def holds_nothing(folder: Path) -> bool:
@@ -18,7 +18,7 @@ def check_output_dir(folder: Path, resumable: tuple[str, ...] = ()) -> None:
     """See that a job can begin in a folder.
 
     Args:
-        resumable: Names of files by which the job knows what it could continue.
+        resumable: Patterns of the files by which the job knows what it could continue.
 
     Raises:
         InputError: There is something in it, or it is no folder.
@@ -30,7 +30,7 @@ def check_output_dir(folder: Path, resumable: tuple[str, ...] = ()) -> None:
             return
     except OSError as error:
         raise InputError(f"--output_dir={folder}: cannot be read ({error.strerror}).") from None
-    goes_on = any((folder / name).exists() for name in resumable)
+    goes_on = any(next(folder.glob(name), None) for name in resumable)
     more = ", or --resume=true to continue what is in it" if goes_on else ""
     raise InputError(
         f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{more}."

@@ -208,6 +208,8 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
                 break
             rename[alike[0]] = key
             unused.remove(alike[0])
+        if policy.pretrained_path is None:  # LeRobot renames for those alone
+            rename = {}
         hint = f" If names differ only: --rename_map={shlex.quote(json.dumps(rename))}" if rename else ""
         raise InputError(
             f"the policy takes {named(wanted)}; the data set has {named(features)}.\n"

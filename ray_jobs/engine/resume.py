@@ -8,6 +8,7 @@ import contextlib
 import io
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,7 @@ def refuse_overruled(folder: Path, typed: dict[str, str], begun_with: dict[str, 
     if overruled:
         told = [f"--{flag}={typed[flag]} (the checkpoint has {value})" for flag, value in overruled.items()]
         weights = not any(flag in STARTS or flag.startswith("peft.") for flag in overruled)
-        more = f" and --policy.path={folder}" if weights else ""
+        more = f" and --policy.path={shlex.quote(str(folder))}" if weights else ""
         raise InputError(
             f"{', '.join(told)}: without effect on a resumed run, which goes on as its checkpoint says.\n"
             f"Leave {'it' if len(told) == 1 else 'them'} out, or begin another run: without --resume, with another "

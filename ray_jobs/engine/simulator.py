@@ -97,9 +97,10 @@ def check(options: SimulatorOptions, policy: PreTrainedConfig, rename_map: dict[
         if key not in gives:
             if feature.type is FeatureType.VISUAL and getattr(policy, "empty_cameras", 0):
                 continue
+            hint = " If names differ only, --rename_map helps." if policy.pretrained_path else ""
             raise InputError(
                 f"--env.type={kind} gives {', '.join(sorted(gives))}; the policy takes {key} "
-                f"{tuple(feature.shape)} as well. If names differ only, --rename_map helps."
+                f"{tuple(feature.shape)} as well.{hint}"
             )
         ours, theirs = tuple(feature.shape), tuple(gives[key].shape)
         if feature.type is FeatureType.VISUAL and ours != theirs and not _resizes(policy):

@@ -341,7 +341,7 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
     say(f"train it    {summary['command']}")
     policy = _policy(plan)
     if policy.is_dir() and not plan.pushes:
-        say(f"upload it   hf upload USER/{plan.name} {shlex.quote(str(policy))}")
+        say(f"upload it   hf upload USER/NAME {shlex.quote(str(policy))}")
 
 
 def why_nothing(study: Study, status: str) -> str:

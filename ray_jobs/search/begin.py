@@ -7,6 +7,7 @@ import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import Study
+from sqlalchemy import make_url
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
@@ -42,7 +43,8 @@ def open_study(plan: Plan, seed: int, stop: Callable[[], object] = lambda: False
             optuna.delete_study(study_name=name, storage=storage)
             study = optuna.create_study(**how)
     except Exception as error:
-        hint = " PostgreSQL needs `pip install 'psycopg[binary]'`." if url.startswith("postgres") else ""
+        no_driver = isinstance(error, ImportError) and make_url(url).get_dialect().driver == "psycopg"
+        hint = " PostgreSQL needs `pip install 'psycopg[binary]'`." if no_driver else ""
         raise InputError(f"--tune.storage={url} cannot be opened: {first_line(error)}{hint}") from None
     saved, fault, taken = study.user_attrs, None, 0
     if OPTIMIZED not in saved and study.get_trials(deepcopy=False):

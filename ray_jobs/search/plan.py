@@ -179,7 +179,7 @@ def _folder_for(address: str, resume: bool) -> Path:
         from ray_jobs.search import bucket_copy
 
         return bucket_copy.pull(address)
-    mirror.check_new(address)
+    mirror.check_new(address, SEARCH_FILE)
     return mirror.folder_of(address)
 
 
