@@ -792,8 +792,33 @@ def test_a_renamed_search_goes_on(asha, tmp_path, capsys):
 def test_dry_run(common, tmp_path, capsys):
     """Parameters, first configurations, cost; nothing is left behind."""
     flags = (f"--space={space_file(tmp_path)}", f"--output_dir={tmp_path / 'run'}", "--dry-run")
-    assert search(*common, *flags) == 0
+    assert search(*common, *flags, "--cost_per_hour=3600") == 0
     printed = capsys.readouterr().out
+    hours, price = re.search(r"or (\S+) h; at 3600 an hour it costs (\S+)", printed).groups()
+    assert float(price) == pytest.approx(float(hours) * 3600, rel=0.1) and float(price) > 1
     assert "policy.kl_weight" in printed and "1 to 100 log, when policy.use_vae is true" in printed
     assert "0 (baseline)" in printed and "s per step of the baseline" in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trials", [2, 6])
+def test_dry_run_against_the_search(parts, tmp_path, capsys, trials):
+    """On the demo's task, slots' start included: within 30 %. Both are timed: told before and after, for other work may
+    come and go on the machine."""
+    flags = [
+        f"--space={ROOT / 'search_spaces' / 'act_demo.yaml'}",
+        f"--dataset.root={parts}",
+        "--policy.device=cpu",
+    ]
+    flags += ["--dataset.repo_id=local/parts", "--dataset.video_backend=pyav", "--data.eval_episodes=[10,11]"]
+    flags += ["--num_workers=1", "--steps=60", f"--tune.num_samples={trials}"]
+
+    def told() -> float:
+        assert search(*flags, f"--output_dir={tmp_path / 'told'}", "--dry-run", "--cost_per_hour=3600") == 0
+        return float(re.search(r"it costs (\S+)", capsys.readouterr().out)[1])
+
+    before = told()
+    assert search(*flags, f"--output_dir={tmp_path / 'run'}") == 0
+    took, after = read_json(tmp_path / "run/summary.json")["wall_s"], told()
+    assert 0.7 < (before + after) / 2 / took < 1.3, (before, took, after)
