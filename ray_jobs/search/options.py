@@ -22,7 +22,7 @@ class TuneOptions:
     """How the search is run."""
 
     num_samples: int = 16
-    """Trials of the search, the published recipe (trial 0) included."""
+    """Trials of the search, the baseline (trial 0) included."""
     metric: str = "val/action_error"
     """What is minimized; env/success_rate is maximized (with --env.type). Several, with commas, give a Pareto front."""
     sampler: str = "tpe"
