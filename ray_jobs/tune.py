@@ -25,6 +25,7 @@ from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.workers import only_driver, refuse_busy
 from ray_jobs.search import new_space
 from ray_jobs.search.command import check_search
+from ray_jobs.search.options import in_full
 
 if TYPE_CHECKING:
     from ray_jobs.search.bucket_copy import BucketCopy
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
     if (wanted := new_space.asked(argv)) is not None:
         print(new_space.write(*wanted))
         return 0
-    flags, _ = read_flags(["--tune.dry_run=true" if word == "--dry-run" else word for word in argv])
+    flags, _ = read_flags(in_full(argv))
     not_needed = check_search(flags)
     refuse_busy({"output_dir": "outputs/search", **flags})
     on_ray = not asks_to_resume(flags)

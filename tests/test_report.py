@@ -120,7 +120,7 @@ def test_sections(searched):
         assert title in titles
     assert "36.6% to 63.4%" in page.text and ">best/checkpoint<" in page.text and page.images == 6
     assert (
-        page.text.count('class="line published"') == 4
+        page.text.count('class="line baseline"') == 4
     )  # of the curves and of the coordinates, wide and narrow
     assert "python -m ray_jobs.tune" in page.text and "best/command.sh" in page.text
 

@@ -134,7 +134,7 @@ def test_study_tells_pruned_from_complete(asha):
             assert max(recorded) == 18 and trial.value == min(recorded.values())
     assert study.best_trial.number == summary["best"]["trial"]
     assert study.best_value == summary["best"]["values"]["val/action_error"]
-    assert study.trials[0].state == TrialState.COMPLETE  # the published recipe is never given up
+    assert study.trials[0].state == TrialState.COMPLETE  # the baseline is never given up
     assert study.trials[0].params["policy.optimizer_lr"] == 1e-5
     assert summary["baseline"]["values"]["val/action_error"] == study.trials[0].value
     assert summary["trained_share"] < 0.7
@@ -452,7 +452,7 @@ PRUNED = {
 @pytest.mark.parametrize("how", PRUNED)
 def test_pruning(common, tmp_path, how):
     """Other schedulers, trials with a worker group of their own, a cluster that was there before: hopeless trials end
-    early by themselves, with their W&B runs finished, and the published recipe is trained to its end."""
+    early by themselves, with their W&B runs finished, and the baseline is trained to its end."""
     rates = {"policy.optimizer_lr": {"choices": [3e-3, 1e-8]}, "policy.kl_weight": {"low": 1.0, "high": 9.0}}
     baseline = {**ACT["baseline"], "policy.optimizer_lr": 3e-3, "policy.kl_weight": 5.0}
     file = space_file(tmp_path, {**ACT, "baseline": baseline, "search": rates})
@@ -651,11 +651,11 @@ def test_shipped_space(parts, models, tmp_path, name):
             adapters = next((output / f"trials/{trial.number:04d}").rglob("adapter_config.json"))
             rank = trial.params["peft.r"]
             assert (read_json(adapters)["r"], read_json(adapters)["lora_alpha"]) == (rank, rank)
-    assert study.trials[0].params["policy.optimizer_lr"] == RATES[name]  # the published recipe
+    assert study.trials[0].params["policy.optimizer_lr"] == RATES[name]  # the baseline
 
 
 def test_importances_of_pruned_trials():
-    """One parameter decides, the other does not. Pruned trials show it as well; the published recipe is no drawing."""
+    """One parameter decides, the other does not. Pruned trials show it as well; the baseline is no drawing."""
     study = optuna.create_study()
     distributions = {name: optuna.distributions.FloatDistribution(0, 1) for name in ("lr", "dropout")}
     points = [(n / 20, n * 7 % 20 / 20) for n in range(20)]
@@ -684,7 +684,7 @@ def test_finalists_with_several_seeds(common, tmp_path, capsys):
     summary = read_json(output / "summary.json")
     repeats = json.loads(study_of(output).user_attrs["repeats"])
     best_two = sorted(study_of(output).trials, key=lambda t: t.value)[:2]
-    assert set(repeats) == {str(t.number) for t in best_two} | {"0"}  # and the published recipe
+    assert set(repeats) == {str(t.number) for t in best_two} | {"0"}  # and the baseline
     assert all(set(values) == {"6", "7"} for values in repeats.values())
     best_two = {t.number: t for t in [*best_two, study_of(output).trials[0]]}.values()
     means = {t.number: (t.value + sum(repeats[str(t.number)].values())) / 3 for t in best_two}
@@ -740,8 +740,8 @@ def test_wrong_flag(common, tmp_path, flag):
 )  # fmt: skip
 def test_ranges_that_lerobot_refuses(common, tmp_path, flag, entry, told):
     """Found at the space's corners, with file and line, before anything is scheduled."""
-    published = ACT["baseline"] | {flag: entry.get("low", entry.get("choices", [0])[0])}
-    file = space_file(tmp_path, {"policy": "act", "baseline": published, "search": {flag: entry}})
+    baseline = ACT["baseline"] | {flag: entry.get("low", entry.get("choices", [0])[0])}
+    file = space_file(tmp_path, {"policy": "act", "baseline": baseline, "search": {flag: entry}})
     # The flag stands in both sections; either line leads to it.
     lines = [n for n, text in enumerate(file.read_text().splitlines(), 1) if text.startswith(f"  {flag}:")]
     with pytest.raises(InputError) as refused:
@@ -792,8 +792,33 @@ def test_a_renamed_search_goes_on(asha, tmp_path, capsys):
 def test_dry_run(common, tmp_path, capsys):
     """Parameters, first configurations, cost; nothing is left behind."""
     flags = (f"--space={space_file(tmp_path)}", f"--output_dir={tmp_path / 'run'}", "--dry-run")
-    assert search(*common, *flags) == 0
+    assert search(*common, *flags, "--cost_per_hour=3600") == 0
     printed = capsys.readouterr().out
+    hours, price = re.search(r"or (\S+) h; at 3600 an hour it costs (\S+)", printed).groups()
+    assert float(price) == pytest.approx(float(hours) * 3600, rel=0.1) and float(price) > 1
     assert "policy.kl_weight" in printed and "1 to 100 log, when policy.use_vae is true" in printed
     assert "0 (baseline)" in printed and "s per step of the baseline" in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trials", [2, 6])
+def test_dry_run_against_the_search(parts, tmp_path, capsys, trials):
+    """On the demo's task, slots' start included: within 30 %. Both are timed: told before and after, for other work may
+    come and go on the machine."""
+    flags = [
+        f"--space={ROOT / 'search_spaces' / 'act_demo.yaml'}",
+        f"--dataset.root={parts}",
+        "--policy.device=cpu",
+    ]
+    flags += ["--dataset.repo_id=local/parts", "--dataset.video_backend=pyav", "--data.eval_episodes=[10,11]"]
+    flags += ["--num_workers=1", "--steps=60", f"--tune.num_samples={trials}"]
+
+    def told() -> float:
+        assert search(*flags, f"--output_dir={tmp_path / 'told'}", "--dry-run", "--cost_per_hour=3600") == 0
+        return float(re.search(r"it costs (\S+)", capsys.readouterr().out)[1])
+
+    before = told()
+    assert search(*flags, f"--output_dir={tmp_path / 'run'}") == 0
+    took, after = read_json(tmp_path / "run/summary.json")["wall_s"], told()
+    assert 0.7 < (before + after) / 2 / took < 1.3, (before, took, after)

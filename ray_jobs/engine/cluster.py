@@ -295,10 +295,12 @@ def share(
     return Share(cpus, gpus)
 
 
-def room_for(each: Share) -> int:
-    """How many processes with such a share the cluster's nodes hold."""
+def room_for(each: Share, *, now: bool = False) -> int:
+    """How many processes with such a share the cluster's nodes hold; `now`, without those that may be added."""
+    import ray
+
     room = 0
-    for node in nodes():
+    for node in [n["Resources"] for n in ray.nodes() if n["Alive"]] if now else nodes():
         cpus, gpus = int(node.get("CPU", 0)) // each.cpus, math.inf
         if each.gpus:
             gpus = node.get("GPU", 0) / each.gpus + 1e-9  # three thirds are one

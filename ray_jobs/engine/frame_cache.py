@@ -191,7 +191,7 @@ def open_frames(
         if not cache.entries:
             return source
         need = cache.missing_bytes()
-        if options.cache == "auto" and need and (reason := _why_not(cache, need, reads)):
+        if options.cache == "auto" and need and (reason := why_not(cache, need, reads)):
             say(f"{name}: none, {reason}")
             return source
         decoding = ", decoding once for all workers and runs" if need else ""
@@ -210,7 +210,7 @@ def open_frames(
     return cache
 
 
-def _why_not(cache: FrameCache, need: int, reads: int) -> str | None:
+def why_not(cache: FrameCache, need: int, reads: int) -> str | None:
     """Why frames had better not be kept; None if they had."""
     missing = need // max(entry.frame_bytes for entry in cache.entries.values())
     deltas = cache.source.dataset.reader.delta_indices or {}

@@ -95,10 +95,10 @@ def _winners(plan: Plan, study: Study) -> set[int]:
     if len(options.metrics) > 1:
         return {t.number for t in study.best_trials}
     room = max(options.keep_trials, options.finalists if options.seeds > 1 else 1)
-    # With several seeds the published recipe is ranked by its mean, and may win by it.
-    published = [t for t in finished(study) if BASELINE in t.user_attrs] if options.seeds > 1 else []
+    # With several seeds the baseline is ranked by its mean, and may win by it.
+    baseline = [t for t in finished(study) if BASELINE in t.user_attrs] if options.seeds > 1 else []
     best = ranking(study)[: options.keep_trials]
-    return {t.number for t in (*finished(study)[:room], *best, *published)}
+    return {t.number for t in (*finished(study)[:room], *best, *baseline)}
 
 
 def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> dict:
@@ -116,7 +116,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> 
     baselines = [t for t in ranked if BASELINE in t.user_attrs]
     # With several policies: that of the winner's, if it was trained to its end.
     baselines.sort(key=lambda t: t.user_attrs[POLICY] != ranked[0].user_attrs[POLICY])
-    published = baselines[0] if baselines else None
+    baseline = baselines[0] if baselines else None
     full = plan.steps * len(trials)
     trained = sum(t.user_attrs.get(STEPS, t.last_step or 0) for t in trials)
     states = [t.state for t in trials]
@@ -135,7 +135,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> 
         "wall_s": round(wall_s, 1),
         "each_trial": {"cpus": each.cpus * workers, "gpus": each.gpus * workers},
         "importances": importances(study),
-        "baseline": _described(plan, study, published),
+        "baseline": _described(plan, study, baseline),
         "best": _described(plan, study, ranked[0] if ranked else None),
     }
     if repeats_of(study):
@@ -210,7 +210,7 @@ def importances(study: Study) -> dict[str, float]:
     """How much each parameter mattered (PED-ANOVA), the most important first; {} if too little was tried.
 
     PED-ANOVA compares the best fifth with all. Trials that were stopped early count as well: they are worse than those
-    that were not, and of two the one that got further is better. The published recipe was not drawn, and does not count.
+    that were not, and of two the one that got further is better. The baseline was not drawn, and does not count.
     """
     if len(study.directions) > 1:
         return {}
@@ -309,32 +309,32 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
     )
     say(f"\n{summary['status']}: {summary['trials']} trials in {duration(summary['wall_s'])} ({counts}), "
         f"{summary['trained_share'] or 0:.0%} of the steps of full trials")  # fmt: skip
-    best, published = summary["best"], summary["baseline"]
+    best, baseline = summary["best"], summary["baseline"]
     if best is None:
         return
     for row in summary.get("front", ()):
         say(f"front       {_values(row)} (trial {row['trial']})")
     if "front" not in summary:
         say(f"best        {_values(best)} (trial {best['trial']})" + _spread(best))
-        if published:
-            first = next(iter(published["values"]))
-            ours, theirs = (row.get("mean", row["values"][first]) for row in (best, published))
+        if baseline:
+            first = next(iter(baseline["values"]))
+            ours, theirs = (row.get("mean", row["values"][first]) for row in (best, baseline))
             if first in MORE_IS_BETTER:
                 gain = f"best is {100 * (ours - theirs):.1f} points higher"
             else:
                 gain = f"best is {1 - ours / theirs if theirs else 0.0:.1%} lower"
-            batches = [row["config"].get("batch_size") for row in (best, published)]
+            batches = [row["config"].get("batch_size") for row in (best, baseline)]
             equal = "as many steps" + (
                 f" of {batches[1]} samples, not {batches[0]}" if batches[0] != batches[1] else ""
             )
-            say(f"baseline    {_values(published)} (trial {published['trial']}, {equal}){_spread(published)}; "
+            say(f"baseline    {_values(baseline)} (trial {baseline['trial']}, {equal}){_spread(baseline)}; "
                 f"{gain}")  # fmt: skip
     if summary["importances"]:
         top = list(summary["importances"].items())[:3]
         ended = summary.get("complete", 0) + summary.get("pruned", 0)
         guess = f" (a rough guess, of {ended} trials)" if ended < SURE_OF_IMPORTANCES else ""
         say("mattered    " + ", ".join(f"{name} {share:.0%}" for name, share in top) + guess)
-    changed = {k: v for k, v in best["config"].items() if not published or published["config"].get(k) != v}
+    changed = {k: v for k, v in best["config"].items() if not baseline or baseline["config"].get(k) != v}
     say("            " + ", ".join(word[2:] for word in flags(changed)) if changed else "")
     study = "" if plan.options.tune.storage else f"{STUDY_FILE},"
     say(f"left        {plan.place}/{{trials.csv,summary.json,{study}best}}")

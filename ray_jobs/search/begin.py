@@ -19,7 +19,7 @@ from ray_jobs.search.study import BASELINE, OPTIMIZED, POLICY, SPACE, TERMS, dam
 
 
 def open_study(plan: Plan, seed: int, stop: Callable[[], object] = lambda: False) -> Study:
-    """Open the plan's study, or begin it with the published recipes enqueued. A resumed search whose study does not know
+    """Open the plan's study, or begin it with the baselines enqueued. A resumed search whose study does not know
     its trials takes them over from their folders.
 
     Args:

@@ -22,7 +22,7 @@ def write(plan: Plan, summary: dict, checkpoint: Path) -> Path:
         summary: Of the search, see `answer.write`.
         checkpoint: The copy of the best trial's checkpoint.
     """
-    best, published = summary["best"], summary["baseline"]
+    best, baseline = summary["best"], summary["baseline"]
     cfg, config = plan.recipe.lerobot, best["config"]
     meta = open_dataset(cfg.dataset)
     start = config.get(PRETRAINED) or plan.typed.get(PRETRAINED) or plan.typed.get("policy.path")
@@ -45,8 +45,8 @@ def write(plan: Plan, summary: dict, checkpoint: Path) -> Path:
         if held_out is not None
         else f"the last {cfg.dataset.eval_split:.0%} of every task, rounded up"
     )
-    values = [["", "best", *(["baseline"] if published else [])]]
-    rows = [row for row in (best, published) if row]
+    values = [["", "best", *(["baseline"] if baseline else [])]]
+    rows = [row for row in (best, baseline) if row]
     for metric in best["values"]:
         values.append([metric, *(f"{row['values'][metric]:.4g}" for row in rows)])
     if "mean" in best:

@@ -1,21 +1,25 @@
 """What a search will do and what it will cost, before it does it."""
 
+import math
 import statistics
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import optuna
 import ray
 
-from ray_jobs.engine.console import duration, quiet
+from ray_jobs.engine import cluster
+from ray_jobs.engine.console import doing, duration
 from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.slot import Slot
 from ray_jobs.search.space import flags
+from ray_jobs.search.timing import time_a_slot
 
-TIMED_STEPS, WARM_UP = 6, 2
+MOST_TIMED = 8  # slots at once
+NUMBERS = ("step_s", "eval_s", "trial_s", "decode_s")
 FIRST = 3  # drawn configurations that are shown
 
 
@@ -42,7 +46,7 @@ def at_once(plan: Plan, slot: Slot) -> int:
 
 
 def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
-    """Parameters, the first configurations, and the cost, from a few timed steps of the published recipe."""
+    """Parameters, the first configurations, and the cost, from slots that train the baseline for a few steps."""
     tune, spaces = plan.options.tune, plan.space.spaces
     say(intro(plan, slot) + "\n\nparameters")
     for name, text in plan.space.describe().items():
@@ -61,26 +65,68 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
             f"  {name}  "
             + "  ".join(w[2:] for w in flags({k: v for k, v in config.items() if k in searched}))
         )
-    from ray_jobs.engine.faults import if_helper_dies
-
-    run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus)(time_steps)
-    with if_helper_dies("the process that timed a few steps", "No search was begun."):
-        costs = [ray.get(run.remote([*plan.base, *flags(s.first(plan.space.fixed))])) for s in spaces]
-    step_s, eval_s = (statistics.mean(cost[name] for cost in costs) for name in ("step_s", "eval_s"))
-    trial_s = step_s * plan.steps + eval_s * plan.steps / plan.recipe.eval_steps
-    share = expected_share(plan)
-    repeats = (tune.seeds - 1) * (tune.finalists + len(spaces))
-    trials = len(spaces) + max(0, tune.num_samples - len(spaces)) * share + repeats
-    search_s = trial_s * trials / at_once(plan, slot)
+    doing("timing a slot's start and a few steps")
+    cost = estimate(plan, slot)
+    doing("")
+    several = " (the mean of their baselines)" if len(spaces) > 1 else ""
     stopped = {
         "none": "",
-        "asha": f" ({share:.0%} of the steps; asha stops fewer where one trial after the other is the best so far)",
+        "asha": f" ({expected_share(plan):.0%} of the steps; asha stops fewer where one trial after the other is the best so far)",
     }.get(plan.scheduler, f" at most: {plan.scheduler} will stop some of its trials")
+    hours, rate = cost.search_s / 3600, tune.cost_per_hour
+    price = "" if rate is None else f"; at {rate:g} an hour it costs {rate * hours:.2f}"
     say(
-        f"\ncost, timed on {costs[0]['device']}: {step_s:.3g} s per step of the baseline"
-        f"{' (their mean)' if len(spaces) > 1 else ''}, {eval_s:.3g} s per validation;\n"
-        f"a whole trial {duration(trial_s)}, the search about {duration(search_s)}{stopped}"
+        f"\ncost, timed on {cost.device}: {cost.step_s:.3g} s per step of the baseline{several}, {cost.eval_s:.3g} s per "
+        f"validation, {duration(cost.start_s)} until the first trials train;\n"
+        f"a whole trial {duration(cost.whole_s)}, the search about {duration(cost.search_s)} or {hours:.2g} h{price}{stopped}"
     )
+
+
+@dataclass
+class Estimate:
+    """Seconds, with as many slots at work as the search will have."""
+
+    device: str
+    step_s: float
+    eval_s: float
+    start_s: float
+    """Until the first trials train: slots start, and frames are decoded."""
+    whole_s: float
+    """Of a trial that is not stopped."""
+    search_s: float
+
+
+def estimate(plan: Plan, slot: Slot) -> Estimate:
+    """Time slots, all at once, with the baselines."""
+    from ray_jobs.engine.faults import if_helper_dies
+
+    tune, spaces = plan.options.tune, plan.space.spaces
+    slots = min(at_once(plan, slot), tune.num_samples)
+    copies = max(1, min(MOST_TIMED, slots, cluster.room_for(slot.each, now=True)))
+    run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus, max_calls=1)(time_a_slot)
+    costs, starts = [], []
+    for space in spaces:
+        words = [*plan.base, *flags(space.first(plan.space.fixed))]
+        begin = time.monotonic()
+        with if_helper_dies("a process that timed a few steps", "No search was begun."):
+            timed = ray.get(
+                [run.remote(words, tune.num_samples, plan.recipe.unneeded) for _ in range(copies)]
+            )
+        costs += timed
+        starts.append(time.monotonic() - begin - statistics.mean(cost.inside_s for cost in timed))
+    mean = {name: statistics.mean(getattr(cost, name) for cost in costs) for name in NUMBERS}
+    beside = max(Counter(cost.node for cost in costs).values()) / len(spaces)  # of the copies, on one node
+    start_s = max(0.0, statistics.mean(starts)) + mean["decode_s"] / beside
+    validations = math.ceil(plan.steps / plan.recipe.eval_steps)
+    training_s = mean["step_s"] * plan.steps + mean["eval_s"] * validations
+    repeats = (tune.seeds - 1) * (tune.finalists + len(spaces))
+    drawn = max(0, tune.num_samples - len(spaces))
+    trials = len(spaces) + drawn + repeats
+    whole = len(spaces) + drawn * expected_share(plan) + repeats  # trials' steps, as whole trials
+    work_s = trials * mean["trial_s"] + whole * training_s
+    whole_s = mean["trial_s"] + training_s
+    search_s = start_s + max(whole_s, work_s / slots)
+    return Estimate(costs[0].device, mean["step_s"], mean["eval_s"], start_s, whole_s, search_s)
 
 
 def expected_share(plan: Plan) -> float:
@@ -94,39 +140,3 @@ def expected_share(plan: Plan) -> float:
         before, rung = rung, rung * plan.options.tune.reduction_factor
         alive /= plan.options.tune.reduction_factor
     return (spent + alive * (plan.steps - before)) / plan.steps
-
-
-def time_steps(flags: list[str]) -> dict:
-    """Train a few steps in a folder that is thrown away.
-
-    Args:
-        flags: The command line of a trial, without its folder.
-
-    Returns:
-        `step_s` (without waiting for data: what is timed here may have no frame cache yet) and `eval_s`, in seconds, and
-        the `device`.
-    """
-    quiet()
-    from ray_jobs.engine import preflight
-    from ray_jobs.engine.driver import train_here
-    from ray_jobs.engine.recipe import resolve
-
-    with tempfile.TemporaryDirectory() as folder:
-        more = [f"--output_dir={Path(folder) / 'run'}", "--save_checkpoint=false", "--wandb.enable=false"]
-        more += [
-            f"--steps={TIMED_STEPS}",
-            f"--eval_steps={TIMED_STEPS}",
-            "--log_freq=1",
-            "--ray.num_workers=1",
-        ]
-        recipe = resolve([*flags, *more])
-        preflight.check(recipe)
-        told: list[tuple[float, dict]] = []
-        summary = train_here(recipe, lambda event: told.append((time.monotonic(), event)), lambda: "")
-    logs = [event for _, event in told if event["kind"] == "log"]
-    at = {event["kind"]: when for when, event in told}  # the last of each kind
-    return {
-        "step_s": statistics.median(log["train/step_s"] - log["train/data_s"] for log in logs[WARM_UP:]),
-        "eval_s": at["eval"] - at["log"],
-        "device": summary["device"],
-    }

@@ -1,6 +1,7 @@
 """The tuner's own flags, `--space` and `--tune.*`; all others are those of `ray_jobs.train`."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
@@ -12,7 +13,7 @@ SAMPLERS = ("tpe", "random", "cmaes", "gp", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 LEAST = {
     "num_samples": 1, "workers_per_trial": 1, "seeds": 1, "finalists": 1, "keep_trials": 1, "final_steps": 1,
-    "grace_steps": 1, "max_concurrent": 1, "reduction_factor": 2, "gpus_per_trial": 0,
+    "cost_per_hour": 0, "grace_steps": 1, "max_concurrent": 1, "reduction_factor": 2, "gpus_per_trial": 0,
 }  # fmt: skip
 
 
@@ -21,7 +22,7 @@ class TuneOptions:
     """How the search is run."""
 
     num_samples: int = 16
-    """Trials of the search, the published recipe (trial 0) included."""
+    """Trials of the search, the baseline (trial 0) included."""
     metric: str = "val/action_error"
     """What is minimized; env/success_rate is maximized (with --env.type). Several, with commas, give a Pareto front."""
     sampler: str = "tpe"
@@ -55,6 +56,8 @@ class TuneOptions:
     """Steps of the training that best/command.sh starts."""
     dry_run: bool = False
     """Check everything, time a few steps, print the plan, and stop. `--dry-run` is short for it."""
+    cost_per_hour: float | None = None
+    """What an hour of the cluster costs, for --dry-run to tell what the search does. `--cost_per_hour` is short for it."""
 
     @property
     def metrics(self) -> list[str]:
@@ -98,6 +101,12 @@ class SearchFlags:
 
     space: str | None = None
     tune: TuneOptions = field(default_factory=TuneOptions)
+
+
+def in_full(argv: Sequence[str]) -> list[str]:
+    """The command line, with the flags in full that have a short name."""
+    full = ["--tune.dry_run=true" if word == "--dry-run" else word for word in argv]
+    return [f"--tune.{word[2:]}" if word.partition("=")[0] == "--cost_per_hour" else word for word in full]
 
 
 def is_ours(flag: str) -> bool:

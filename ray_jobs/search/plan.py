@@ -25,7 +25,7 @@ from ray_jobs.engine.trust import check_links
 from ray_jobs.search.command import check_steps
 from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_search
 from ray_jobs.search.idle import without_effect
-from ray_jobs.search.options import SearchFlags, parse_search_flags
+from ray_jobs.search.options import SearchFlags, in_full, parse_search_flags
 from ray_jobs.search.space import Config, SearchSpace, Space, flags
 from ray_jobs.search.space_file import PUSH
 from ray_jobs.search.spaces import theirs
@@ -148,7 +148,7 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
     Raises:
         InputError: Nothing to resume, or a folder that already holds something.
     """
-    typed, notices = read_flags(["--tune.dry_run=true" if word == "--dry-run" else word for word in argv])
+    typed, notices = read_flags(in_full(argv))
     resume = asks_to_resume(typed)
     typed.pop("resume", None)
     place = typed.get("output_dir", "outputs/search").rstrip("/")

@@ -88,7 +88,7 @@ def _take_over(plan: Plan, study: Study, folder: Path) -> None:
     best = validated[-1] if pruned else best_values(folder, metrics)
     noted = {POLICY: its_space.policy, CONFIG: config, BEST_STEP: best.get("step"), STEPS: summary.get("step"),
              LOST: summary.get("lost_steps"), WALL_S: summary.get("wall_s"), REASON: summary.get("error")}  # fmt: skip
-    if config == its_space.published(space.fixed):
+    if config == its_space.first(space.fixed):
         noted[BASELINE] = True
     for name, value in noted.items():
         if value is not None:

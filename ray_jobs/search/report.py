@@ -32,7 +32,7 @@ KINDS = {  # of trials, in the order in which they are drawn: those that matter 
     "fail": "failed",
     "running": "running",
     "other": "trained in full",
-    "published": "baseline",
+    "baseline": "baseline",
     "best": "best",
 }
 
@@ -40,7 +40,7 @@ KINDS = {  # of trials, in the order in which they are drawn: those that matter 
 class Found:
     """What a search's folder tells.
 
-    `rows` are those of trials.csv; `best` and `published` are rows, or None; `searched` are the parameters that differ
+    `rows` are those of trials.csv; `best` and `baseline` are rows, or None; `searched` are the parameters that differ
     between trials, the most important first; `higher` is whether more of the metric is better.
     """
 
@@ -68,10 +68,10 @@ class Found:
             (r for r in finished if r["trial"] == str(chosen)), finished[0] if finished else None
         )
         bases = [r for r in finished if r["baseline"] == "True"]
-        self.published = next(
+        self.baseline = next(
             (r for r in bases if self.best and r.get("policy.type") == self.best.get("policy.type")), None
         )
-        self.published = self.published or (bases[0] if bases else None)
+        self.baseline = self.baseline or (bases[0] if bases else None)
         parameters = [
             c for c in (self.rows[0] if self.rows else {}) if c not in (*FIXED_COLUMNS, *self.metrics)
         ]
@@ -92,8 +92,8 @@ class Found:
         """The CSS class of a trial."""
         if row is self.best:
             return "best"
-        if row is self.published:
-            return "published"
+        if row is self.baseline:
+            return "baseline"
         return {"COMPLETE": "other", "PRUNED": "pruned", "FAIL": "fail"}.get(row["state"], "running")
 
     def tip(self, row: dict) -> str:
@@ -160,7 +160,7 @@ def write_search(folder: Path, say: Callable[[str], None] = lambda text: None) -
         reasons = sorted({r["reason"] for r in found.rows if r["reason"]})
         warnings.append("No trial was trained to its end, so there is no best one yet.")
         warnings += [f"Failed: {reason}" for reason in reasons[:5]]
-    sections = [_against_published(found)] if found.best else []
+    sections = [_against_baseline(found)] if found.best else []
     sections += in_simulator(folder)
     sections += [_curves(found), _importances(found), _slices(found), _parallel(found), _front(found)]
     if found.best:
@@ -196,8 +196,8 @@ def _tiles(found: Found) -> list[tuple[str, str, str]]:
     if found.best:
         mean = _mean(found.seeds(found.best))
         tiles.insert(0, (found.metric, short(mean), f"trial {found.best['trial']}, the best"))
-        if found.published:
-            theirs = _mean(found.seeds(found.published))
+        if found.baseline:
+            theirs = _mean(found.seeds(found.baseline))
             change = f"{mean / theirs - 1 if theirs else 0.0:+.1%}"
             if found.higher:
                 change = f"{100 * (mean - theirs):+.1f} points"
@@ -223,9 +223,9 @@ def _saved_steps(found: Found) -> int:
 # ---------------------------------------------------------------------- sections
 
 
-def _against_published(found: Found) -> Section:
-    best, published = found.best, found.published
-    both = [("best", best)] + ([("baseline", published)] if published and published is not best else [])
+def _against_baseline(found: Found) -> Section:
+    best, baseline = found.best, found.baseline
+    both = [("best", best)] + ([("baseline", baseline)] if baseline and baseline is not best else [])
     values = [v for _, row in both for v in found.seeds(row)]
     names = [name for name, _ in both]
     chart = Chart(
@@ -241,20 +241,20 @@ def _against_published(found: Found) -> Section:
         else "on the same held-out episodes"
     )
     texts = [f"Both were trained for the same number of steps and scored {on}."]
-    if not published:
+    if not baseline:
         texts = ["The baseline (trial 0) was not trained to its end."]
     texts.append(
         f"Each dot is one of {seeds} seeds." if seeds > 1
         else "One seed each, so this says nothing about chance: --tune.seeds=3 does."
     )  # fmt: skip
-    if published is best:
+    if baseline is best:
         texts = ["The baseline is the best that was found."]
     rows = [
-        [c, short(_number(best[c])), *([short(_number(published[c]))] if published else [])]
+        [c, short(_number(best[c])), *([short(_number(baseline[c]))] if baseline else [])]
         for c in found.searched
-        if not published or best[c] != published[c]
+        if not baseline or best[c] != baseline[c]
     ]
-    head = ["parameter", "best", *(["baseline"] if published else [])]
+    head = ["parameter", "best", *(["baseline"] if baseline else [])]
     return Section("Best against the baseline", texts, figures=[chart.svg()], head=head, rows=rows)
 
 

@@ -176,8 +176,8 @@ class StudySearch(Searcher):
         repeats = repeats_of(self.study)
         not_again = self.failed_repeats | {(trial.number, repeat) for trial, repeat in self.live.values()}
         done = finished(self.study)
-        published = [t for t in done if BASELINE in t.user_attrs]  # what is gained over it is a mean, too
-        finalists = {t.number: t for t in [*done[: self.options.finalists], *published]}
+        baseline = [t for t in done if BASELINE in t.user_attrs]  # what is gained over it is a mean, too
+        finalists = {t.number: t for t in [*done[: self.options.finalists], *baseline]}
         for trial in finalists.values():
             for seed in map(str, range(self.seed + 1, self.seed + self.options.seeds)):
                 if seed not in repeats.get(str(trial.number), {}) and (trial.number, seed) not in not_again:
@@ -185,7 +185,7 @@ class StudySearch(Searcher):
         return None
 
     def judge(self, trial_id: str, result: dict) -> bool:
-        """Note a validation; whether its trial is hopeless. The published recipes are never given up: what is
+        """Note a validation; whether its trial is hopeless. The baselines are never given up: what is
         gained over them is said at the same number of steps."""
         with self._or_end():
             return self._judge(trial_id, result)
@@ -198,7 +198,7 @@ class StudySearch(Searcher):
         if result["step"] in trial.storage.get_trial(trial._trial_id).intermediate_values:
             return False  # it has gone back to a checkpoint, or tells what the study may not know
         trial.report(result[self.options.metrics[0]], result["step"])
-        # Asked for the published ones, too: Optuna's pruners remember only whom they were asked about.
+        # Asked for the baselines, too: Optuna's pruners remember only whom they were asked about.
         hopeless = trial.should_prune()
         return hopeless and result["step"] < self.steps and BASELINE not in trial.user_attrs
 
