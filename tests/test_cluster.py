@@ -412,6 +412,7 @@ def test_submitted_jobs(machine, folder, parts, tmp_path):
     assert checkpoint.fault(checkpoint.last_checkpoint(tmp_path / "run")) is None
 
     mistaken = submit(machine, folder, *train, "--batchsize=4")
+    lost = submit(machine, folder, *train, "--output_dir=outputs/run")
     flags = ("--steps=9", "--tune.num_samples=2", "--tune.scheduler=none")
     search = search_command(folder, root, tmp_path / "search", *flags)
     state, log = wait(machine, folder, submit(machine, folder, *search))
@@ -420,6 +421,8 @@ def test_submitted_jobs(machine, folder, parts, tmp_path):
 
     state, log = wait(machine, folder, mistaken)
     assert state == "FAILED" and "did you mean --batch_size?" in log and "Traceback" not in log, log
+    state, log = wait(machine, folder, lost)
+    assert state == "FAILED" and "--output_dir=outputs/run: a submitted job runs in a folder of Ray's own" in log, log
 
 
 @pytest.mark.slow

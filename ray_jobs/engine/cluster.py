@@ -104,7 +104,7 @@ def start(address: str | None) -> Future:
             # A cluster that is started here hands its environment down to all of its processes.
             given = {} if found else dict(OWN_CLUSTER_ENV)
             if not found:
-                surroundings.place_token()
+                surroundings.prepare_for_ray()
             if not GPU_DEVICE.exists():
                 # Ray Tune has no place for the environment of the processes that trials run in. (On a cluster that
                 # is joined, trainings have it, trials not.)

@@ -61,6 +61,9 @@ HANDED_ON = (
 )
 WRITTEN = ("HF_DATASETS_CACHE", "RAY_JOBS_CACHE")  # by every training; into the others goes what is fetched
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which `ray job submit` (2.60) sets for what it runs
+RELATIVE = re.compile(r"(?![/~]|[\w+]+://).")
+RELATIVE_FILE = re.compile(r"(sqlite(\+\w+)?:///|journal://)(?!/)")  # as a study's storage
+LONGEST_FOR_RAY = 107 - len("/ray/session_2026-12-01_02-22-51_200122_1234567/sockets/plasma_store")
 HAS_OUTPUT = (
     "train",
     "tune",
@@ -139,9 +142,11 @@ def _refuge() -> Path:
     return Path(tempfile.mkdtemp(prefix="ray_jobs-"))
 
 
-def place_token() -> None:
-    """Give Ray a token for a cluster of our own where it cannot write one (2.60 writes it to ~/.ray/auth_token, and does not
-    start without)."""
+def prepare_for_ray() -> None:
+    """See that a Ray of our own can start: it (2.60) wants sockets below the temporary folder, whose names Linux limits to 107
+    bytes, and writes a token to ~/.ray/auth_token."""
+    if "RAY_TMPDIR" not in os.environ and len(os.fsencode(tempfile.gettempdir())) > LONGEST_FOR_RAY:
+        os.environ["RAY_TMPDIR"] = "/tmp"  # as where TMPDIR is not set
     usual = Path.home() / ".ray" / "auth_token"
     if (
         {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
@@ -197,10 +202,10 @@ def check_submitted(job: str, words: list[str]) -> None:
     }
     if places.get("--data.cache", "").lower() in ("auto", "off", "false", "no"):
         del places["--data.cache"]
-    if re.match(r"(sqlite(\+\w+)?:///|journal://)(?!/)", flags.get("tune.storage", "")):
-        places["--tune.storage"] = flags["tune.storage"]
-    places |= {name: os.environ[name] for name in PATHS if os.environ.get(name)}
-    wrong = [f"{name}={value}" for name, value in places.items() if not _is_absolute(value)]
+    places |= {name: os.environ[name] for name in PATHS if name in os.environ}
+    wrong = [f"{name}={value}" for name, value in places.items() if RELATIVE.match(value)]
+    if RELATIVE_FILE.match(storage := flags.get("tune.storage", "")):
+        wrong.append(f"--tune.storage={storage}")
     if job in HAS_OUTPUT and not {"output_dir", "config_path"} & set(flags):
         wrong.insert(0, "no --output_dir")
     if wrong:
@@ -208,11 +213,6 @@ def check_submitted(job: str, words: list[str]) -> None:
             f"{', '.join(wrong)}: a submitted job runs in a folder of Ray's own, which goes with it. Give the whole path, "
             "of a folder that all nodes see, or a bucket's (s3://...)."
         )
-
-
-def _is_absolute(place: str) -> bool:
-    kind, address, rest = place.partition("://")
-    return rest.startswith("/") or kind not in ("sqlite", "journal") if address else place[:1] in ("/", "~")
 
 
 # ---------------------------------------------------------------------- who hears it

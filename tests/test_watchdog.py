@@ -1,0 +1,160 @@
+"""Which worker a run waits for, as its beats tell, and that who validates, saves or waits for storage is none."""
+
+import threading
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+import torch.utils.checkpoint
+from conftest import tiny_act, train_in_process
+from lerobot.policies.act.modeling_act import ACTPolicy
+
+from ray_jobs.engine import checkpoint, loop, watchdog
+from ray_jobs.engine.busy import busy_with
+from ray_jobs.engine.patience import patiently
+
+
+def beat(rank: int, step: int | None = 7, **more) -> watchdog.Beat:
+    facts = {"node_id": "n", "address": "10.0.0.3", "pid": 1, "where": "read (data.py:9)", "slow": False}
+    return watchdog.Beat(rank=rank, step=step, waits=False, **facts | more)
+
+
+@pytest.mark.parametrize(
+    ("beats", "found"),
+    [
+        ({0: (beat(0), 1, 1), 1: (beat(1), 1, 1)}, None),
+        ({0: (beat(0), 1, 700), 1: (beat(1), 650, 700)}, "1 has stopped answering after step 7"),
+        ({0: (beat(0, None), 1, 700), 1: (beat(1, None), 1, 700)}, None),  # still being built
+        ({0: (beat(0, None), 700, 700)}, "0 has stopped answering before the first step"),
+        ({0: (beat(0, slow=True), 1, 700), 1: (beat(1), 1, 700)}, None),  # one validates or saves
+        ({0: (beat(0), 1, 700), 1: (beat(1, 6), 1, 700)}, "1 has not come further than step 6 for 600 s"),
+    ],
+)
+def test_who_is_waited_for(beats, found):
+    culprit = watchdog.culprit(beats, 600)
+    assert (culprit and f"{culprit[0].rank} {culprit[1]}"[: len(found or "")]) == found
+
+
+def test_who_waits_is_not_who_is_waited_for():
+    waiting = watchdog.Beat(0, "n", "a", 1, 7, "wait (distributed.py:1)", slow=False, waits=True)
+    culprit, why = watchdog.culprit({0: (waiting, 1, 700), 1: (beat(1), 1, 700)}, 600)
+    assert culprit.rank == 1 and "data.py:9" in why
+
+
+class Line:
+    """Keeps the beats that a worker's thread tells it of, without a Ray."""
+
+    def __init__(self, monkeypatch):
+        self.beats: list[watchdog.Beat] = []
+        self.beat = SimpleNamespace(remote=self.beats.append)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+        monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+
+
+def test_a_worker_tells_where_it_is(monkeypatch):
+    """The thread that tells sees this one: its step, and the function it is in."""
+    line = Line(monkeypatch)
+    monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
+
+    def training() -> None:
+        hear = watchdog.beat(line, rank=3)
+        hear({"kind": "step", "step": 5})
+        waits_here()
+
+    def waits_here() -> None:
+        time.sleep(0.5)
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    told = line.beats[-1]
+    assert (told.rank, told.step, told.slow) == (3, 5, False) and "waits_here" in told.where
+    time.sleep(0.2)
+    count = len(line.beats)
+    time.sleep(0.2)
+    assert len(line.beats) == count, "it must end with the training"
+
+
+def beats_within(monkeypatch, doing) -> list[bool]:
+    """What a worker tells of `slow` while its training does something that lasts."""
+    line = Line(monkeypatch)
+    monkeypatch.setattr(watchdog, "BEAT_S", 0.02)
+
+    def training() -> None:
+        hear = watchdog.beat(line, rank=0)
+        hear({"kind": "step", "step": 1})
+        doing()
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    return [told.slow for told in line.beats if told.step == 1]
+
+
+def test_a_hang_within_a_checkpointed_forward_pass_is_no_saving(monkeypatch):
+    """torch's gradient checkpointing lies in a file of the same name as ours."""
+    module = torch.nn.Linear(2, 2)
+
+    def hangs(x):
+        time.sleep(0.3)
+        return module(x)
+
+    forward = partial(torch.utils.checkpoint.checkpoint, hangs, torch.ones(2), use_reentrant=False)
+    told = beats_within(monkeypatch, forward)
+    assert told and not any(told)
+
+
+def test_who_saves_or_waits_for_storage_does_not_hang(monkeypatch):
+    told = beats_within(monkeypatch, lambda: patiently(partial(time.sleep, 0.3), "it", print))
+    assert sum(told) >= 3, "while it waits"
+    other = threading.Thread(target=patiently, args=(partial(time.sleep, 0.6), "it", print))
+    other.start()  # the copy to a bucket, say, goes on beside the training
+    told = beats_within(monkeypatch, lambda: time.sleep(0.3))
+    other.join()
+    assert told and not any(told)
+
+
+def test_who_saves_or_validates_says_so(parts, tmp_path, monkeypatch):
+    """In a real run: what is called within the two is called by somebody who has said so, and nothing else is."""
+    seen = {}
+
+    def watch(owner, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen.setdefault(name, set()).add(busy_with(threading.current_thread()))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(checkpoint, "save")
+    watch(ACTPolicy, "predict_action_chunk")
+    watch(loop, "clip_gradients")
+    more = ("--steps=1", "--data.eval_episodes=[11]", "--max_eval_samples=2")
+    train_in_process(tiny_act(parts, tmp_path / "run", *more))
+    assert seen == {
+        "clip_gradients": {""},
+        "predict_action_chunk": {"validating"},
+        "save": {"waiting for storage"},
+    }
+    assert busy_with(threading.current_thread()) == ""
+
+
+def test_the_first_step_is_told_at_once(monkeypatch):
+    line = Line(monkeypatch)
+    monkeypatch.setattr(watchdog, "BEAT_S", 60)
+
+    def training() -> None:
+        hear = watchdog.beat(line, rank=3)
+        time.sleep(0.2)
+        for event in ({"kind": "notice"}, {"kind": "step", "step": 1}, {"kind": "notice"}):
+            hear(event)
+        time.sleep(0.5)
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    assert [told.step for told in line.beats] == [None, 1]
