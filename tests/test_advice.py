@@ -215,7 +215,9 @@ def parse_other(programs: dict, command: str) -> None:
     parser = programs[name]
     while isinstance(parser, click.Group):
         with parser.make_context(name, words, resilient_parsing=True) as context:
+            named = words[0]
             name, parser, words = parser.resolve_command(context, words)
+        assert parser, f"there is no {named}"
     with contextlib.suppress(click.MissingParameter):
         parser.make_context(name, words) if words else None
 
