@@ -19,14 +19,14 @@ from packaging.requirements import Requirement
 from vla import tiny
 
 from ray_jobs import cache, demo, doctor, evaluate, export, train
-from ray_jobs.engine import assets, cluster, flag_table, preflight
+from ray_jobs.engine import assets, cluster, flag_table, mirror, preflight
 from ray_jobs.engine.command import check_command
 from ray_jobs.engine.console import Display
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flag_table import Flag, flags_of
 from ray_jobs.engine.flags import PLUGINS, check_flags
 from ray_jobs.engine.memory import Memory
-from ray_jobs.engine.options import Options, build, read_flags
+from ray_jobs.engine.options import OPTIONS_FILE, Options, build, read_flags
 from ray_jobs.engine.output_dir import RUN, check_output_dir
 from ray_jobs.engine.recipe import resolve
 from ray_jobs.engine.translations import TRANSLATIONS
@@ -284,6 +284,14 @@ def test_extras_of_policies():
                 assert set(advised.values()) <= set(extras), (kind, advised)
 
 
+def test_environment_variables():
+    """Ours are read somewhere."""
+    read = {text for _, text in TEXTS}
+    for where, text in TEXTS:
+        for name in re.findall(r"(?<!\w)RAY_JOBS_(?!TEST)[A-Z_]+", text):
+            assert name in read, f"{where}: {name}"
+
+
 def test_files():
     for where, text in TEXTS:
         for name in re.findall(r"search_spaces/\w+\.yaml", text):
@@ -391,6 +399,15 @@ def test_commands_with_a_folder_of_an_odd_name(parts, tmp_path, capsys):
     assert assets.find(folder, name) == Path(place)
 
 
+def test_optimizer_of_ones_own(parts, tmp_path):
+    typed = tiny_act(parts, tmp_path / "run", "--use_policy_training_preset=false")
+    told = refusal(*typed)
+    assert "needs --optimizer.type and --scheduler.type" in told
+    more = ["--scheduler.peak_lr=1e-4", "--scheduler.decay_lr=1e-5", "--scheduler.num_warmup_steps=1"]
+    more += ["--scheduler.num_decay_steps=9", "--scheduler.type=cosine_decay_with_warmup"]
+    check(*typed, "--optimizer.type=adamw", *more)
+
+
 def test_what_can_be_continued(run, tmp_path):
     with pytest.raises(InputError, match="--resume=true"):
         check_output_dir(run, RUN)
@@ -399,6 +416,13 @@ def test_what_can_be_continued(run, tmp_path):
         check_output_dir(tmp_path, RUN)
     assert "--resume" not in str(refused.value)
     assert "nothing to resume" in refusal("--resume=true", f"--output_dir={tmp_path}")
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    for name, begun in (("notes.txt", False), (OPTIONS_FILE, True)):
+        (bucket / name).touch()
+        with pytest.raises(InputError, match="already exists") as refused:
+            mirror.check_new(f"file://{bucket}")
+        assert ("--resume=true" in str(refused.value)) == begun
 
 
 def test_cpus_that_are_left_to_decode(monkeypatch):
@@ -446,8 +470,11 @@ def test_size_that_doctor_advises(shape):
     assert doctor._advice({"cameras": depth}, None, ACTConfig()) == []
 
 
-def test_renaming_is_advised_where_lerobot_renames():
+def test_renaming_is_advised_where_lerobot_renames(parts, tmp_path):
     """For a policy that is new it refuses to."""
+    takes = '{"observation.images.other": {"type": "VISUAL", "shape": [3, 64, 64]}}'
+    told = refusal(*tiny_act(parts, tmp_path / "run", f"--policy.input_features={takes}"))
+    assert "lacks observation.images.other" in told and "--rename_map" not in told
     from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.envs.configs import EnvConfig
     from lerobot.policies.act.configuration_act import ACTConfig
