@@ -97,7 +97,7 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     import ray
     import ray.train.torch  # not where Ray starts: two threads that import its parts trip each other
 
-    from ray_jobs.engine.driver import train_on_workers
+    from ray_jobs.engine.driver import has_room, train_on_workers
 
     options = recipe.options.ray
     streamed = recipe.options.data.source == "stream"
@@ -106,11 +106,9 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
 
     def should_stop() -> str:
         if display.waits_since and time.monotonic() - display.waits_since > WAITED_S:
-            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
             why = f"{display.why_again}; " if display.facts else ""
-            display.say(
-                f"{why}waiting for {options.num_workers} worker(s) with {each} to start; not in use now: {free}"
-            )
+            free = None if has_room() else ray.available_resources()
+            display.say(f"{why}{waiting_for(options.num_workers, each, free)}")
             display.waits_since = time.monotonic()
         return asked()
 
@@ -118,28 +116,36 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
         return train_on_workers(recipe, each, display.show, should_stop)
 
 
+def waiting_for(workers: int, each: cluster.Share, free: dict[str, float] | None) -> str:
+    """What a run that has not begun after a while waits for.
+
+    Args:
+        free: Resources of the cluster that nobody uses; None once the workers have theirs.
+    """
+    they = f"{workers} workers with {each} each" if workers > 1 else f"a worker with {each}"
+    if free is None:
+        return f"still waiting: {they} {'are' if workers > 1 else 'is'} starting (imports, data, models)"
+    left = cluster.Share(free.get("CPU", 0), free.get("GPU", 0))
+    return f"still waiting for room for {they}: the cluster has {left} that nobody uses now"
+
+
 @contextlib.contextmanager
 def _interrupts(display: Display) -> Iterator[Callable[[], str]]:
     """Within, Ctrl-C asks a training to stop, with a checkpoint; the second one, or one before it has begun, ends it at
     once. Yields the training's `should_stop`."""
-    reason, told = "", False
+    reason = ""
 
     def ask(signum: int, frame: FrameType | None) -> None:
         nonlocal reason
         if reason or display.waits_since:  # nobody is there to save anything
             return interrupt(signum, frame)
         reason = INTERRUPTED
-
-    def asked() -> str:
-        nonlocal told
-        if reason and not told:
-            told = True
-            display.say("stopping: a checkpoint is saved first; Ctrl-C again stops at once.")
-        return reason
+        # Told here and now: a step may take minutes.
+        display.say("stopping: a checkpoint is saved first; Ctrl-C again stops at once.")
 
     restore = on_interruption(ask)
     try:
-        yield asked
+        yield lambda: reason
     finally:
         restore()
 

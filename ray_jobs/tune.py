@@ -16,13 +16,14 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ray_jobs.engine import cluster
+from ray_jobs.engine import cluster, surroundings
 from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError, StorageLost
 from ray_jobs.engine.imports import without
 from ray_jobs.engine.line import open_line
 from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.workers import only_driver, refuse_busy
+from ray_jobs.search import new_space
 from ray_jobs.search.command import check_search
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def main(argv: list[str]) -> int:
     os.environ.update(TUNE_ENV)
     if {"--help", "-h"} & set(argv):
         return _help()
+    if (wanted := new_space.asked(argv)) is not None:
+        print(new_space.write(*wanted))
+        return 0
     flags, _ = read_flags(["--tune.dry_run=true" if word == "--dry-run" else word for word in argv])
     not_needed = check_search(flags)
     refuse_busy({"output_dir": "outputs/search", **flags})
@@ -201,6 +205,7 @@ def _search(
             each=slot.each,
             trials=options.num_samples,
             unneeded=plan.recipe.unneeded,
+            paths=surroundings.handed_on(),
             line=line,
         ),
         tune.PlacementGroupFactory([slot.bundle]),
@@ -319,6 +324,7 @@ def _help() -> int:
 
     print(__doc__)
     print("  --space=FILE[,FILE]\n        Search spaces, one for each policy (see search_spaces/).")
+    print(f"  {new_space.WORD}=POLICY [FILE]\n        Write one to begin with, and stop.")
     print("\n".join(help_for("tune", TuneOptions)))
     print("\nThe flags of one training:  python -m ray_jobs.train --help")
     return 0

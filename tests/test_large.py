@@ -112,6 +112,26 @@ def test_only_adapters_are_trained_saved_and_loaded_by_lerobot(
     assert "holds adapters of /moved/away, which is not there" in message
 
 
+def test_adapters_go_on_as_they_are(base, command, tmp_path, models, no_network):
+    """A training that begins from a policy with adapters trains these: other ones are refused, and what is written down is what
+    they are, so that its checkpoints can be gone on from."""
+    start = base("smolvla")
+    train_in_process(command("smolvla", "--steps=1", *LORA, start=f"bases/{start.name}"))
+    adapted = tmp_path / "run/checkpoints/000001/pretrained_model"
+    message = refusal(*command("smolvla", "--peft.r=2", "--peft.lora_alpha=3", start=adapted, name="other"))
+    assert "--peft.r=2 (there 4), --peft.lora_alpha=3 (there 8): without effect" in message
+    for name, more in (("same", LORA), ("silent", [])):
+        flags = command("smolvla", *more, start=adapted, name=name)
+        train_in_process([*flags, "--steps=1"])
+        saved = tmp_path / name / "checkpoints/000001/pretrained_model"
+        peft = read_json(saved / "train_config.json")["peft"]
+        assert (peft["r"], peft["method_type"]) == (4, "LORA") and read_json(saved / "adapter_config.json")[
+            "r"
+        ] == 4
+        summary, _ = train_in_process([*flags, "--steps=2", "--resume=true"])
+        assert summary["start_step"] == 1
+
+
 def test_adapters_are_merged_for_export(base, command, tmp_path, models, no_network):
     """The exported policy, alone, predicts what the base with its adapters predicts; the base lies in the assets folder
     under its Hub name."""

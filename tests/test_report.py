@@ -246,7 +246,7 @@ def test_mistakes(tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [412, 1280])
+@pytest.mark.parametrize("width", [400, 1280])
 def test_in_a_browser(searched, tmp_path, width):
     """No error on the console, nothing wider than the screen, and a click on a heading sorts; a screenshot is left."""
     page = (searched / "report.html").read_text()
@@ -255,7 +255,9 @@ def test_in_a_browser(searched, tmp_path, width):
         head.click();
         const column = head.cellIndex, rows = Array.from(document.querySelector(".sortable tbody").rows);
         const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-        document.title = JSON.stringify([wide, rows.map(row => row.cells[column].dataset.v)]);
+        const charts = Array.from(document.querySelectorAll(".wide, .narrow")).filter(c => c.offsetHeight);
+        const cut = charts.filter(c => c.scrollWidth > c.clientWidth || c.querySelector("svg").clientWidth < 300).length;
+        document.title = JSON.stringify([wide, charts.length, cut, rows.map(row => row.cells[column].dataset.v)]);
         </script></body>"""
     (tmp_path / "probe.html").write_text(page.replace("</body>", probe))
     common = [
@@ -270,8 +272,9 @@ def test_in_a_browser(searched, tmp_path, width):
     asked = [*how, "--dump-dom", f"file://{tmp_path / 'probe.html'}"]
     result = subprocess.run(asked, capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in result.stderr, result.stderr
-    wide, values = json.loads(re.search("<title>(.*?)</title>", result.stdout)[1])
+    wide, charts, cut, values = json.loads(re.search("<title>(.*?)</title>", result.stdout)[1])
     assert wide == 0
+    assert (charts, cut) == (2, 0), "learning curves and coordinates, each once, and whole"
     assert len(values) == 6 and values == sorted(values, key=float)
     shot = searched / f"report_{width}.png"
     subprocess.run(

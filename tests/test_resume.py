@@ -204,11 +204,25 @@ def test_what_becomes_of_the_learning_rate(begun, tmp_path):
 
 
 def test_nothing_is_said_of_a_rate_that_stays(begun, tmp_path):
-    for kind, steps in (("act", 8), ("diffusion", 4)):
-        same = begun(kind, tmp_path / kind)
-        if kind == "diffusion":  # a run that was interrupted
-            shutil.rmtree(tmp_path / kind / "checkpoints")
-            continue
-        recipe = resolve([*same, f"--steps={steps}", "--resume=true"])
-        preflight.check(recipe)
-        assert not any(line.startswith("learning rate") for line in recipe.notices)
+    same = begun("act", tmp_path / "run")
+    recipe = resolve([*same, "--steps=8", "--resume=true"])
+    preflight.check(recipe)
+    assert not any(line.startswith("learning rate") for line in recipe.notices)
+
+
+def test_a_schedule_that_is_over(numbers, tmp_path):
+    """The large policies' schedule ends before the run does: it stays where it is, and that is said."""
+    schedule = ["--scheduler.type=cosine_decay_with_warmup", "--scheduler.num_warmup_steps=1", "--scheduler.num_decay_steps=3",
+                "--scheduler.peak_lr=1e-3", "--scheduler.decay_lr=1e-4", "--optimizer.type=adamw", "--optimizer.lr=1e-3"]  # fmt: skip
+    flags = tiny_act(numbers, tmp_path / "run", *schedule, "--use_policy_training_preset=false")
+    train_in_process([*flags, "--steps=4"])
+    recipe = resolve([*flags, "--steps=6", "--resume=true"])
+    preflight.check(recipe)
+    assert any(
+        "0.0001 where the checkpoint left off, and no more than that" in line for line in recipe.notices
+    )
+    loop.train(recipe, device="cpu")
+    assert [r["train/lr"] for r in read_metrics(tmp_path / "run")][-3:] == pytest.approx([1e-4] * 3)
+    (tmp_path / "run/checkpoints/000006/training_state/scheduler_state.json").unlink()
+    with pytest.raises(InputError, match="scheduler_state.json is missing or damaged"):
+        preflight.check(resolve([*flags, "--steps=8", "--resume=true"]))

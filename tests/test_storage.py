@@ -197,6 +197,21 @@ def test_evaluated_from_the_bucket(parts, s3, tmp_path, capsys):
         evaluate.main([f"--checkpoint={s3.address}", f"--output_dir={s3.address}-scores"])
 
 
+def test_a_name_is_no_pattern(parts, s3, monkeypatch):
+    """A run whose name has brackets is pruned, resumed and removed like another, and nothing of a run that they match."""
+    place, other = f"{s3.address} [12]#1?x=1%20", f"{s3.address} 1#1?x=1%20"
+    s3.system.pipe_file(f"{other}/options.json", b"theirs")
+    train(flags(parts, place, "--steps=4", "--save_freq=2", "--checkpoint.keep_last=1"))
+    s3.system.invalidate_cache()
+    saved = {path.partition("/checkpoints/")[2] for path in s3.system.find(place) if "/checkpoints/" in path}
+    assert f"000004/{WEIGHTS}" in saved and not any(name.startswith("000002") for name in saved)
+    s3.new_node()
+    train(flags(parts, place, "--steps=6", "--save_freq=2", "--resume=true"))
+    mirror.remove(s3.system, place.removeprefix("s3://"))
+    s3.system.invalidate_cache()
+    assert not s3.system.find(place) and s3.system.cat_file(f"{other}/options.json") == b"theirs"
+
+
 def test_torn_upload_is_never_seen(parts, s3):
     """A checkpoint whose upload was cut off is none: the one before it is resumed from."""
     train(flags(parts, s3.address, "--steps=4", "--save_freq=2"))

@@ -35,6 +35,7 @@ from ray_jobs.engine.frames import FrameSource, set_frame_size
 from ray_jobs.engine.opened import for_policy, once
 from ray_jobs.engine.parallel import Shards
 from ray_jobs.engine.position import START, Position
+from ray_jobs.engine.preflight_columns import check_rows
 from ray_jobs.engine.recipe import Recipe
 
 PREFETCHED = 2  # times what is handed over at once
@@ -65,6 +66,9 @@ def make_datasets(
         opened = once(cfg.dataset, what, open_tables)
     except DatasetGenerationError as error:
         raise RunError(_torn_table(cfg) or f"cannot read {cfg.dataset.repo_id}: {error}") from error
+    for of_set in opened:
+        if of_set is not None:
+            check_rows(of_set)
     dataset, eval_dataset = (of_set and for_policy(of_set, cfg.policy) for of_set in opened)
     for of_set in (dataset, eval_dataset):
         if of_set is not None:

@@ -12,6 +12,7 @@ from ray_jobs.engine.explain import first_line, parse
 from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.frames import set_frame_size
 from ray_jobs.engine.options import DataOptions, RayOptions, read_flags
+from ray_jobs.engine.preflight_columns import check_rows
 from ray_jobs.engine.preflight_data import check_files, check_resize, open_dataset, where_it_is
 
 
@@ -22,6 +23,7 @@ class DatasetOptions:
     dataset: DatasetConfig
     data: DataOptions = field(default_factory=DataOptions)
     ray: RayOptions = field(default_factory=RayOptions)
+    tolerance_s: float = 1e-4  # LeRobot's default
 
     @property
     def name(self) -> str:
@@ -44,10 +46,12 @@ class DatasetOptions:
                 episodes=self.dataset.episodes,
                 revision=self.dataset.revision,
                 video_backend=self.dataset.video_backend,
+                tolerance_s=self.tolerance_s,
                 return_uint8=True,
             )
         except Exception as error:
             raise InputError(f"{self.name}: the data set cannot be opened: {first_line(error)}") from None
+        check_rows(dataset)
         set_frame_size(dataset.meta, self.data.resize)
         return dataset
 

@@ -29,7 +29,7 @@ from ray_jobs.engine.frame_store import (
     gigabytes,
     open_entry,
 )
-from ray_jobs.engine.frames import FrameSource, frame_shape
+from ray_jobs.engine.frames import FrameSource, NoFrame, frame_shape
 from ray_jobs.engine.options import DataOptions
 
 TELL_EVERY_S = 15
@@ -52,28 +52,26 @@ class FrameCache:
         self.source, self.folder = source, folder
         self.dataset, self.size = dataset, size = source.dataset, source.size
         self.meta = meta = dataset.meta
+        bounds = meta.episodes.with_format("numpy", columns=["dataset_from_index", "dataset_to_index"])
+        self.starts = np.asarray(bounds["dataset_from_index"][:])
+        self.ends = np.asarray(bounds["dataset_to_index"][:])
         self.entries: dict[str, Entry] = {}
         for key in (key for key in meta.camera_keys if can_cache(meta, key)):
-            channels, *recorded = frame_shape(meta, key)
+            channels, *recorded = source.shape(key)
             about = {
                 "dataset": dataset.repo_id,
                 "root": str(dataset.root),
                 "camera": key,
                 "shape": [channels, *(size or recorded)],
                 "resized": size is not None,
-                "frames": meta.total_frames,
+                "frames": int(self.ends[-1]),  # meta/info.json may count others
                 "tolerance_s": dataset.tolerance_s,
                 "fingerprint": fingerprint(
                     meta.root, key, key in meta.video_keys, size, dataset.tolerance_s, folder
                 ),
             }
             self.entries[key] = open_entry(entry_folder(folder, about), about)
-        bounds = meta.episodes.with_format("numpy", columns=["dataset_from_index", "dataset_to_index"])
-        self.starts = np.asarray(bounds["dataset_from_index"][:])
-        self.ends = np.asarray(bounds["dataset_to_index"][:])
-        self.episodes = (
-            sorted(dataset.episodes) if dataset.episodes is not None else range(meta.total_episodes)
-        )
+        self.episodes = range(len(self.ends)) if dataset.episodes is None else sorted(dataset.episodes)
         self.columns: dict[str, torch.Tensor] = {}
 
     def __reduce__(self) -> tuple:  # for the worker processes of a DataLoader
@@ -201,6 +199,9 @@ def open_frames(
         if cache.bytes() > _free_memory():
             say(f"{name}: larger than the free memory, so frames come from the disk; --data.resize helps")
         cache.fill(say)
+    except NoFrame as error:  # LeRobot trains on until it comes to that frame
+        say(f"{name}: none, frames are decoded one by one; {error}")
+        return source
     except OSError as error:
         say(
             f"{name}: none, {folder} cannot be used ({error.strerror or error}); frames are decoded one by one"

@@ -148,7 +148,7 @@ class Entry:
         """Write the frames of neighbouring rows, then their checksums. Hold the lock.
 
         Raises:
-            RunError: A frame has another shape than the data set says.
+            RunError: A frame has another shape than the data set's first.
         """
         checksums = np.zeros(rows.stop - rows.start, np.uint64)
         with (self.folder / "frames").open("r+b", buffering=0) as file:
@@ -156,7 +156,7 @@ class Entry:
                 if tuple(frame.shape) != self.shape:
                     raise RunError(
                         f"{self.about['camera']}: row {rows.start + n} is an image of shape {tuple(frame.shape)}, "
-                        f"meta/info.json says {self.shape}."
+                        f"the first one is of {self.shape}."
                     )
                 data = memoryview(frame.numpy()).cast("B")
                 written = os.pwrite(file.fileno(), data, (rows.start + n) * self.frame_bytes)

@@ -6,6 +6,7 @@ Both give LeRobot's frames bit for bit (`decode_video_frames` with its PyAV back
 
 import contextlib
 import io
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import av
 import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
-from lerobot.datasets.video_utils import decode_video_frames
+from lerobot.datasets.video_utils import FrameTimestampError, decode_video_frames
 from lerobot.processor import ImageCropResizeProcessorStep, NormalizerProcessorStep, PolicyProcessorPipeline
 from PIL import Image
 from torchvision.transforms import functional
@@ -71,12 +72,23 @@ class FrameSource:
         self.dataset, self.meta, self.size = dataset, meta, size
         self.file_start = {key: meta.episodes[f"videos/{key}/from_timestamp"] for key in meta.video_keys}
 
+    def shape(self, key: str) -> tuple[int, int, int]:
+        """(C, H, W) of a camera's first frame: meta/info.json may say something else, which LeRobot does not mind."""
+        said = frame_shape(self.meta, key)
+        with contextlib.suppress(Exception):  # it cannot be read: who decodes it will say so
+            if key in self.meta.image_keys:
+                return tuple(self._stored(key, 0).shape)
+            with av.open(str(self._file(0, key))) as container:
+                stream = container.streams.video[0]
+                return said[0], stream.height, stream.width
+        return said
+
     def video(self, key: str, episode: int, timestamps: list[float]) -> torch.Tensor:
         """uint8 frames of a video camera: (C, H, W), or (T, C, H, W) with more than one timestamp."""
         path = self._file(episode, key)
         backend = self.dataset._video_backend
         start = self.file_start[key][episode]
-        with _named(f"{key} of episode {episode} from {path}"):
+        with _named(f"{key} of episode {episode} from {path}", self.dataset):
             with DECODER if backend == "torchcodec" else contextlib.nullcontext():
                 frames = decode_video_frames(
                     path,
@@ -89,12 +101,15 @@ class FrameSource:
 
     def image(self, key: str, row: int) -> torch.Tensor:
         """The uint8 frame (C, H, W) of an image camera at a row of the (filtered) table."""
-        with _named(f"{key} of row {row}"):
-            stored = self.dataset.hf_dataset.data.column(key)[row].as_py()
-            data = io.BytesIO(stored["bytes"]) if stored["bytes"] else self.dataset.root / stored["path"]
-            pixels = np.array(Image.open(data))
-            pixels = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
-            return resized(pixels.contiguous(), self.size)
+        with _named(f"{key} of row {row}", self.dataset):
+            return resized(self._stored(key, row), self.size)
+
+    def _stored(self, key: str, row: int) -> torch.Tensor:
+        stored = self.dataset.hf_dataset.data.column(key)[row].as_py()
+        data = io.BytesIO(stored["bytes"]) if stored["bytes"] else self.dataset.root / stored["path"]
+        pixels = np.array(Image.open(data))
+        pixels = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+        return pixels.contiguous()
 
     def episode(self, key: str, episode: int, rows: range, timestamps: np.ndarray) -> Iterator[torch.Tensor]:
         """All frames of an episode in order, at a fraction of the price of single ones.
@@ -105,8 +120,11 @@ class FrameSource:
         if key in self.meta.image_keys:
             yield from (self.image(key, row) for row in rows)
             return
+        if (np.diff(timestamps) < 0).any():  # back and forth, which single frames allow
+            yield from (self.video(key, episode, [second]) for second in timestamps.tolist())
+            return
         path = self._file(episode, key)
-        with _named(f"{key} of episode {episode} from {path}"):
+        with _named(f"{key} of episode {episode} from {path}", self.dataset):
             wanted = [self.file_start[key][episode] + t for t in timestamps.tolist()]
             for frame in _decode_in_order(path, wanted, self.dataset.tolerance_s):
                 yield resized(frame, self.size)
@@ -131,9 +149,7 @@ def _decode_in_order(path: Path, wanted: list[float], tolerance_s: float) -> Ite
             }
             nearest = min(away, key=away.get)
             if not away[nearest] < tolerance_s:
-                raise ValueError(
-                    f"no frame at {second:.4f} s, the nearest is {away[nearest]:.4f} s away (--tolerance_s={tolerance_s})"
-                )
+                raise NoFrame(f"no frame at {second:.4f} s, the nearest is {away[nearest]:.4f} s away")
             yield torch.from_numpy(nearest.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
 
 
@@ -141,11 +157,22 @@ def _seconds(frame: av.VideoFrame, stream) -> float:
     return float(frame.pts * stream.time_base)
 
 
+class NoFrame(RunError):
+    """A timestamp has no frame within `--tolerance_s`. LeRobot stops there, too, once it comes to that row."""
+
+
 @contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
+def _named(what: str, dataset: LeRobotDataset) -> Iterator[None]:
     """Let a failure tell which camera, episode and file it is about."""
     try:
         yield
+    except (FrameTimestampError, NoFrame) as error:
+        why = error if isinstance(error, NoFrame) else "a timestamp has no frame"
+        where = f"--dataset.repo_id={shlex.quote(dataset.repo_id)} --dataset.root={shlex.quote(str(dataset.root))}"
+        raise NoFrame(
+            f"cannot read {what}: {why} (--tolerance_s={dataset.tolerance_s}). What would do:\n"
+            f"python -m ray_jobs.doctor {where} --measure=false"
+        ) from error
     except RunError:
         raise
     except Exception as error:

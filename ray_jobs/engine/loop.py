@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +27,7 @@ from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
 from ray_jobs.engine import assets, bucket, checkpoint, kernels, parallel, quantiles
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.data import (
     make_datasets,
     open_all_frames,
@@ -34,10 +36,11 @@ from ray_jobs.engine.data import (
     to_device,
     training_batches,
 )
-from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED
+from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import add_resize_step
+from ray_jobs.engine.memory import MAIN, main_memory
 from ray_jobs.engine.meters import Scores, Window, check_validation
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.patience import patiently, storage_may_return
@@ -128,6 +131,12 @@ def train(
     if memory and accelerator.device.type == "cuda":
         room = recipe.gpu_share * torch.cuda.get_device_properties(accelerator.device).total_memory
         if text := memory.warning(recipe, room):
+            tell(text)
+    elif memory and accelerator.device.type == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if text := memory.without_hope(recipe, here):
+            raise RunError(text)
+        if text := memory.warning(recipe, main_memory() / here, MAIN):
             tell(text)
     report({"kind": "doing", "text": "building the policy"})
     sharded = accelerator.is_fsdp2
@@ -230,6 +239,7 @@ def train(
 
     averaged_weights = averaged if average is not None else None
 
+    @busy("saving")
     def save(*, only_best: bool) -> None:
         window.check_finite(accelerator)
         weights, moments = parallel.whole_state(accelerator, model, optimizer.optimizer)
@@ -282,10 +292,15 @@ def train(
                         tracker.log_cameras(
                             {k: batch[k][:4].flatten(0, -4) for k in dataset.meta.camera_keys}, 0
                         )
-                    batch = preprocessor(batch)
-                    window.data_ready()
-                    with accelerator.autocast():
-                        loss, outputs = policy(batch)
+                    with (
+                        _first(cfg, batch, accelerator)
+                        if step == facts["start_step"]
+                        else contextlib.nullcontext()
+                    ):
+                        batch = preprocessor(batch)
+                        window.data_ready()
+                        with accelerator.autocast():
+                            loss, outputs = policy(batch)
                     accelerator.backward(loss * shards.weight if shards.weight != 1 else loss)
                     window.add_loss(loss, outputs)
                     if accelerator.sync_gradients:
@@ -360,6 +375,33 @@ def train(
     return result
 
 
+@contextlib.contextmanager
+def _first(cfg: TrainPipelineConfig, batch: dict, accelerator: Accelerator) -> Iterator[None]:
+    """Within, what fails on the first batch fails for what the data are, and would on every other."""
+    held = ", ".join(
+        f"{key} {tuple(v.shape)}"
+        for key, v in batch.items()
+        if key in cfg.policy.input_features | cfg.policy.output_features and torch.is_tensor(v)
+    )
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        of_the_machine = torch.OutOfMemoryError, torch.AcceleratorError, NotImplementedError
+        if isinstance(error, of_the_machine) or (
+            isinstance(error, RuntimeError) and accelerator.num_processes > 1
+        ):
+            raise  # perhaps another rank's end
+        reason = (
+            first_line(error)
+            if isinstance(error, RuntimeError)
+            else f"{type(error).__name__}: {first_line(error)}"
+        )
+        raise RunError(
+            f"{cfg.policy.type} cannot compute a loss from {cfg.dataset.repo_id}: {reason}\nIts batches hold {held}."
+        ) from error
+
+
+@busy("uploading")
 def push(cfg: TrainPipelineConfig, policy, preprocessor, postprocessor, meta) -> str:
     """Upload the trained policy to the Hub, as `lerobot-train` does. Returns what to tell about it: a trained
     policy is none the worse for a network that failed."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ray_jobs.engine.bucket import check_address, open_root
 from ray_jobs.engine.bucket_lock import BucketLock
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.errors import InputError, RunError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
@@ -318,6 +319,7 @@ class Mirror:
             raise self.failure
         self.wake.set()
 
+    @busy("uploading")
     def flush(self) -> None:
         """Wait until all that is here now is there.
 
@@ -330,6 +332,7 @@ class Mirror:
             time.sleep(0.1)
         self.changed()
 
+    @busy("uploading")
     def close(self) -> None:
         """Send what is left, and wait for it.
 

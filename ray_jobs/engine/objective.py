@@ -22,6 +22,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.data import FrameReader, to_device
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import FrameCache
@@ -138,6 +139,7 @@ class Validation:
             **how,
         )
 
+    @busy("validating")
     def __call__(
         self, policy: PreTrainedPolicy, preprocessor, postprocessor, accelerator: Accelerator
     ) -> dict:

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.errors import StorageError, StorageLost
 from ray_jobs.engine.explain import first_line
 
@@ -34,6 +35,7 @@ def storage_may_return(error: Exception) -> bool:
     return isinstance(error, StorageError)
 
 
+@busy("waiting for storage")
 def patiently[Result](
     write: Callable[[], Result],
     what: object,

@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 import draccus
 import torch
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from lerobot.configs.default import PeftConfig
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
@@ -20,13 +21,14 @@ from lerobot.optim import AdamConfig, AdamWConfig, SGDConfig
 from lerobot.utils.constants import (
     ACTION,
     OBS_IMAGES,
+    OBS_PREFIX,
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
     POLICY_PREPROCESSOR_DEFAULT_NAME,
 )
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, idle, mirror, preflight_stream, quantiles, resume
+from ray_jobs.engine import assets, git_lfs, idle, mirror, preflight_stream, quantiles, resume
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
@@ -35,12 +37,16 @@ from ray_jobs.engine.objective import check_scored, chunk_length, units
 from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.patience import may_pass
 from ray_jobs.engine.policy import outline, with_features
+from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.engine.preflight_data import (
     check_files,
     check_resize,
     check_statistics,
     choose_episodes,
+    misnamed,
+    named,
     open_dataset,
+    unfit,
     where_it_is,
 )
 from ray_jobs.engine.preflight_policy import check_rewards, check_type
@@ -74,6 +80,11 @@ def check(recipe: Recipe) -> None:
     if network is not None:
         recipe.memory = estimate(network, recipe, features)
         recipe.notices.append(f"memory: {recipe.memory}")
+        here = recipe.options.ray.num_workers == 0 or recipe.options.ray.address == "local"
+        if here and recipe.lerobot.policy.device == "cpu":
+            workers = max(1, recipe.options.ray.num_workers)
+            if text := recipe.memory.without_hope(recipe, workers):
+                raise InputError(text)
     resume.check(recipe)
     recipe.notices += idle.notices(recipe, meta)
     _output_dir(recipe, network)
@@ -164,9 +175,11 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
     """See that the data set holds what the policy takes; returns its features under the policy's names."""
     cfg, policy, (name, _) = recipe.lerobot, recipe.lerobot.policy, where_it_is(recipe.lerobot.dataset)
     features = dataset_to_policy_features(meta.features)
-    if ACTION not in features:
-        raise InputError(f"{name}: the data set has no '{ACTION}'; it has {_list(features)}.")
+    taken = policy.input_features or features
+    if ACTION not in features or any(k in taken and not k.startswith(OBS_PREFIX) for k in meta.camera_keys):
+        raise InputError(f"{name}: {misnamed(meta)}")
     check_statistics(recipe, meta)
+    check_kinds(name, policy, meta, cfg.batch_size)
     if where_it_is(cfg.dataset)[1] is not None and not is_uri(
         cfg.dataset.root
     ):  # else the workers do, who fetch it
@@ -199,7 +212,7 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
             rename = {}
         hint = f" If names differ only: --rename_map={shlex.quote(json.dumps(rename))}" if rename else ""
         raise InputError(
-            f"the policy takes {_list(wanted)}; the data set has {_list(features)}.\n"
+            f"the policy takes {named(wanted)}; the data set has {named(features)}.\n"
             f"It lacks {', '.join(missing)}.{hint}"
         )
     for key, feature in {**wanted, **(policy.output_features or {})}.items():
@@ -207,18 +220,9 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
         # The large policies pad both to a common length.
         if feature.type is not FeatureType.VISUAL and ours != theirs and not hasattr(policy, "max_state_dim"):
             raise InputError(f"{key}: the policy has shape {ours}, the data set {theirs}.")
-    try:
-        with_features(policy, features).validate_features()
-    except Exception as error:
-        raise InputError(
-            f"{policy.type} cannot train on this data set: {first_line(error).replace('`', '')} "
-            f"It has {_list(features)}."
-        ) from None
+    if reason := unfit(policy, features):
+        raise InputError(f"{policy.type} cannot train on this data set: {reason}")
     return features
-
-
-def _list(features: dict) -> str:
-    return ", ".join(sorted(key for key in features if key != ACTION)) or "no observations"
 
 
 def _network(recipe: Recipe, features: dict[str, PolicyFeature]) -> torch.nn.Module | None:
@@ -239,6 +243,8 @@ def _network(recipe: Recipe, features: dict[str, PolicyFeature]) -> torch.nn.Mod
 def _adapters(recipe: Recipe, network: torch.nn.Module | None) -> torch.nn.Module | None:
     """The network with the adapters of `--peft.*`, as far as one can be put together."""
     cfg = recipe.lerobot
+    if cfg.policy.use_peft and not cfg.resume:
+        _own_adapters(recipe)
     if cfg.peft is None:
         return network
     if recipe.options.ray.ema:
@@ -252,6 +258,28 @@ def _adapters(recipe: Recipe, network: torch.nn.Module | None) -> torch.nn.Modul
         return network and network.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(cfg.peft))
     except Exception as error:
         raise InputError(f"--peft.*: {first_line(error)}") from None
+
+
+def _own_adapters(recipe: Recipe) -> None:
+    """Of a policy that comes with adapters these are trained on, whatever `--peft.*` says; so that is what they are. (Without
+    `--peft.*` LeRobot would leave the policy's config out of the checkpoints.)"""
+    cfg, folder = recipe.lerobot, _folder_of_start(recipe)
+    file = folder and folder / "adapter_config.json"
+    if not file or not file.is_file():
+        return
+    saved = json.loads(file.read_text())
+    names = {"method_type": "peft_type", "full_training_modules": "modules_to_save"}
+    there = {f.name: saved.get(names.get(f.name, f.name)) for f in dataclasses.fields(PeftConfig)}
+    typed = [flag for flag in recipe.command if flag.startswith("peft.") and cfg.peft is not None]
+    others = [flag for flag in typed if getattr(cfg.peft, flag[5:]) != there[flag[5:]]]
+    if others:
+        told = ", ".join(f"--{flag}={recipe.command[flag]} (there {there[flag[5:]]})" for flag in others)
+        raise InputError(
+            f"{told}: without effect, for {folder} has adapters, which are trained on as they are.\n"
+            f"Leave {'it' if len(others) == 1 else 'them'} out; new adapters begin from the policy that those are for, "
+            f"{saved.get('base_model_name_or_path')}."
+        )
+    cfg.peft = PeftConfig(**{name: value for name, value in there.items() if value is not None})
 
 
 def _optimizer(recipe: Recipe) -> None:
@@ -279,6 +307,8 @@ def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature], fold
     name = Path(url).name
     for file in (folder / name, Path(torch.hub.get_dir()) / "checkpoints" / name):
         if file.is_file():
+            if git_lfs.pointers([file]):
+                raise InputError(git_lfs.fault([file]))
             try:
                 torch.load(file, map_location="cpu", weights_only=True)
             except Exception:
@@ -298,15 +328,14 @@ def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature], fold
 
 def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
     """See that the weights to start from are whole and fit the flags, as far as their headers show."""
-    policy, folder = recipe.lerobot.policy, recipe.lerobot.policy.pretrained_path
+    policy, folder = recipe.lerobot.policy, _folder_of_start(recipe)
     if folder is None:
         return
-    folder = Path(folder) if Path(folder).is_dir() else assets.find(recipe.options.assets.dir, str(folder))
-    if folder is None:
-        return  # the workers download it
     needed = [f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"]
     if not any(folder.glob("*model.safetensors")):
         needed.append("model.safetensors")
+    if notes := git_lfs.pointers(sorted(folder.iterdir())):
+        raise InputError(f"cannot start from {folder}: {git_lfs.fault(notes)}")
     saved: dict[str, torch.Tensor] = {}
     for path in (*(folder / name for name in needed), *folder.glob("*.json"), *folder.glob("*.safetensors")):
         if not path.is_file():
@@ -335,6 +364,14 @@ def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
             raise InputError(f"cannot start from {folder}: {path.name} is damaged ({error}).") from None
     if network is not None and saved:
         _fit(folder, network, saved)
+
+
+def _folder_of_start(recipe: Recipe) -> Path | None:
+    """Where the policy lies that the training begins from; None if there is none, or the workers download it."""
+    start = recipe.lerobot.policy.pretrained_path
+    if start is None or Path(start).is_dir():
+        return start and Path(start)
+    return assets.find(recipe.options.assets.dir, str(start))
 
 
 def _fit(folder: Path, network: torch.nn.Module, saved: dict[str, torch.Tensor]) -> None:

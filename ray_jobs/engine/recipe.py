@@ -79,6 +79,8 @@ class Recipe:
     """The flags that the run was begun with."""
     command: dict[str, str] = field(default_factory=dict)
     """The flags of this command, which may go on with it."""
+    held_out: list[int] = field(default_factory=list)
+    """Episodes that are not trained on, however they were chosen; preflight finds them."""
     trainings: int = 1
     """That will read the same data."""
     gpu_share: float = 1.0

@@ -26,6 +26,7 @@ from lerobot.utils.constants import (
 
 from ray_jobs.engine import checkpoint
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.explain import first_line, parse
 from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.position import SAMPLER, Position
 from ray_jobs.engine.records import read_metrics
@@ -66,11 +67,13 @@ def refuse_overruled(folder: Path, typed: dict[str, str], begun_with: dict[str, 
     Raises:
         InputError: There are some.
     """
-    before = TrainPipelineConfig.from_pretrained(folder)
+    before = parse(lambda: TrainPipelineConfig.from_pretrained(folder), typed)
     overruled = {}
-    for flag in STARTS & typed.keys():
-        came_from = begun_with.get(flag) or str(before.policy.pretrained_path)
-        if Path(typed[flag]).resolve() not in (Path(came_from).resolve(), folder.resolve()):
+    for flag in (
+        STARTS & typed.keys() if begun_with else ()
+    ):  # of a run that is resumed, a checkpoint has forgotten it
+        came_from = begun_with.get(flag)
+        if Path(typed[flag]).resolve() not in (Path(came_from or "").resolve(), folder.resolve()):
             overruled[flag] = came_from
     asked = {f: v for f, v in typed.items() if f not in STARTS and (f.startswith("policy.") or _overruled(f))}
     together = _parsed(folder, asked)
@@ -151,17 +154,23 @@ def check(recipe: "Recipe") -> None:
             f"nothing to resume: {newest} has reached --steps={cfg.steps}. A larger --steps continues it."
         )
     before = TrainPipelineConfig.from_pretrained(newest / PRETRAINED_MODEL_DIR)
-    if text := _learning_rate(cfg, before, newest / TRAINING_STATE_DIR):
-        recipe.notices.append(text)
+    try:
+        text = _learning_rate(cfg, before, newest / TRAINING_STATE_DIR)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        schedule = newest / TRAINING_STATE_DIR / SCHEDULER_STATE
+        raise InputError(f"cannot resume: {schedule} is missing or damaged ({first_line(error)}).") from None
+    recipe.notices += [text] if text else []
 
 
 def _learning_rate(cfg: TrainPipelineConfig, before: TrainPipelineConfig, state: Path) -> str | None:
     """What becomes of the learning rate where its schedule is another from here on, or over. Most of LeRobot's schedules are
     made for a number of steps: a run that was to end, and is made longer, is in the middle of another one."""
-    if cfg.scheduler is None or (cfg.scheduler == before.scheduler and cfg.steps == before.steps):
+    if cfg.scheduler is None:
         return None
     saved = read_json(state / SCHEDULER_STATE)
     peak, step = saved["base_lrs"][0], saved["last_epoch"]
+    if cfg.scheduler == before.scheduler and cfg.steps == before.steps:
+        return None
     left_off = read_json(state / OPTIMIZER_PARAM_GROUPS, list)[0]["lr"]
     alone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     schedule = cfg.scheduler.build(alone, cfg.steps).lr_lambdas[0]

@@ -28,6 +28,7 @@ from lerobot.scripts.lerobot_eval import eval_policy
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.random_utils import seeded_context
 
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.records import SUCCESS
@@ -192,6 +193,7 @@ class ClosedLoop:
         self.options = SimulatorOptions(cfg.env, cfg.eval)
         self.simulator = Simulator(self.options)
 
+    @busy("validating")
     def __call__(self, policy: PreTrainedPolicy, before, after, accelerator: Accelerator) -> dict:
         """Run all episodes with the unwrapped `policy`; call on every rank.
 
@@ -210,6 +212,7 @@ class ClosedLoop:
         count, wins, reward = sums.tolist()
         return {SUCCESS: wins / count, "env/sum_reward": reward / count}
 
+    @busy("closing the simulator")
     def close(self) -> None:
         self.simulator.close()
 

@@ -23,6 +23,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.patience import patiently
 from ray_jobs.engine.records import METRICS_FILE, SUMMARY_FILE, json_text, read_metrics, write_json
 
@@ -105,6 +106,7 @@ class Tracker:
         self.board = Board(self.output_dir, start_step + 1, self.patient)
         self.wandb = _init_wandb(cfg, used) if cfg.wandb.enable and cfg.wandb.project else None
 
+    @busy("writing")
     def reached(self, step: int) -> None:
         """Note that a step is done: in place, a microsecond's work."""
         with contextlib.suppress(OSError):  # the next one will
@@ -116,6 +118,7 @@ class Tracker:
         """Seconds that the run has taken in all its sessions."""
         return self.earlier_s + time.time() - self.started
 
+    @busy("writing")
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         record = {"step": step, **metrics}
         self.history.append(record)
@@ -126,6 +129,7 @@ class Tracker:
         if self.wandb:
             self.wandb.log(numbers, step=step)
 
+    @busy("writing")
     def log_cameras(self, images: dict[str, torch.Tensor], step: int) -> None:
         """Show W&B what the cameras of the first batch see, as a sanity check: float (B, C, H, W) in [0, 1]."""
         if self.wandb:
@@ -136,6 +140,7 @@ class Tracker:
                 step=step,
             )
 
+    @busy("writing")
     def finish(self, summary: dict[str, Any], checkpoint_dir: Path | None) -> None:
         """Write summary.json, hand the final checkpoint to W&B and close its run."""
         write_json(self.output_dir / SUMMARY_FILE, summary)

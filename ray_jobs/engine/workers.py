@@ -6,12 +6,14 @@ import os
 import pickle
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from ray_jobs.engine import surroundings
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.errors import PREEMPTED, InputError, RunError
 from ray_jobs.engine.imports import without
@@ -19,6 +21,7 @@ from ray_jobs.engine.imports import without
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
+ERROR_LOG = "error.log"
 LOCK_FILE = ".lock"
 MARK_FILE = ".driver"  # what tells workers that they see the driver's folder
 LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
@@ -28,21 +31,24 @@ TELL_EVERY_S = 0.5  # how often the driver hears of steps
 
 def work(config: dict) -> None:
     """One training worker: unpack the recipe, run the loop, report to the driver and to Ray Train."""
+    import ray
+
+    line = config["line"]
+    if ray.get(line.why_failed.remote()):
+        return  # Ray has started this worker in place of one that knew better
+    surroundings.take_over(config["paths"])
     quiet()
-    config["line"].tell.remote({"kind": "doing", "text": "a worker imports LeRobot"})
+    line.tell.remote({"kind": "doing", "text": "a worker imports LeRobot"})
     with no_garbage_collection(), without(config["unneeded"]):
-        import ray
         import ray.train
         import torch
         from ray.train.torch import get_device
 
         import ray_jobs.engine.loop  # noqa: F401
         from ray_jobs.engine import watchdog
-        from ray_jobs.engine.faults import Preempted
+        from ray_jobs.engine.faults import Preempted, comes_again
 
-    recipe, line = pickle.loads(config["recipe"]), config["line"]
-    if ray.get(line.why_failed.remote()):
-        return  # Ray has started this worker in place of one that knew better
+    recipe = pickle.loads(config["recipe"])
     context = ray.train.get_context()
     try:
         check_node(recipe.lerobot.dataset.root, None if recipe.remote else recipe.output_dir, recipe.mark)
@@ -56,7 +62,11 @@ def work(config: dict) -> None:
     tell = teller(line) if main else lambda event: None
     hear = watchdog.beat(line, context.get_world_rank())
 
+    reached = None
+
     def report(event: dict) -> None:
+        nonlocal reached
+        reached = event.get("step", reached)
         hear(event)
         tell(event)
         if event["kind"] == "eval":
@@ -80,8 +90,25 @@ def work(config: dict) -> None:
     except (InputError, RunError) as error:
         ray.get(line.fail.remote(error))
         raise
+    except Exception as error:
+        if again := comes_again(error, reached, context.get_world_rank(), line):
+            log = keep_error(recipe.output_dir, recipe.remote, error)
+            ray.get(line.fail.remote(RunError(f"{again}\nThe full error is in {log}.")))
+        raise
     if summary["status"] == PREEMPTED:
         raise Preempted()
+
+
+def keep_error(folder: Path, remote: str | None, error: BaseException) -> Path:
+    """Write the whole story of an error into a run's folder; returns where."""
+    log = folder / ERROR_LOG
+    folder.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(traceback.format_exception(error)))
+    if remote:
+        from ray_jobs.engine import mirror
+
+        mirror.send(remote, ERROR_LOG, log)
+    return log
 
 
 def mark_of(folder: Path) -> str:

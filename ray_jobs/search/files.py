@@ -7,6 +7,7 @@ from pathlib import Path
 from ray_jobs.engine.records import METRIC, Damaged, parse_json
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
+LEFT_OUT = "left_out"  # part of that file
 SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
 STUDY_FILE, TRIALS_FILE, TRIALS_DIR = "study.db", "trials.csv", "trials"
 BEST_DIR, COMMAND_FILE = "best", "command.sh"
@@ -21,6 +22,8 @@ class Asked:
 
     flags: dict[str, str]
     policies: list[str]
+    left_out: list[str]
+    """What the spaces would search for nothing. A search that began before there was this has left out nothing."""
 
     @property
     def metrics(self) -> list[str]:
@@ -39,13 +42,14 @@ def read_search(place: Path | str, text: bytes | None = None) -> Asked:
     """
     try:
         text = (Path(place) / SEARCH_FILE).read_bytes() if text is None else text
-        content = parse_json(text, flags=dict, policies=list)
-        for value in (*content["flags"].values(), *content["policies"]):
+        content = parse_json(text, flags=dict, policies=list, left_out=list | None)
+        left_out = content.get(LEFT_OUT) or []
+        for value in (*content["flags"].values(), *content["policies"], *left_out):
             if not isinstance(value, str):
                 raise ValueError(f"{value!r} is no text")
     except ValueError as error:
         raise Damaged(f"{place}/{SEARCH_FILE}", error) from None
-    return Asked(content["flags"], content["policies"])
+    return Asked(content["flags"], content["policies"], left_out)
 
 
 def trial_name(number: int, repeat: str | None = None) -> str:

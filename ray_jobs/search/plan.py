@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.records import SUCCESS, write_json
 from ray_jobs.engine.trust import check_links
 from ray_jobs.search.command import check_steps
-from ray_jobs.search.files import SEARCH_FILE, SPACES_DIR, read_search
+from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_search
+from ray_jobs.search.idle import without_effect
 from ray_jobs.search.options import SearchFlags, parse_search_flags
 from ray_jobs.search.space import Config, SearchSpace, Space, flags
 from ray_jobs.search.space_file import PUSH
@@ -82,6 +83,8 @@ class Plan:
     notices: list[str]
     remote: str | None = None
     """The bucket's address that `output_dir` is copied to, if there is one."""
+    left_out: list[str] = field(default_factory=list)
+    """What the spaces would search for nothing."""
 
     @property
     def place(self) -> str:
@@ -134,7 +137,8 @@ class Plan:
                 shutil.copyfile(space.file, target)
         terms = self.terms
         kept = {**{flag: terms[flag] for flag in DECIDED}, **self.typed}
-        write_json(self.output_dir / SEARCH_FILE, {"flags": kept, "policies": policies})
+        content = {"flags": kept, "policies": policies, LEFT_OUT: self.left_out}
+        write_json(self.output_dir / SEARCH_FILE, content)
 
 
 def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
@@ -201,6 +205,7 @@ def make_plan(
     output_dir = mirror.folder_of(remote) if remote else Path(typed["output_dir"]).absolute()
     scratch = f"--output_dir={output_dir / 'never'}"
     shortest, recipe = math.inf, None
+    spaces, before = [], read_search(output_dir).left_out if resume else None
     wrong: dict[str, InputError] = {}
     for s in space.spaces:
         arguments = partial(_arguments, base, scratch)
@@ -212,6 +217,8 @@ def make_plan(
             _blame_the_user(error, arguments({**s.kind(fixed), **fixed}), output_dir)
             raise _in_file(s, "baseline", {}, error) from None
         meta = open_dataset(first.lerobot.dataset)
+        s = _that_matters(s, typed, bool(meta.camera_keys), before, notices)
+        spaces.append(s)
         recipe = recipe or first
         notices += [notice for notice in first.notices if notice not in notices]
         shortest = min(shortest, chunk_length(first.lerobot.policy))
@@ -234,9 +241,36 @@ def make_plan(
     base.append(f"--data.eval_horizon={horizon}")
     if remote:
         mirror.check_writable(remote)
-    return Plan(
-        output_dir, options, space, typed, base, recipe, meta.total_frames, horizon, resume, notices, remote
+    left_out = sorted(
+        {p.flag for s in space.spaces for p in s.parameters} - {p.flag for s in spaces for p in s.parameters}
     )
+    space = SearchSpace(tuple(spaces), fixed)
+    frames = meta.total_frames
+    return Plan(
+        output_dir, options, space, typed, base, recipe, frames, horizon, resume, notices, remote, left_out
+    )
+
+
+def _that_matters(
+    space: Space, typed: dict[str, str], cameras: bool, before: list[str] | None, notices: list[str]
+) -> Space:
+    """The space without what has no effect.
+
+    Args:
+        before: What was left out when the search that goes on began.
+    """
+    reasons: dict[str, list[str]] = {}
+    for flag, why in without_effect(space, typed, cameras).items():
+        if before is None or flag in before:
+            reasons.setdefault(why, []).append(flag)
+    notices += [
+        f"{why}, so this has no effect and is not searched: {', '.join(flags)}"
+        for why, flags in reasons.items()
+    ]
+    left = space.without({flag for flags in reasons.values() for flag in flags})
+    if not any(p.drawn is not None for p in left.parameters):
+        raise space.error("search", f"nothing of it has an effect: {'; '.join(reasons)}.")
+    return left
 
 
 def steps_between(steps: int) -> int:

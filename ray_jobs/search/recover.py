@@ -82,8 +82,10 @@ def _take_over(plan: Plan, study: Study, folder: Path) -> None:
     study.enqueue_trial(params)
     trial = study.ask()
     its_space, config = space.suggest(trial)
-    summary, best = read_summary(folder), best_values(folder, metrics)
+    summary, validated = read_summary(folder), validations(folder, metrics)
     status = summary.get("status")
+    pruned = status == "pruned" and validated  # by the last one, not by the best
+    best = validated[-1] if pruned else best_values(folder, metrics)
     noted = {POLICY: its_space.policy, CONFIG: config, BEST_STEP: best.get("step"), STEPS: summary.get("step"),
              LOST: summary.get("lost_steps"), WALL_S: summary.get("wall_s"), REASON: summary.get("error")}  # fmt: skip
     if config == its_space.published(space.fixed):
@@ -92,7 +94,7 @@ def _take_over(plan: Plan, study: Study, folder: Path) -> None:
         if value is not None:
             trial.set_user_attr(name, value)
     if len(metrics) == 1:
-        for record in validations(folder, metrics):
+        for record in validated:
             trial.report(record[metrics[0]], record["step"])
     _tell(study, trial, status, [best.get(name) for name in metrics])
 

@@ -1,0 +1,128 @@
+"""Data sets of the world: what LeRobot trains, we train with the same losses; what it does not, we refuse in a line.
+
+The table is in `properties.py`, what LeRobot makes of each set in `stock.json`, from `python tests/world/stock.py`.
+"""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import train_in_process
+from drawn import data_sets
+from hypothesis import given, settings
+from make import RECORDINGS, write
+from properties import TABLE, DataSet
+from stock import RECORD, STEPS, flags_for, train_as_stock
+
+from ray_jobs import cache, doctor, evaluate, train
+from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.records import read_metrics
+
+torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
+STOCK = json.loads(RECORD.read_text())
+
+
+def made(properties: DataSet, folder: Path) -> Path:
+    if properties.recording and not (RECORDINGS / properties.recording).is_dir():
+        pytest.skip(f"the recording is not there ({RECORDINGS / properties.recording})")
+    return write(properties, folder)
+
+
+def outcome(properties: DataSet, folder: Path) -> list[float] | str:
+    """What our training makes of a data set: its losses, or what it says."""
+    root = made(properties, folder)
+    try:
+        _, events = train_in_process(flags_for(properties, root, folder / "run"))
+    except (InputError, RunError) as error:
+        return str(error)
+    return [event["train/loss"] for event in events if event["kind"] == "log"]
+
+
+QUICK = [pytest.param(name, marks=[pytest.mark.slow] * TABLE[name].slow) for name in TABLE]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_trains_as_lerobot_or_says_why_not(tmp_path, name):
+    properties = TABLE[name]
+    ours, theirs = outcome(properties, tmp_path), STOCK[properties.like or name]
+    if properties.refused:
+        assert isinstance(ours, str), "it was to be refused"
+        assert re.search(properties.refused, ours, re.DOTALL) and len(ours.splitlines()) <= 3, ours
+    else:
+        assert len(theirs) == STEPS and ours == pytest.approx(theirs, rel=1e-4), ours
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(properties=data_sets())
+def test_agrees_with_lerobot_on_what_is_drawn(properties):
+    """What fails here is shrunk, and becomes a line of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours = outcome(properties, Path(folder) / "ours")
+        root = write(properties, Path(folder) / "theirs")
+        flags = flags_for(properties, root, Path(folder) / "run")
+        theirs = train_as_stock([flag for flag in flags if not flag.startswith("--data.")])
+    if isinstance(theirs, str) or None in theirs:
+        assert isinstance(ours, str), theirs
+    else:
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+# ---------------------------------------------------------------------- every job, as its users call it
+
+
+def said_by(job, argv: list[str], capsys) -> tuple[int, str]:
+    """Exit status and what was printed, of a job that runs in this process: anything but our own errors would have
+    been a traceback."""
+    capsys.readouterr()
+    try:
+        status, told = job.main(argv), ""
+    except (InputError, RunError) as error:
+        status, told = 2 if isinstance(error, InputError) else 1, str(error)
+    return status, capsys.readouterr().out + told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE)
+def test_every_job(tmp_path, capsys, name):
+    """`doctor`, `cache build`, `train`, `--resume=true` and `evaluate`: three steps and then two more have the losses of
+    five."""
+    properties = TABLE[name]
+    root, run = made(properties, tmp_path), tmp_path / "run"
+    of_set = ["--dataset.repo_id=local/parts", f"--dataset.root={root}", "--dataset.video_backend=pyav"]
+    flags = flags_for(properties, root, run)
+    training = [*flags, "--save_checkpoint=true", "--save_freq=3", "--ray.num_workers=0"]
+    policy = [
+        flag for flag in flags if flag.startswith(("--policy.", *(f.split("=")[0] for f in properties.flags)))
+    ]
+
+    status, told = said_by(doctor, [*of_set, *policy, "--measure=false", "--json"], capsys)
+    faults = json.loads(told)["faults"]
+    assert (status == 1) == bool(faults)
+    if not properties.refused:
+        assert bool(faults) == bool(properties.fault) and re.search(properties.fault, "\n".join(faults)), (
+            faults
+        )
+    else:
+        assert faults
+    status, told = said_by(cache, ["build", *of_set], capsys)
+    if not properties.cameras and not properties.recording:
+        assert status
+    elif not properties.refused:
+        assert status == 0 or "nothing to cache" in told, told
+
+    status, told = said_by(train, [*training, "--steps=3"], capsys)
+    if properties.refused:
+        assert status and re.search(properties.refused, told, re.DOTALL), told
+        return
+    assert status == 0, told
+    status, told = said_by(train, [*training, "--resume=true"], capsys)
+    assert status == 0, told
+    losses = [record["train/loss"] for record in read_metrics(run)]
+    assert losses == pytest.approx(STOCK[properties.like or name], rel=1e-4)
+    scored = [f"--checkpoint={run}", f"--output_dir={tmp_path / 'scores'}", "--data.eval_episodes=[0]"]
+    status, told = said_by(evaluate, scored, capsys)
+    assert (status == 0) != bool(properties.unscored) and re.search(properties.unscored, told), told
