@@ -21,6 +21,7 @@ from ray_jobs.engine.flag_table import Flag, flags_of
 from ray_jobs.engine.flags import PLUGINS, check_flags
 from ray_jobs.engine.options import Options, build, read_flags
 from ray_jobs.engine.translations import TRANSLATIONS
+from ray_jobs.search import new_space
 from ray_jobs.search.command import check_search
 from ray_jobs.search.options import SearchFlags
 
@@ -78,7 +79,7 @@ TEXTS += [text for file in DOCUMENTS for text in texts_of(file)]
 
 def own_flags() -> dict[str, Flag]:
     """The few that single jobs have beside those of a training."""
-    few = {"help", "dry-run", "json", "measure", "new-space", *export.FLAGS, "checkpoint"}
+    few = {"help", "dry-run", "json", "measure", "cost_per_hour", "new-space", *export.FLAGS, "checkpoint"}
     return {
         **{name: Flag(name, "str") for name in few},
         **flags_of(demo.DemoOptions, ""),
@@ -96,7 +97,13 @@ def mistake(name: str, value: str | None, known: dict[str, Flag]) -> str | None:
         group = rf"{pattern}(\..+)?"  # `--peft.*`, `--dataset`
         return None if any(re.fullmatch(group, flag) for flag in known) else "there is no such flag"
     value = (value or "").strip("'").rstrip(".")
-    if not value or BUILT in value or value.startswith("\\") or value.strip("[],/").isupper():
+    if (
+        not value
+        or BUILT in value
+        or "..." in value
+        or value.startswith("\\")
+        or value.strip("[],/").isupper()
+    ):
         return None
     try:
         known[name].read(value)
@@ -126,9 +133,11 @@ def test_flags():
 # Each job's own look at its command line, before anything is imported.
 LOOKS = {
     "train": lambda words: check_command(read_flags(words)[0]),
-    "tune": lambda words: check_search(read_flags([word for word in words if word != "--dry-run"])[0]),
+    "tune": lambda words: (
+        new_space.asked(words) or check_search(read_flags([word for word in words if word != "--dry-run"])[0])
+    ),
     "doctor": lambda words: check_command(
-        {k: v for k, v in read_flags(words)[0].items() if k not in ("json", "measure")}
+        {k: v for k, v in read_flags(words)[0].items() if k not in ("json", "measure", "cost_per_hour")}
     ),
     "evaluate": lambda words: _evaluate(read_flags(words)[0]),
     "cache": lambda words: check_flags(
@@ -179,7 +188,7 @@ def test_commands_of_the_jobs():
         if "--help" in words:
             continue
         try:
-            LOOKS[job]([word for word in words if word.startswith("--") or job == "cache"])
+            LOOKS[job]([word for word in words if word.startswith("--") or job in ("cache", "tune")])
         except InputError as error:
             wrong += [f"{where}: {line}" for line in str(error).splitlines() if not MEANT.search(line)]
     assert not wrong, "\n".join(wrong)
