@@ -21,8 +21,10 @@ from test_tune import ACT, search, study_of
 
 from ray_jobs import evaluate, report
 from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.options import read_flags
 from ray_jobs.engine.recipe import resolve
 from ray_jobs.engine.records import read_json, read_metrics
+from ray_jobs.search.command import check_search
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "link", "img"}
@@ -122,7 +124,11 @@ def test_sections(searched):
     assert (
         page.text.count('class="line baseline"') == 4
     )  # of the curves and of the coordinates, wide and narrow
-    assert "python -m ray_jobs.tune" in page.text and "best/command.sh" in page.text
+    assert "best/command.sh" in page.text
+    again = unescape(re.search("python -m ray_jobs.tune .*?(?=</)", page.text, re.DOTALL)[0])
+    flags, _ = read_flags(shlex.split(again.replace("\\\n", ""))[3:])
+    check_search(flags)
+    assert flags["output_dir"].endswith("-again") and flags["steps"] == "3"
 
 
 def test_the_best_policy(searched, tmp_path):

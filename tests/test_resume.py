@@ -2,6 +2,7 @@
 sample is read twice; what becomes of the learning rate is said."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -107,11 +108,11 @@ def test_what_has_an_effect_is_used(begun, tmp_path):
 
 def test_the_advice_of_a_refusal(begun, tmp_path):
     """Another run from the checkpoint's weights, with the flag that was refused, is what the refusal names."""
-    same = begun("act", tmp_path / "run")
+    same = begun("act", tmp_path / "first run")
     wanted = "--policy.optimizer_lr=1e-3"
     with pytest.raises(InputError) as refused:
         resolve([*same, "--steps=6", "--resume=true", wanted])
-    (path,) = (w for w in str(refused.value).split() if w.startswith("--policy.path="))
+    (path,) = (w for w in shlex.split(str(refused.value)) if w.startswith("--policy.path="))
     flags = [f for f in same if not f.startswith(("--output_dir", "--policy.type"))]
     train_in_process([*flags, "--steps=1", path, wanted, f"--output_dir={tmp_path / 'another'}"])
     groups = read_json(
