@@ -3,16 +3,22 @@
     python -m ray_jobs.doctor --dataset.repo_id=me/set --dataset.root=datasets/set [--policy.type=act ...] [--json]
 
 All flags of `ray_jobs.train` may be given; by default an ACT with LeRobot's settings and untrained weights is measured
-for four steps. `--measure=false` reads only. Exit status 1 if something would stop or spoil a training.
+for a few seconds. `--steps=20000` tells the hours of a training that long, `--cost_per_hour=2.5` the money; `--measure=false`
+reads only. Exit status 1 if something would stop or spoil a training.
 """
 
 import json
+import math
 import tempfile
 from pathlib import Path
 
 from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.dataset_files import metadata_faults
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.options import read_flags
 
+DEFAULT_POLICY = "act"  # that is measured if none is named
+OF_THE_DATA = ("dataset.", "data.", "tolerance_s")
 # Nothing is validated: the one episode that is measured cannot be parted.
 NOT_MEASURED = {"dataset.eval_split", "data.eval_episodes", "eval_steps", "max_eval_samples"}
 
@@ -24,38 +30,75 @@ def main(argv: list[str]) -> int:
         return 0
     flags, _ = read_flags([word for word in argv if word != "--json"])
     measuring = flags.pop("measure", "true").lower() != "false"
+    cost_per_hour = _price(flags.pop("cost_per_hour", None))
+    as_json = "--json" in argv
+    root = flags.get("dataset.root", "")
+    if "dataset.repo_id" in flags and root and "://" not in root:  # before LeRobot is imported
+        faults = metadata_faults(Path(root), flags["dataset.repo_id"])
+        if faults:
+            faults = [f"--dataset.root={root}: {fault}" for fault in faults]
+            nothing = {"facts": {}, "faults": faults, "warnings": [], "advice": []}
+            print(json.dumps(nothing, indent=2) if as_json else "\n".join(f"FAULT       {f}" for f in faults))
+            return 1
     with no_garbage_collection():
         from ray_jobs.engine import costs, dataset_options, preflight
         from ray_jobs.engine.diagnosis import diagnose
         from ray_jobs.engine.recipe import resolve
 
+    def say(*lines: str) -> None:
+        if not as_json:
+            print("\n".join(lines), flush=True)  # at once, into a file as well
+
+    named = {"policy.type", "policy.path", "config_path"} & set(flags)
     asked = dataset_options.read(
-        [f"--{k}={v}" for k, v in flags.items() if k.startswith(("dataset.", "data.")) and "eval" not in k]
+        [f"--{k}={v}" for k, v in flags.items() if k.startswith(OF_THE_DATA) and "eval" not in k]
     )
     recipe = resolve(_recipe(flags))
-    found = diagnose(asked, recipe.lerobot.policy)
+    steps = recipe.lerobot.steps
+    say("looking over the data set")
+    found = diagnose(asked, recipe, named=bool(named))
+    say(*_diagnosis(found))
     if measuring and not found.faults:
-        preflight.check(recipe)
-        found.facts["costs"] = costs.measure(asked, recipe)
+        try:
+            preflight.check(recipe)
+            found.facts["costs"] = costs.measure(asked, recipe, steps, cost_per_hour, say)
+            say(*_costs(found.facts["costs"]))
+        except (InputError, RunError) as error:
+            if named or isinstance(error, RunError):  # a damage may show only when frames are decoded
+                found.faults.append(str(error))
+                say(f"FAULT       {error}")
+            else:
+                say(f"not measured: {error}\n--policy.type names another policy than {DEFAULT_POLICY}.")
     found.advice += _advice(found.facts, asked.data.resize, recipe.lerobot.policy)
-    if "--json" in argv:
+    if as_json:
         print(json.dumps(vars(found), indent=2))
     else:
-        print("\n".join(_screen(found)))
+        say(*_verdict(found))
     return 1 if found.faults else 0
+
+
+def _price(text: str | None) -> float | None:
+    try:
+        price = None if text is None else float(text)
+    except ValueError:
+        price = math.nan
+    if price is not None and not 0 <= price < math.inf:
+        raise InputError(f"--cost_per_hour={text}: must be a number, what an hour of this machine costs.")
+    return price
 
 
 def _recipe(flags: dict[str, str]) -> list[str]:
     """Flags of a training of a few steps, of which nothing stays."""
     defaults = (
-        {"policy.pretrained_backbone_weights": "null"} if flags.get("policy.type", "act") == "act" else {}
+        {"policy.pretrained_backbone_weights": "null"}
+        if flags.get("policy.type", DEFAULT_POLICY) == "act"
+        else {}
     )
-    defaults |= {"policy.type": "act", "num_workers": "1"}
+    defaults |= {"policy.type": DEFAULT_POLICY, "num_workers": "1"}
     given = defaults | {name: value for name, value in flags.items() if name not in NOT_MEASURED}
     given |= {
         "policy.push_to_hub": "false",
         "output_dir": str(Path(tempfile.gettempdir()) / "ray_jobs_doctor_nothing"),
-        "steps": "4",
         "log_freq": "1",
         "save_checkpoint": "false",
         "env_eval_freq": "0",
@@ -112,7 +155,8 @@ def _own_size(policy, height: int, width: int) -> list[int] | None:
     return scale and [int(height * scale), int(width * scale)]
 
 
-def _screen(found) -> list[str]:
+def _diagnosis(found) -> list[str]:
+    """What the data set is, and what is wrong with it."""
     facts = found.facts
     lines = []
     if "episodes" in facts:
@@ -127,19 +171,20 @@ def _screen(found) -> list[str]:
         ]
         for key, camera in facts["cameras"].items():
             shape = "x".join(map(str, camera["shape"]))
-            how = f"{', '.join(camera['codecs'])}, {camera['files']} file(s), key frames {camera['key_frame_distance']} apart"
-            lines.append(
-                f"camera      {key}: {shape}, {how if 'codecs' in camera else 'images in the tables'}"
-            )
+            how = "images in the tables" if camera["stored_as"] == "image" else "no video can be read"
+            if "codecs" in camera:
+                how = f"{', '.join(camera['codecs'])}, {camera['files']} file(s), key frames {camera['key_frame_distance']} apart"
+            lines.append(f"camera      {key}: {shape}, {how}")
         for key, number in facts["numbers"].items():
             lines.append(
                 f"numbers     {key}: {number['dimensions']} dimensions, {min(number['min']):.3g} to {max(number['max']):.3g}"
             )
-    if costs := facts.get("costs"):
-        lines += _costs(costs)
     lines += [f"FAULT       {text}" for text in found.faults]
-    lines += [f"warning     {text}" for text in found.warnings]
-    lines += [f"change      {text}" for text in found.advice]
+    return lines + [f"warning     {text}" for text in found.warnings]
+
+
+def _verdict(found) -> list[str]:
+    lines = [f"change      {text}" for text in found.advice]
     if not found.faults:
         lines.append("nothing would stop a training." if found.warnings else "healthy.")
     return lines
@@ -161,6 +206,10 @@ def _costs(costs: dict) -> list[str]:
         limit = "step"
     name = f"{costs['policy']}, batch {costs['batch_size']}"
     lines.append(f"step        {step:.3g} samples/s ({name}); the {limit} is the limit")
+    money = f", which costs {costs['cost']:.3g}" if "cost" in costs else ""
+    lines.append(
+        f"training    {costs['steps']} steps of {costs['step_s']:.3g} s: {duration(costs['train_s'])} with one worker{money}"
+    )
     return lines
 
 

@@ -108,24 +108,19 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
 def _interrupts(display: Display) -> Iterator[Callable[[], str]]:
     """Within, Ctrl-C asks a training to stop, with a checkpoint; the second one, or one before it has begun, ends it at
     once. Yields the training's `should_stop`."""
-    reason, told = "", False
+    reason = ""
 
     def ask(signum: int, frame: FrameType | None) -> None:
         nonlocal reason
         if reason or display.waits_since:  # nobody is there to save anything
             return interrupt(signum, frame)
         reason = INTERRUPTED
-
-    def asked() -> str:
-        nonlocal told
-        if reason and not told:
-            told = True
-            display.say("stopping: a checkpoint is saved first; Ctrl-C again stops at once.")
-        return reason
+        # Told here and now: a step may take minutes.
+        display.say("stopping: a checkpoint is saved first; Ctrl-C again stops at once.")
 
     restore = on_interruption(ask)
     try:
-        yield asked
+        yield lambda: reason
     finally:
         restore()
 

@@ -1,7 +1,6 @@
 """Bad input: every mistake is answered in one or two lines that say what was wrong and what would be right."""
 
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -222,16 +221,6 @@ def test_data_set(parts, tmp_path, file, spoil, right):
     root = shutil.copytree(parts, tmp_path / "parts")
     spoil(root / file)
     assert right in refusal(*tiny_act(root, tmp_path / "run"))
-
-
-def test_old_data_set_comes_with_the_command_that_converts_it(parts, tmp_path):
-    root = shutil.copytree(parts, tmp_path / "my parts")
-    edit(lambda info: info.update(codebase_version="v2.1"))(root / "meta/info.json")
-    command = shlex.split(refusal(*tiny_act(root, tmp_path / "run")).splitlines()[1])
-    assert command[:2] == ["python", "-m"] and f"--root={root}" in command
-    script = Path(importlib.util.find_spec(command[2]).origin).read_text()
-    for argument in command[3:]:
-        assert f'"{argument.split("=")[0]}"' in script
 
 
 @pytest.mark.parametrize("file", [VIDEO, PARQUET])

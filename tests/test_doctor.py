@@ -1,11 +1,13 @@
 """`ray_jobs.doctor` names what is wrong with a data set, and only that."""
 
+import itertools
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -97,8 +99,14 @@ def last_video(root: Path) -> Path:
 
 
 def cut(root: Path) -> None:
-    content = last_video(root).read_bytes()
-    last_video(root).write_bytes(content[: len(content) * 2 // 3])
+    """As if the recording had ended early: the file is whole, frames are missing."""
+    path = last_video(root)
+    whole = path.rename(path.with_suffix(".whole"))
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in itertools.islice(source.demux(video=0), 10):
+            packet.stream = stream
+            target.mux(packet)
 
 
 def drop_statistics(root: Path) -> None:
@@ -127,9 +135,13 @@ SPOILED = {
         lambda root: last_video(root).unlink(),
         r"videos/.*mp4 \(episode \d is in it\) is missing",
     ),
-    "a truncated mp4": (
+    "an mp4 cut short": (
         cut,
-        r"images.top: \d+ frames of episode.* 3 are not in the video \(videos/.*cut short",
+        r"images.top: \d+ frames of episode.* 3 are not in the video within --tolerance_s=0.0001: it is cut short",
+    ),
+    "an mp4 without its end": (
+        lambda root: last_video(root).write_bytes(last_video(root).read_bytes()[:-2000]),
+        r"videos/.*mp4 \(episode \d is in it\) is damaged: Invalid data",
     ),
     "an mp4 that is only its beginning": (
         lambda root: last_video(root).write_bytes(last_video(root).read_bytes()[:100]),
@@ -137,7 +149,7 @@ SPOILED = {
     ),
     "shifted timestamps": (
         edit("data/*/*.parquet", shift_times),
-        r"40 timestamps are off the grid of 10 fps, in episode\(s\) 2; the worst by 0.04 s",
+        r"40 frames of episode\(s\) 2 are up to 0.04 s away from their timestamps, --tolerance_s=0.0001",
     ),
     "missing statistics": (drop_statistics, r"stats.json has no \(whole\) statistics of action"),
     "no statistics at all": (lambda root: (root / "meta/stats.json").unlink(), r"meta/stats.json is missing"),
@@ -150,9 +162,9 @@ SPOILED = {
         r"action: meta/stats.json is not of these data: it has 4 dimensions, they have 3",
     ),
     "too few rows": (edit("data/*/*.parquet", drop_rows), r"episode 2 has 37 rows .*, meta/episodes says 40"),
-    "v2.1": (
+    "v2.1 by name alone": (
         replace("meta/info.json", "v3.0", "v2.1"),
-        r"a LeRobot v2.1 data set.*\n?.*convert_dataset_v21_to_v30",
+        r"a LeRobot v2.1 data set that LeRobot cannot convert: meta/tasks.jsonl is missing",
     ),
 }
 

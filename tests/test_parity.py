@@ -207,6 +207,22 @@ def test_every_step_equals_lerobots(request, cases, case):
     assert_same_training(ours(case), lerobots[case], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_recording_with_jitter_equals_lerobots(sets, folder):
+    """Three of its frames are further from their timestamps than is allowed: LeRobot trains as long as it meets none of them,
+    and the frame cache, which would meet all, must not keep this from training."""
+    if "cr5_jitter" not in sets:
+        pytest.skip(f"the recording is not there ({DATASETS / 'cr5_jitter'})")
+    more = ["--tolerance_s=0.06", "--dataset.episodes=[1]", "--batch_size=1", "--steps=20", *UNSAVED]
+    theirs, ours = (
+        tiny_act(sets["cr5_jitter"], folder / f"{who} jitter", *more) for who in ("lerobots", "our")
+    )
+    (lerobots,) = run_script(LEROBOT_TRAIN, folder, [theirs])
+    assert len(lerobots) == 20
+    train_in_process([*ours, f"--data.cache={folder / 'cache'}"])
+    assert_same_training(read_metrics(folder / "our jitter"), lerobots, rel=1e-4)
+
+
 def test_checkpoint_is_laid_out_like_lerobots(lerobots, ours, folder):
     """The same files, the same JSON but for the folder's name, tensors of the same names and shapes; the same
     random state and statistics. (What the weights are worth, the next steps show.)"""

@@ -18,6 +18,7 @@ from huggingface_hub import constants, snapshot_download
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 
+from ray_jobs.engine import git_lfs
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import hub_answer, hub_or_cache, offline
 
@@ -128,6 +129,8 @@ def _fetch(folder: Path, repos: dict[str, list[str]], *, weights: bool, flag: st
                 f"{place} has no config.json, so it cannot be told what it holds. Fetch all of it:\n"
                 f"{_command(folder, name)}"
             )
+        if place is not None and (notes := git_lfs.pointers(sorted(place.iterdir()))):
+            raise InputError(f"{flag}{name}: {git_lfs.fault(notes)}")
     for name in (name for name, place in places.items() if place is None):
         files = repos[name] if weights else [file for file in repos[name] if file not in NUMBERS]
         try:

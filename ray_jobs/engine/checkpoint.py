@@ -29,6 +29,7 @@ from lerobot.utils.constants import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
+from ray_jobs.engine import git_lfs
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import first_line, offline
 from ray_jobs.engine.trust import check_processor, read_json
@@ -56,6 +57,8 @@ def pretrained_dir(path: Path, name: str | None = None) -> Path:
     for place in ("checkpoints/best", "checkpoints/last", "best/checkpoint", "."):
         for folder in (path / place / PRETRAINED_MODEL_DIR, path / place):
             if (folder / CONFIG_NAME).is_file():
+                if notes := git_lfs.pointers(sorted(folder.iterdir())):
+                    raise InputError(f"--checkpoint={name or path}: {git_lfs.fault(notes)}")
                 return folder.resolve()
     raise InputError(f"--checkpoint={name or path}: there is no checkpoint, a {CONFIG_NAME} is missing.")
 
@@ -74,6 +77,8 @@ def fault(checkpoint_dir: Path, policy_type: str | None = None) -> str | None:
     Reads headers only: a safetensors file states its own length, so a torn one is noticed at once.
     """
     pretrained, state = checkpoint_dir / PRETRAINED_MODEL_DIR, checkpoint_dir / TRAINING_STATE_DIR
+    if notes := git_lfs.pointers(sorted(checkpoint_dir.glob("*/*.*"))):
+        return git_lfs.fault(notes).rstrip(".")
     for path in (
         pretrained / "config.json",
         pretrained / TRAIN_CONFIG_NAME,

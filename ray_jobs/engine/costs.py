@@ -1,5 +1,6 @@
 """What training on a data set will cost on this machine, measured on one of its episodes: seconds, not promises."""
 
+import math
 import statistics
 import tempfile
 import time
@@ -10,21 +11,31 @@ import numpy as np
 
 from ray_jobs.engine import loop
 from ray_jobs.engine.dataset_options import DatasetOptions
+from ray_jobs.engine.errors import GO_ON, PRUNED
 from ray_jobs.engine.frame_cache import FrameCache, default_folder, free_bytes
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.recipe import Recipe
 
 SECONDS = 2  # per figure
-STEPS = 4  # of which the first warms up
+STEPS, MOST_STEPS = 4, 200  # of which the first warms up; as many as fit into twice the time
 
 
-def measure(asked: DatasetOptions, recipe: Recipe) -> dict:
+def measure(
+    asked: DatasetOptions,
+    recipe: Recipe,
+    steps: int,
+    cost_per_hour: float | None,
+    say: Callable[[str], None],
+) -> dict:
     """Samples per second of LeRobot's loader, of the frame cache and of the training step; size of the cache and time
-    to build it. One worker, this machine's processors.
+    to build it; hours and price of a training. One worker, this machine's processors.
 
     Args:
         recipe: What would be trained; its data set's episodes are replaced by one.
+        steps: Of that training.
+        cost_per_hour: Of this machine, in any currency.
+        say: Told of what is measured next.
     """
     dataset = asked.open()
     lengths = dataset.meta.episodes["length"]
@@ -38,23 +49,46 @@ def measure(asked: DatasetOptions, recipe: Recipe) -> dict:
             whole = FrameCache(FrameSource(dataset, asked.data.resize), keeps)
             facts |= {"cache_bytes": whole.bytes(), "to_decode_bytes": whole.missing_bytes()}
             facts["free_disk_bytes"] = free_bytes(keeps)
+            say("measuring: decoding one episode")
             one = FrameCache(FrameSource(asked.open(), asked.data.resize), Path(folder) / "cache")
             begin = time.perf_counter()
             one.fill()
             per_byte = (time.perf_counter() - begin) / one.bytes()
             facts["decode_s"] = per_byte * facts["to_decode_bytes"]
+            say("measuring: the loaders")
             rows = np.random.default_rng(0).integers(lengths[episode], size=(100, recipe.lerobot.batch_size))
             reader, stock = FrameReader(one.dataset, 0, one), asked.open()
             facts["cache_samples_per_s"] = _rate(
                 lambda n: reader(rows[n % 100].tolist()), recipe.lerobot.batch_size
             )
             facts["lerobot_samples_per_s"] = _rate(lambda n: stock[int(rows[n % 100][0])], 1)
+        say("measuring: training steps")
         recipe.lerobot.output_dir = Path(folder) / "run"
         recipe.options.data.cache = str(Path(folder) / "cache")
+        recipe.lerobot.steps = MOST_STEPS
         events: list[dict] = []
-        loop.train(recipe, device=recipe.device or recipe.lerobot.policy.device, report=events.append)
-    steps = [e["train/step_s"] - e["train/data_s"] for e in events if e["kind"] == "log"][1:]
-    facts["step_samples_per_s"] = recipe.lerobot.batch_size / statistics.median(steps)
+        begin = 0.0
+
+        def report(event: dict) -> None:
+            nonlocal begin
+            events.append(event)
+            begin = begin or (time.perf_counter() if event["kind"] == "step" else 0.0)
+
+        def enough() -> str:
+            done = sum(event["kind"] == "log" for event in events)
+            return PRUNED if done >= STEPS and time.perf_counter() - begin > 2 * SECONDS else GO_ON
+
+        device = recipe.device or recipe.lerobot.policy.device
+        loop.train(recipe, device=device, report=report, should_stop=enough)
+    logged = [event for event in events if event["kind"] == "log"][1:]
+    batch = recipe.lerobot.batch_size
+    step_s = statistics.median(e["train/step_s"] - e["train/data_s"] for e in logged)
+    facts["step_samples_per_s"] = batch / step_s
+    # Batches are read while the step before computes.
+    facts["step_s"] = max(step_s, batch / facts.get("cache_samples_per_s", math.inf))
+    facts |= {"steps": steps, "train_s": steps * facts["step_s"] + facts.get("decode_s", 0.0)}
+    if cost_per_hour is not None:
+        facts["cost"] = cost_per_hour * facts["train_s"] / 3600
     return facts
 
 

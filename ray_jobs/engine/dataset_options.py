@@ -22,6 +22,7 @@ class DatasetOptions:
     dataset: DatasetConfig
     data: DataOptions = field(default_factory=DataOptions)
     ray: RayOptions = field(default_factory=RayOptions)
+    tolerance_s: float = 1e-4  # LeRobot's default
 
     @property
     def name(self) -> str:
@@ -44,6 +45,7 @@ class DatasetOptions:
                 episodes=self.dataset.episodes,
                 revision=self.dataset.revision,
                 video_backend=self.dataset.video_backend,
+                tolerance_s=self.tolerance_s,
                 return_uint8=True,
             )
         except Exception as error:

@@ -8,19 +8,34 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import av
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 from lerobot.configs.types import FeatureType
 from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies.factory import make_policy_config
+from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.engine import quantiles
+from ray_jobs.engine.dataset_files import fault_of, metadata_faults
 from ray_jobs.engine.dataset_options import DatasetOptions
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
-from ray_jobs.engine.frames import frame_shape
-from ray_jobs.engine.preflight_data import check_files, open_dataset
+from ray_jobs.engine.opened import own_metadata
+from ray_jobs.engine.preflight import COUNTED, check_features
+from ray_jobs.engine.preflight_columns import check_tables
+from ray_jobs.engine.preflight_data import (
+    check_episodes,
+    choose_episodes,
+    file_faults,
+    misnamed,
+    open_dataset,
+    unfit,
+    where_it_is,
+)
+from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.video_times import camera, some
 
 TOLERANCE_S = 1e-4  # LeRobot's
 
@@ -34,57 +49,114 @@ class Diagnosis:
     warnings: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
 
+    def advise(self, text: str) -> None:
+        if text not in self.advice:  # each camera may need it
+            self.advice.append(text)
 
-def diagnose(asked: DatasetOptions, policy) -> Diagnosis:
-    """Look a data set over.
+
+def diagnose(asked: DatasetOptions, recipe: Recipe, *, named: bool = True) -> Diagnosis:
+    """Look a data set over, the episodes that were asked for.
 
     Args:
-        policy: A LeRobot policy config: which episodes are too short, and which statistics are needed.
+        recipe: Its policy tells which episodes are too short, and which statistics are needed.
+        named: Whether the user named the policy. If not, a data set that it cannot be trained on is none the worse for that.
     """
-    found = Diagnosis()
+    found, policy = Diagnosis(), recipe.lerobot.policy
+    name, root = where_it_is(asked.dataset)
+    if root is not None and (faults := metadata_faults(root, asked.dataset.repo_id)):
+        found.faults += [f"{name}: {fault}" for fault in faults]
+        return found
     try:
         meta = open_dataset(asked.dataset)
     except InputError as error:
         found.faults.append(str(error))
         return found
-    try:
-        check_files(asked.dataset, meta)
-    except InputError as error:
-        found.faults.append(str(error))
-    lengths = np.asarray(meta.episodes["length"])
+    episodes = asked.dataset.episodes
+    if episodes is not None:
+        check_episodes("dataset.episodes", episodes, meta.total_episodes)
+    episodes = sorted(episodes) if episodes is not None else list(range(meta.total_episodes))
+    found.faults += file_faults(asked.dataset, meta)
+    lengths = np.asarray(meta.episodes["length"])[episodes]
     found.facts |= {
         "dataset": asked.dataset.repo_id,
-        "episodes": meta.total_episodes,
-        "frames": meta.total_frames,
+        "episodes": len(episodes),
+        "frames": int(lengths.sum()),
         "fps": meta.fps,
-        "seconds": round(meta.total_frames / meta.fps, 1),
+        "seconds": round(int(lengths.sum()) / meta.fps, 1),
         "episode_lengths": [int(lengths.min()), int(np.median(lengths)), int(lengths.max())],
         "tasks": meta.tasks.index.tolist(),
     }
-    columns = _columns(meta, found)
-    if "timestamp" in columns and "episode_index" in columns:
-        _rows(meta, columns, found)
+    _features(meta, recipe, named, found)
+    columns = _columns(meta, episodes, found)
+    tables = _tables(meta, episodes)
+    torn = {path for path in set(tables) if fault_of(path)}  # which has been said
+    with_table = [episode for episode, path in zip(episodes, tables, strict=True) if path not in torn]
+    if {"timestamp", "episode_index", "frame_index"} <= columns.keys():
+        _rows(meta, columns, with_table, found)
         _times(meta, columns, found)
     _numbers(meta, columns, found)
     _statistics(meta, columns, policy, found)
-    _chunks(lengths, policy, found)
-    found.facts["cameras"] = {key: _camera(meta, key, columns, found) for key in meta.camera_keys}
+    _chunks(np.array(episodes), lengths, policy, found)
+    found.facts["cameras"] = {
+        key: camera(meta, key, columns, with_table, asked.tolerance_s, found) for key in meta.camera_keys
+    }
+    if root is not None and not found.faults:  # what has been told would be told again
+        try:
+            check_tables(name, meta)
+        except InputError as error:
+            found.faults.append(str(error))
     return found
 
 
-def _columns(meta: LeRobotDatasetMetadata, found: Diagnosis) -> dict[str, np.ndarray]:
-    """The tables' numbers, (frames,) or (frames, dimensions), in the order of the files."""
+def _features(meta: LeRobotDatasetMetadata, recipe: Recipe, named: bool, found: Diagnosis) -> None:
+    """Features have the names that LeRobot goes by, and are what policies take."""
+    if fault := misnamed(meta):
+        found.faults.append(fault)
+        return
+    if named:
+        try:  # as before a training
+            choose_episodes(recipe, meta)
+            check_features(recipe, own_metadata(meta))
+        except InputError as error:
+            found.faults.append(str(error))
+        return
+    features = dataset_to_policy_features(meta.features)
+    reasons: dict[str, list[str]] = {}
+    for kind in COUNTED:
+        if reason := unfit(make_policy_config(kind, device="cpu"), features):
+            reasons.setdefault(reason, []).append(kind)
+    for reason, kinds in reasons.items():
+        found.warnings.append(f"{', '.join(kinds)} cannot be trained on it: {reason}")
+
+
+def _tables(meta: LeRobotDatasetMetadata, episodes: list[int]) -> list[Path]:
+    """The table that each episode is in."""
+    chunks, numbers = (list(meta.episodes[f"data/{name}_index"]) for name in ("chunk", "file"))
+    return [meta.root / meta.data_path.format(chunk_index=chunks[e], file_index=numbers[e]) for e in episodes]
+
+
+def _columns(meta: LeRobotDatasetMetadata, episodes: list[int], found: Diagnosis) -> dict[str, np.ndarray]:
+    """The tables' numbers in those episodes, (frames,) or (frames, dimensions), in the order of the files."""
     wanted = [k for k, f in meta.features.items() if f["dtype"] not in ("video", "image", "string")]
     tables = []
     for path in sorted((meta.root / "data").glob("*/*.parquet")):
+        if fault_of(path):
+            continue  # which has been said
         try:
-            tables.append(pq.read_table(path, columns=wanted))
+            there = [key for key in wanted if key in pq.read_schema(path).names]
+            tables.append(pq.read_table(path, columns=there))
         except Exception as error:
             found.faults.append(f"{path.relative_to(meta.root)} cannot be read: {first_line(error)}")
     if not tables:
         return {}
-    table = pa.concat_tables(tables, promote_options="permissive")
-    for key in set(wanted) - set(table.column_names):
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        found.faults.append(f"the tables do not go together: {first_line(error)}")
+        return {}
+    if len(episodes) < meta.total_episodes and "episode_index" in table.column_names:
+        table = table.filter(pa.compute.is_in(table["episode_index"], pa.array(episodes)))
+    for key in sorted(set(wanted) - set(table.column_names)):
         found.faults.append(f"the tables have no column {key}, which meta/info.json promises.")
     columns = {}
     for key in table.column_names:
@@ -100,43 +172,46 @@ def _columns(meta: LeRobotDatasetMetadata, found: Diagnosis) -> dict[str, np.nda
     return columns
 
 
-def _rows(meta: LeRobotDatasetMetadata, columns: dict[str, np.ndarray], found: Diagnosis) -> None:
+def _rows(
+    meta: LeRobotDatasetMetadata, columns: dict[str, np.ndarray], episodes: list[int], found: Diagnosis
+) -> None:
     """Every episode has the rows that meta/episodes says, in order."""
-    rows = Counter(columns["episode_index"].tolist())
-    wrong = {e: n for e, n in enumerate(meta.episodes["length"]) if rows[e] != n}
+    rows, lengths = Counter(columns["episode_index"].tolist()), list(meta.episodes["length"])
+    wrong = {e: lengths[e] for e in episodes if rows[e] != lengths[e]}
     for episode, length in list(wrong.items())[:3]:
         found.faults.append(
             f"episode {episode} has {rows[episode]} rows in the tables, meta/episodes says {length}."
         )
     if len(wrong) > 3:
         found.faults.append(f"... and so on for {len(wrong)} episodes.")
-    total = len(columns["episode_index"])
-    if not wrong and not np.array_equal(columns["index"], np.arange(total)):
+    starts = list(meta.episodes["dataset_from_index"])
+    numbers = np.concatenate([np.arange(starts[e], starts[e] + lengths[e]) for e in episodes])
+    if not wrong and "index" in columns and not np.array_equal(columns["index"], numbers):
         found.faults.append(
             "the rows are not numbered 0, 1, 2 ... by 'index': LeRobot would read the wrong ones."
         )
 
 
 def _times(meta: LeRobotDatasetMetadata, columns: dict[str, np.ndarray], found: Diagnosis) -> None:
-    """Timestamps lie on the grid of the frame rate."""
+    """Timestamps lie on the grid of the frame rate. LeRobot goes by them only to find a video's frames, so what is off
+    is a fault where a frame is not found."""
     episode, stamps = columns["episode_index"], columns["timestamp"].astype(np.float64)
     inside = episode[1:] == episode[:-1]
     steps = np.diff(stamps)[inside]
-    if len(steps) and abs(np.median(steps) * meta.fps - 1) > 0.01:
+    if len(steps) and abs(np.median(steps) * meta.fps - 1) > 0.05:
         found.faults.append(
             f"meta/info.json says {meta.fps} fps, the timestamps are {np.median(steps):.4g} s apart: "
             f"{1 / np.median(steps):.3g} fps."
         )
         return
+    away = stamps - columns["frame_index"] / meta.fps
     # float32 seconds are coarser than the tolerance after half an hour
-    allowed = TOLERANCE_S + np.spacing(stamps.astype(np.float32))
-    off = np.abs(stamps - columns["frame_index"] / meta.fps) > allowed
+    off = np.abs(away) > TOLERANCE_S + np.spacing(stamps.astype(np.float32))
     if off.any():
-        worst = np.abs(stamps - columns["frame_index"] / meta.fps).argmax()
-        away = stamps[worst] - columns["frame_index"][worst] / meta.fps
-        found.faults.append(
-            f"{off.sum()} timestamps are off the grid of {meta.fps} fps, in episode(s) {_some(episode[off])}; "
-            f"the worst by {away:.4g} s (episode {episode[worst]}, frame {columns['frame_index'][worst]})."
+        worst = np.abs(away).argmax()
+        found.warnings.append(
+            f"{off.sum()} timestamps are off the grid of {meta.fps} fps, in episode(s) {some(episode[off])}; "
+            f"the worst by {away[worst]:.4g} s (episode {episode[worst]}, frame {columns['frame_index'][worst]})."
         )
 
 
@@ -167,7 +242,7 @@ def _numbers(meta: LeRobotDatasetMetadata, columns: dict[str, np.ndarray], found
         if still:
             names = meta.features[key].get("names")
             named = [names[d] for d in still] if isinstance(names, list) and len(names) == len(low) else still
-            found.warnings.append(f"{key}: dimension(s) {_some(named)} never move.")
+            found.warnings.append(f"{key}: dimension(s) {some(named)} never move.")
 
 
 def _statistics(meta: LeRobotDatasetMetadata, columns: dict, policy, found: Diagnosis) -> None:
@@ -206,92 +281,11 @@ def _statistics(meta: LeRobotDatasetMetadata, columns: dict, policy, found: Diag
                 )
 
 
-def _chunks(lengths: np.ndarray, policy, found: Diagnosis) -> None:
-    chunk = len(policy.action_delta_indices)
-    short = np.flatnonzero(lengths < chunk)
+def _chunks(episodes: np.ndarray, lengths: np.ndarray, policy, found: Diagnosis) -> None:
+    chunk = len(policy.action_delta_indices or ())
+    short = episodes[lengths < chunk]
     if len(short):
         found.warnings.append(
-            f"episode(s) {_some(short)} are shorter than the {chunk} actions that {policy.type} predicts: "
+            f"episode(s) {some(short)} are shorter than the {chunk} actions that {policy.type} predicts: "
             "the rest is padding."
         )
-
-
-def _camera(meta: LeRobotDatasetMetadata, key: str, columns: dict, found: Diagnosis) -> dict:
-    """Codec, size and key frames of a camera; sees that every row has its frame in the video."""
-    feature, (channels, height, width) = meta.features[key], frame_shape(meta, key)
-    facts = {
-        "shape": [height, width, channels],
-        "stored_as": feature["dtype"],
-        "depth": key in meta.depth_keys,
-    }
-    if key in meta.image_keys:
-        return facts
-    starts = meta.episodes[f"videos/{key}/from_timestamp"]
-    in_file: dict[Path, list[int]] = {}
-    for episode in range(meta.total_episodes):
-        in_file.setdefault(meta.root / meta.get_video_file_path(episode, key), []).append(episode)
-    distances, codecs, without = [], set(), Counter()
-    for path, episodes in in_file.items():
-        try:
-            times, keys, about = _packets(path)
-        except Exception:  # missing or damaged: check_files has said so, or the table below does
-            times, keys, about = np.empty(0), np.empty(0, bool), None
-        if about:
-            codecs.add(about)
-            distances += np.diff([*np.flatnonzero(keys), len(keys)]).tolist()
-        for episode in episodes if "timestamp" in columns else ():
-            wanted = starts[episode] + columns["timestamp"][columns["episode_index"] == episode].astype(
-                np.float64
-            )
-            padded = np.concatenate(([-np.inf], times, [np.inf]))
-            after = np.searchsorted(padded, wanted)
-            away = np.minimum(wanted - padded[after - 1], padded[after] - wanted)
-            # float32 seconds are coarser than the tolerance after half an hour
-            missing = away >= TOLERANCE_S + np.spacing(wanted.astype(np.float32))
-            if missing.any():
-                without[episode] = int(missing.sum())
-    if without:
-        episode = next(iter(without))
-        file = meta.get_video_file_path(episode, key)
-        found.faults.append(
-            f"{key}: {sum(without.values())} frames of episode(s) {_some(list(without))} are not in the video "
-            f"({file}): it is cut short, or its times are others."
-        )
-    facts |= {
-        "codecs": sorted(codecs),
-        "files": len(in_file),
-        "key_frame_distance": max(distances, default=0),
-    }
-    recorded = {f"{h}x{w}" for _, h, w in codecs}
-    if recorded and recorded != {f"{height}x{width}"}:
-        found.faults.append(
-            f"{key}: the video is {_some(sorted(recorded))}, meta/info.json says {height}x{width}."
-        )
-    facts["codecs"] = sorted({codec for codec, *_ in codecs})
-    return facts
-
-
-def _packets(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, int, int]]:
-    """Times in seconds and key-frame marks of a video's frames, in order of time; codec, height and width."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        try:
-            packets = [
-                (p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None and p.size
-            ]
-        except av.FFmpegError:
-            packets = []
-        packets.sort()
-        times = np.array([float(pts * stream.time_base) for pts, _ in packets])
-        about = (
-            stream.codec_context.codec.canonical_name,
-            stream.codec_context.height,
-            stream.codec_context.width,
-        )
-        return times, np.array([key for _, key in packets], bool), about
-
-
-def _some(values) -> str:
-    """The first few of them."""
-    values = list(dict.fromkeys(np.asarray(values).tolist()))
-    return ", ".join(map(str, values[:5])) + (f" ... ({len(values)} in all)" if len(values) > 5 else "")

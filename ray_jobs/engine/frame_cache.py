@@ -25,7 +25,7 @@ from ray_jobs.engine.console import duration
 from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of
 from ray_jobs.engine.frame_store import Entry, entry_folder, open_entry
-from ray_jobs.engine.frames import RESIZE_KERNEL, FrameSource, frame_shape
+from ray_jobs.engine.frames import RESIZE_KERNEL, FrameSource, NoFrame, frame_shape
 from ray_jobs.engine.options import DataOptions
 
 TELL_EVERY_S = 15
@@ -223,6 +223,9 @@ def open_frames(
         if cache.bytes() > _free_memory():
             say("frame cache: larger than the free memory, so frames come from the disk; --data.resize helps")
         cache.fill(say)
+    except NoFrame as error:  # LeRobot trains on until it comes to that frame
+        say(f"frame cache: none, frames are decoded one by one; {error}")
+        return source
     except OSError as error:
         say(
             f"frame cache: none, {folder} cannot be used ({error.strerror or error}); frames are decoded one by one"

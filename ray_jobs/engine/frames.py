@@ -6,6 +6,7 @@ Both give LeRobot's frames bit for bit (`decode_video_frames` with its PyAV back
 
 import contextlib
 import io
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import av
 import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
-from lerobot.datasets.video_utils import decode_video_frames
+from lerobot.datasets.video_utils import FrameTimestampError, decode_video_frames
 from lerobot.processor import ImageCropResizeProcessorStep, NormalizerProcessorStep, PolicyProcessorPipeline
 from PIL import Image
 from torchvision.transforms import functional
@@ -88,7 +89,7 @@ class FrameSource:
         path = self._file(episode, key)
         backend = self.dataset._video_backend
         start = self.file_start[key][episode]
-        with _named(f"{key} of episode {episode} from {path}"):
+        with _named(f"{key} of episode {episode} from {path}", self.dataset):
             with DECODER if backend == "torchcodec" else contextlib.nullcontext():
                 frames = decode_video_frames(
                     path,
@@ -101,7 +102,7 @@ class FrameSource:
 
     def image(self, key: str, row: int) -> torch.Tensor:
         """The uint8 frame (C, H, W) of an image camera at a row of the (filtered) table."""
-        with _named(f"{key} of row {row}"):
+        with _named(f"{key} of row {row}", self.dataset):
             return resized(self._stored(key, row), self.size)
 
     def _stored(self, key: str, row: int) -> torch.Tensor:
@@ -120,8 +121,11 @@ class FrameSource:
         if key in self.meta.image_keys:
             yield from (self.image(key, row) for row in rows)
             return
+        if (np.diff(timestamps) < 0).any():  # back and forth, which single frames allow
+            yield from (self.video(key, episode, [second]) for second in timestamps.tolist())
+            return
         path = self._file(episode, key)
-        with _named(f"{key} of episode {episode} from {path}"):
+        with _named(f"{key} of episode {episode} from {path}", self.dataset):
             wanted = [self.file_start[key][episode] + t for t in timestamps.tolist()]
             for frame in _decode_in_order(path, wanted, self.dataset.tolerance_s):
                 yield resized(frame, self.size)
@@ -146,9 +150,7 @@ def _decode_in_order(path: Path, wanted: list[float], tolerance_s: float) -> Ite
             }
             nearest = min(away, key=away.get)
             if not away[nearest] < tolerance_s:
-                raise ValueError(
-                    f"no frame at {second:.4f} s, the nearest is {away[nearest]:.4f} s away (--tolerance_s={tolerance_s})"
-                )
+                raise NoFrame(f"no frame at {second:.4f} s, the nearest is {away[nearest]:.4f} s away")
             yield torch.from_numpy(nearest.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
 
 
@@ -156,11 +158,22 @@ def _seconds(frame: av.VideoFrame, stream) -> float:
     return float(frame.pts * stream.time_base)
 
 
+class NoFrame(RunError):
+    """A timestamp has no frame within `--tolerance_s`. LeRobot stops there, too, once it comes to that row."""
+
+
 @contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
+def _named(what: str, dataset: LeRobotDataset) -> Iterator[None]:
     """Let a failure tell which camera, episode and file it is about."""
     try:
         yield
+    except (FrameTimestampError, NoFrame) as error:
+        why = error if isinstance(error, NoFrame) else "a timestamp has no frame"
+        where = f"--dataset.repo_id={shlex.quote(dataset.repo_id)} --dataset.root={shlex.quote(str(dataset.root))}"
+        raise NoFrame(
+            f"cannot read {what}: {why} (--tolerance_s={dataset.tolerance_s}). What would do:\n"
+            f"python -m ray_jobs.doctor {where} --measure=false"
+        ) from error
     except RunError:
         raise
     except Exception as error:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,6 +36,7 @@ from ray_jobs.engine.data import (
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.frames import add_resize_step
+from ray_jobs.engine.memory import MAIN, main_memory
 from ray_jobs.engine.meters import Scores, Window
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.patience import patiently, storage_may_return
@@ -118,6 +120,12 @@ def train(
     if memory and accelerator.device.type == "cuda":
         room = recipe.gpu_share * torch.cuda.get_device_properties(accelerator.device).total_memory
         if text := memory.warning(recipe, room):
+            tell(text)
+    elif memory and accelerator.device.type == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if text := memory.without_hope(recipe, here):
+            raise RunError(text)
+        if text := memory.warning(recipe, main_memory() / here, MAIN):
             tell(text)
     sharded = accelerator.is_fsdp2
     # All of a policy is in main memory for a while. One that is sharded goes from there to the GPUs share by share.

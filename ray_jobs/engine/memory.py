@@ -1,11 +1,14 @@
 """How much memory a worker's training will take, estimated before anything is built."""
 
+import contextlib
 import inspect
 import os
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from lerobot.configs.types import PolicyFeature
 from lerobot.optim import AdamConfig, AdamWConfig
@@ -20,6 +23,19 @@ MEASURED_FRAMES = 2  # activations grow with the batch; this many are measured
 # What stays of the activations when layers recompute them: the layers' inputs and one layer at work.
 RECOMPUTED = 0.15
 AUTOCAST = 0.6  # most activations take half the space, some stay float32
+
+
+MAIN = "main memory"
+HOPELESS = 2  # times as much as there is
+
+
+def main_memory() -> int:
+    """Bytes of this machine's main memory, or of its container's share of it."""
+    found = [psutil.virtual_memory().total]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+            found.append(int(Path(file).read_text()))
+    return min(found)
 
 
 @dataclass
@@ -46,13 +62,24 @@ class Memory:
         more = "" if self.activations is not None else "; activations come on top"
         return f"about {self.total / 1e9:.2f} GB per worker ({listed}{more})"
 
-    def warning(self, recipe: "Recipe", available: float) -> str | None:
-        """What to change when a worker's GPU, or share of one, of `available` bytes is too small; None if it is not."""
+    def warning(self, recipe: "Recipe", available: float, kind: str = "GPU memory") -> str | None:
+        """What to change when there are but `available` bytes for a worker, of its GPU or its share of one, or of main
+        memory; None if they will do."""
         if self.total <= available:
             return None
         return (
-            f"warning: this needs {self}, and there are {available / 1e9:.2f} GB of GPU memory for it.\n"
+            f"warning: this needs {self}, and there are {available / 1e9:.2f} GB of {kind} for it.\n"
             f"What makes it less: {self.savings(recipe)}."
+        )
+
+    def without_hope(self, recipe: "Recipe", workers: int) -> str | None:
+        """The same as a refusal, if it is so much more than the main memory of this machine, on which so many workers are,
+        that the estimate need not be exact: such a training would swap for hours before its first step."""
+        room = main_memory() / workers
+        return (
+            self.warning(recipe, room, MAIN).removeprefix("warning: ")
+            if self.total > HOPELESS * room
+            else None
         )
 
     def savings(self, recipe: "Recipe") -> str:

@@ -20,6 +20,7 @@ from lerobot.optim import AdamConfig, AdamWConfig, SGDConfig
 from lerobot.utils.constants import (
     ACTION,
     OBS_IMAGES,
+    OBS_PREFIX,
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
     POLICY_PREPROCESSOR_DEFAULT_NAME,
     TRAINING_STATE_DIR,
@@ -28,7 +29,7 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, checkpoint, mirror, preflight_stream, quantiles
+from ray_jobs.engine import assets, checkpoint, git_lfs, mirror, preflight_stream, quantiles
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
@@ -43,7 +44,10 @@ from ray_jobs.engine.preflight_data import (
     check_resize,
     check_statistics,
     choose_episodes,
+    misnamed,
+    named,
     open_dataset,
+    unfit,
     where_it_is,
 )
 from ray_jobs.engine.recipe import Recipe
@@ -76,6 +80,11 @@ def check(recipe: Recipe) -> None:
     if network is not None:
         recipe.memory = estimate(network, recipe, features)
         recipe.notices.append(f"memory: {recipe.memory}")
+        here = recipe.options.ray.num_workers == 0 or recipe.options.ray.address == "local"
+        if here and recipe.lerobot.policy.device == "cpu":
+            workers = max(1, recipe.options.ray.num_workers)
+            if text := recipe.memory.without_hope(recipe, workers):
+                raise InputError(text)
     _resume(recipe)
     _output_dir(recipe, network)
     _wandb(recipe)
@@ -160,8 +169,9 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
     """See that the data set holds what the policy takes; returns its features under the policy's names."""
     cfg, policy, (name, _) = recipe.lerobot, recipe.lerobot.policy, where_it_is(recipe.lerobot.dataset)
     features = dataset_to_policy_features(meta.features)
-    if ACTION not in features:
-        raise InputError(f"{name}: the data set has no '{ACTION}'; it has {_list(features)}.")
+    taken = policy.input_features or features
+    if ACTION not in features or any(k in taken and not k.startswith(OBS_PREFIX) for k in meta.camera_keys):
+        raise InputError(f"{name}: {misnamed(meta)}")
     check_statistics(recipe, meta)
     check_kinds(name, policy, meta, cfg.batch_size)
     if where_it_is(cfg.dataset)[1] is not None and not is_uri(
@@ -194,7 +204,7 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
             unused.remove(alike[0])
         hint = f" If names differ only: --rename_map={shlex.quote(json.dumps(rename))}" if rename else ""
         raise InputError(
-            f"the policy takes {_list(wanted)}; the data set has {_list(features)}.\n"
+            f"the policy takes {named(wanted)}; the data set has {named(features)}.\n"
             f"It lacks {', '.join(missing)}.{hint}"
         )
     for key, feature in {**wanted, **(policy.output_features or {})}.items():
@@ -202,18 +212,9 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
         # The large policies pad both to a common length.
         if feature.type is not FeatureType.VISUAL and ours != theirs and not hasattr(policy, "max_state_dim"):
             raise InputError(f"{key}: the policy has shape {ours}, the data set {theirs}.")
-    try:
-        with_features(policy, features).validate_features()
-    except Exception as error:
-        raise InputError(
-            f"{policy.type} cannot train on this data set: {first_line(error).replace('`', '')} "
-            f"It has {_list(features)}."
-        ) from None
+    if reason := unfit(policy, features):
+        raise InputError(f"{policy.type} cannot train on this data set: {reason}")
     return features
-
-
-def _list(features: dict) -> str:
-    return ", ".join(sorted(key for key in features if key != ACTION)) or "no observations"
 
 
 def _network(recipe: Recipe, features: dict[str, PolicyFeature]) -> torch.nn.Module | None:
@@ -274,6 +275,8 @@ def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature], fold
     name = Path(url).name
     for file in (folder / name, Path(torch.hub.get_dir()) / "checkpoints" / name):
         if file.is_file():
+            if git_lfs.pointers([file]):
+                raise InputError(git_lfs.fault([file]))
             try:
                 torch.load(file, map_location="cpu", weights_only=True)
             except Exception:
@@ -302,6 +305,8 @@ def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
     needed = [f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"]
     if not any(folder.glob("*model.safetensors")):
         needed.append("model.safetensors")
+    if notes := git_lfs.pointers(sorted(folder.iterdir())):
+        raise InputError(f"cannot start from {folder}: {git_lfs.fault(notes)}")
     saved: dict[str, torch.Tensor] = {}
     for path in (*(folder / name for name in needed), *folder.glob("*.json"), *folder.glob("*.safetensors")):
         if not path.is_file():

@@ -1,29 +1,34 @@
 """Checks of the data set, before anything expensive is scheduled: is it there, whole, and in today's format?"""
 
 import contextlib
-import json
-import math
-import shlex
-from collections import Counter
 from pathlib import Path
 
-import av
-import pyarrow.parquet
 from lerobot.configs.default import DatasetConfig
-from lerobot.configs.types import FeatureType, NormalizationMode
-from lerobot.datasets import CODEBASE_VERSION, LeRobotDatasetMetadata
-from lerobot.datasets.utils import DatasetInfo, has_legacy_hub_download_metadata
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.datasets.utils import has_legacy_hub_download_metadata
 from lerobot.processor.converters import to_tensor
-from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, IMAGENET_STATS
+from lerobot.utils.constants import (
+    ACTION,
+    DEFAULT_FEATURES,
+    HF_LEROBOT_HOME,
+    IMAGENET_STATS,
+    OBS_IMAGES,
+    OBS_PREFIX,
+    OBS_STATE,
+)
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.engine import bucket
+from ray_jobs.engine.dataset_files import faults_of, metadata_faults, refuse
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.frames import frame_shape, set_frame_size
+from ray_jobs.engine.policy import with_features
 from ray_jobs.engine.preflight_columns import check_metadata, check_tables
 from ray_jobs.engine.recipe import Recipe
-from ray_jobs.engine.trust import check_info, read_json
+from ray_jobs.engine.stream_data import split_episodes
 
 # What LeRobot's normalizer asks for; quantiles are computed here where they are missing.
 NORMALIZED_BY = {NormalizationMode.MEAN_STD: ("mean", "std"), NormalizationMode.MIN_MAX: ("min", "max")}
@@ -50,13 +55,7 @@ def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
         )
     name, root = where_it_is(dataset)
     if root is not None:
-        _info(name, root, dataset.repo_id)
-        # A missing file would make LeRobot ask the Hub for the whole data set.
-        episodes = sorted((root / "meta" / "episodes").glob("*/*.parquet")) or [root / "meta" / "episodes"]
-        for path in (root / "meta" / "tasks.parquet", *episodes):
-            _whole(name, root, path)
-        if (root / "meta" / "stats.json").exists():  # not all policies need one, nor does LeRobot
-            _whole(name, root, root / "meta" / "stats.json")
+        refuse(name, metadata_faults(root, dataset.repo_id))
     try:
         with contextlib.nullcontext() if root else hub_or_cache():
             here = None if dataset.root is None else root
@@ -79,51 +78,6 @@ def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
     # LeRobot trains on what is there, whatever meta/info.json counts.
     meta.info.total_episodes, meta.info.total_frames = found, meta.episodes["dataset_to_index"][-1]
     return meta
-
-
-def _info(name: str, root: Path, repo_id: str) -> None:
-    """Check info.json, above all the format's version."""
-    info = root / "meta" / "info.json"
-    if not root.exists():
-        raise InputError(f"{name}: there is no such folder.")
-    if not info.is_file():
-        raise InputError(f"{name}: not a LeRobot data set, it has no meta/info.json.")
-    try:
-        content = read_json(info)
-        version = str(content["codebase_version"])
-        if version.startswith(CODEBASE_VERSION.split(".")[0] + "."):
-            check_info(content)
-            DatasetInfo.from_dict(content)
-            return
-    except Exception as error:
-        raise InputError(
-            f"{name}: meta/info.json is damaged ({type(error).__name__}: {first_line(error)})."
-        ) from None
-    if version == "v2.1":
-        raise InputError(
-            f"{name}: a LeRobot v2.1 data set; this LeRobot reads {CODEBASE_VERSION}. This converts it in place:\n"
-            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={shlex.quote(repo_id)} "
-            f"--root={shlex.quote(str(root))} --push-to-hub=false"
-        )
-    raise InputError(
-        f"{name}: a LeRobot {version} data set; this LeRobot reads {CODEBASE_VERSION} and can convert v2.1."
-    )
-
-
-def _whole(name: str, root: Path, path: Path, what: str = "") -> None:
-    """Refuse a file of the data set that is missing or torn, as far as its first and last bytes show."""
-    file = f"{name}: {path.relative_to(root)}{what}"
-    if not path.is_file():
-        raise InputError(f"{file} is missing.")
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".parquet":
-            pyarrow.parquet.read_metadata(path)
-        else:
-            av.open(str(path)).close()
-    except Exception as error:
-        raise InputError(f"{file} is damaged: {first_line(error)}") from None
 
 
 def check_statistics(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
@@ -158,6 +112,52 @@ def check_statistics(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
         )
 
 
+def misnamed(meta: LeRobotDatasetMetadata) -> str | None:
+    """What to say of features that no policy finds, since LeRobot goes by names: `action`, `observation.*`; None if
+    there is an action, and no camera is called otherwise."""
+    features = dataset_to_policy_features(meta.features)
+    cameras = [key for key in meta.camera_keys if not key.startswith(OBS_PREFIX)]
+    if ACTION in features and not cameras:
+        return None
+    others = [key for key in meta.features if key not in DEFAULT_FEATURES and not key.startswith(OBS_PREFIX)]
+    better = {key: f"{OBS_IMAGES}.{key.rpartition('.')[2]}" for key in cameras}
+    if ACTION not in features:
+        guess = next((key for key in others if key.startswith(ACTION) and key not in better), None)
+        better |= {guess: ACTION} if guess else {}
+    if OBS_STATE not in features:
+        guess = next((key for key in others if "state" in key.lower() and key not in better), None)
+        better |= {guess: OBS_STATE} if guess else {}
+    lacking = "" if ACTION in features else f"the data set has no '{ACTION}'; "
+    unread = (
+        f"no policy reads {', '.join(others)}: LeRobot goes by names"
+        if others
+        else f"it has {named(features)}"
+    )
+    renaming = (
+        f".\nRename {', '.join(f'{a} to {b}' for a, b in better.items())}, everywhere: in meta/info.json, meta/stats.json, the "
+        "columns of data/ and meta/episodes/, the folders of videos/."
+    )
+    return f"{lacking}{unread}{renaming if better else '.'}"
+
+
+def unfit(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> str | None:
+    """Why a policy cannot be trained on such features, with what they are; None if it can."""
+    kinds = {feature.type for feature in features.values()}
+    # pi0, pi0.5 and SmolVLA fill in for a camera that is missing, but not for all of them, and stop at the first step.
+    if hasattr(policy, "empty_cameras") and FeatureType.VISUAL not in kinds:
+        return f"at least one camera is needed. It has {named(features)}."
+    try:
+        with_features(policy, features).validate_features()
+    except Exception as error:
+        return f"{first_line(error).replace('`', '')} It has {named(features)}."
+    return None
+
+
+def named(features: dict) -> str:
+    """A data set's or a policy's inputs, in words."""
+    return ", ".join(sorted(key for key in features if key != ACTION)) or "no observations"
+
+
 def check_files(
     dataset: DatasetConfig, meta: LeRobotDatasetMetadata, held_out: list[int] | None = None
 ) -> None:
@@ -165,32 +165,35 @@ def check_files(
     name, root = where_it_is(dataset)
     if root is None:
         return  # the workers download it
+    refuse(name, file_faults(dataset, meta, held_out))
+    if not bucket.is_uri(dataset.root):
+        check_tables(name, meta)
+
+
+def file_faults(
+    dataset: DatasetConfig, meta: LeRobotDatasetMetadata, held_out: list[int] | None = None
+) -> list[str]:
+    """What is missing or torn of the files that will be read."""
     chosen = dataset.episodes
     wanted = set(range(meta.total_episodes) if chosen is None else [*chosen, *(held_out or ())])
     if bucket.is_uri(dataset.root):
         there = bucket.listing(dataset.root, "data", "videos")
-        for episode in sorted(wanted):
-            for file in bucket.files_of(meta, (episode,)):
-                if file not in there:
-                    raise InputError(f"{name}: {file} (episode {episode} is in it) is missing.")
-        return
+        needed = {file: e for e in sorted(wanted, reverse=True) for file in bucket.files_of(meta, (e,))}
+        return [f"{f} (episode {e} is in it) is missing." for f, e in needed.items() if f not in there]
+    # LeRobot opens all tables that lie there, whatever episodes are asked for.
+    files = {path: "" for path in sorted((meta.root / "data").glob("*/*.parquet"))}
     columns = [("data", meta.data_path, None)]
     columns += [(f"videos/{camera}", meta.video_path, camera) for camera in meta.video_keys]
-    for column, pattern, camera in columns:
-        chunks, files = (list(meta.episodes[f"{column}/{index}_index"]) for index in ("chunk", "file"))
-        first = {}  # (chunk, file) -> the first episode in it
-        for episode, place in enumerate(zip(chunks, files, strict=True)):
-            # LeRobot opens all parquet files, whatever episodes are asked for.
-            if camera is None or episode in wanted:
-                first.setdefault(place, episode)
-        for (chunk, file), episode in first.items():
+    for column, pattern, camera in columns:  # a row of meta.episodes takes a hundred times as long
+        chunks, numbers = (list(meta.episodes[f"{column}/{index}_index"]) for index in ("chunk", "file"))
+        for episode in sorted(wanted):
+            place = {"chunk_index": chunks[episode], "file_index": numbers[episode], "video_key": camera}
             try:
-                name_of_file = pattern.format(chunk_index=chunk, file_index=file, video_key=camera)
+                path = meta.root / pattern.format(**place)
             except ValueError as error:
-                raise InputError(f"{name}: meta/episodes: file {chunk}/{file}: {error}.") from None
-            path = root / name_of_file
-            _whole(name, root, path, f" (episode {episode} is in it)")
-    check_tables(name, meta)
+                return [f"meta/episodes: {column} of episode {episode}: {error}."]
+            files[path] = files.get(path) or f" (episode {episode} is in it)"
+    return faults_of(meta.root, files.items())
 
 
 def check_resize(
@@ -241,6 +244,7 @@ def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
             check_episodes(name, episodes, meta.total_episodes)
     chosen = dataset.episodes if dataset.episodes is not None else everything
     if held_out is not None:
+        recipe.held_out = held_out
         dataset.episodes = [episode for episode in chosen if episode not in set(held_out)]
         if not dataset.episodes:
             raise InputError(
@@ -249,17 +253,31 @@ def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
         if recipe.eval_steps == 0:
             save_freq = recipe.lerobot.save_freq
             recipe.eval_steps = save_freq if save_freq > 0 else recipe.lerobot.steps
+        training = dataset.episodes
     elif dataset.eval_split:
-        tasks = list(meta.episodes["tasks"])
-        per_task = Counter(tasks[episode][0] if tasks[episode] else "" for episode in chosen)
-        left = sum(count - math.ceil(count * dataset.eval_split) for count in per_task.values())
-        if left == 0:
+        training, recipe.held_out = split_episodes(recipe.lerobot, meta, None)
+        share, count = dataset.eval_split, len(recipe.held_out)
+        if not training:
             raise InputError(
-                f"--dataset.eval_split={dataset.eval_split} leaves no training episode: LeRobot rounds up per task "
-                f"({len(per_task)} task(s), {len(chosen)} episode(s)). A smaller share, or --data.eval_episodes."
+                f"--dataset.eval_split={share} leaves no training episode: LeRobot rounds up per task, of which there "
+                f"are {_tasks(meta, chosen)} in {len(chosen)} episode(s). A smaller share, or --data.eval_episodes."
             )
-    drop, lengths = getattr(recipe.lerobot.policy, "drop_n_last_frames", 0), list(meta.episodes["length"])
-    if max(lengths[episode] for episode in dataset.episodes or everything) <= drop:
+        if count > 1.5 * share * len(chosen):
+            recipe.notices.append(
+                f"warning: --dataset.eval_split={share} holds out {count} of {len(chosen)} episodes, since LeRobot rounds "
+                f"up for each of {_tasks(meta, chosen)} task(s); --data.eval_episodes='[...]' names fewer."
+            )
+    else:
+        training = chosen
+    drop = getattr(recipe.lerobot.policy, "drop_n_last_frames", None) or 0
+    lengths = list(meta.episodes["length"])
+    if max(lengths[episode] for episode in training) <= drop:
         raise InputError(
             f"--policy.drop_n_last_frames={drop}: no training episode is longer, none would be left."
         )
+
+
+def _tasks(meta: LeRobotDatasetMetadata, episodes: list[int]) -> int:
+    """How many tasks LeRobot finds in these episodes: it goes by each one's first."""
+    tasks = list(meta.episodes["tasks"])
+    return len({tasks[episode][0] if tasks[episode] else "" for episode in episodes})

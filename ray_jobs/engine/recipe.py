@@ -75,6 +75,8 @@ class Recipe:
     """The same whenever the run is resumed."""
     typed: dict[str, str] = field(default_factory=dict)
     """The flags that the run was begun with."""
+    held_out: list[int] = field(default_factory=list)
+    """Episodes that are not trained on, however they were chosen; preflight finds them."""
     trainings: int = 1
     """That will read the same data."""
     gpu_share: float = 1.0

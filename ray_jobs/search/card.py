@@ -43,7 +43,7 @@ def write(plan: Plan, summary: dict, checkpoint: Path) -> Path:
     which = (
         f"episodes {held_out}"
         if held_out is not None
-        else f"the last {cfg.dataset.eval_split:.0%} of every task"
+        else f"the last {cfg.dataset.eval_split:.0%} of every task, rounded up"
     )
     values = [["", "best", *(["published recipe"] if published else [])]]
     rows = [row for row in (best, published) if row]

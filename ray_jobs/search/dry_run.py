@@ -23,7 +23,11 @@ def intro(plan: Plan, slot: Slot) -> str:
     """Data, objective, and how many trials of what size, in two lines."""
     recipe, tune = plan.recipe.lerobot, plan.options.tune
     held_out = plan.recipe.options.data.eval_episodes
-    held_out = f"episodes {held_out}" if held_out else f"{recipe.dataset.eval_split:.0%} of each task"
+    held_out = (
+        f"episodes {held_out}"
+        if held_out
+        else f"{len(plan.recipe.held_out)} episode(s), the last of each task,"
+    )
     each = slot.each if tune.workers_per_trial == 1 else f"{tune.workers_per_trial} workers with {slot.each}"
     return (
         f"{recipe.dataset.repo_id}: {held_out} held out; {tune.metric} over {plan.horizon} actions, every "
