@@ -19,7 +19,9 @@ from pathlib import Path
 from ray_jobs.engine import cluster
 from ray_jobs.engine.console import duration, quiet, run_job
 from ray_jobs.engine.errors import InputError, RunError
-from ray_jobs.engine.options import DataOptions, read_flags
+from ray_jobs.engine.flag_table import flags_of
+from ray_jobs.engine.flags import check_flags
+from ray_jobs.engine.options import DataOptions, build, read_flags
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
 
 def _build(words: list[str]) -> int:
     flags, _ = read_flags(words)
+    check_flags(flags)
     address = flags.get("ray.address") or os.environ.get("RAY_ADDRESS")
     if not address:
         _build_here(words, print)
@@ -124,16 +127,13 @@ class ListOptions:
 
 def _entries(words: list[str]) -> tuple[ListOptions, dict]:
     """The options, and the entries that the names among the words stand for, by name."""
-    import draccus
-
-    from ray_jobs.engine.explain import parse
-    from ray_jobs.engine.frame_cache import default_folder
-    from ray_jobs.engine.frame_store import entries
+    from ray_jobs.engine.frame_store import default_folder, entries
 
     names = [word for word in words if not word.startswith("--")]
     flags, _ = read_flags([word for word in words if word not in names])
-    given = [f"--{name}={value or 'true'}" for name, value in flags.items()]
-    options = parse(lambda: draccus.parse(ListOptions, args=given), flags)
+    flags = {name: value or "true" for name, value in flags.items()}
+    check_flags(flags, flags_of(ListOptions, ""), alone=True)
+    options = build(ListOptions, flags)
     folder = default_folder() if options.data.cache == "auto" else Path(options.data.cache)
     found = entries(folder)
     for name in names:
@@ -147,7 +147,7 @@ def _entries(words: list[str]) -> tuple[ListOptions, dict]:
 
 
 def _list(words: list[str]) -> int:
-    from ray_jobs.engine.frame_cache import gigabytes, is_stale
+    from ray_jobs.engine.frame_store import gigabytes, is_stale
 
     _, found = _entries(words)
     for name, entry in found.items():
@@ -176,8 +176,7 @@ def _verify(words: list[str]) -> int:
 
 
 def _remove(words: list[str]) -> int:
-    from ray_jobs.engine.columns import remove_unused_columns
-    from ray_jobs.engine.frame_cache import is_stale
+    from ray_jobs.engine.frame_store import is_stale, remove_unused_columns
 
     options, found = _entries(words)
     if not options.all and not options.stale and not [word for word in words if not word.startswith("--")]:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import OUTPUT_EVERY_S, duration, quiet, run_job
+from ray_jobs.engine.console import OUTPUT_EVERY_S, doing, duration, quiet, run_job
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.flag_table import flags_of
+from ray_jobs.engine.flags import check_flags
+from ray_jobs.engine.options import build, read_flags
 
 IMAGE_SIZE = 64  # pixels
 SPACE = Path(__file__).parent.parent / "search_spaces" / "act_demo.yaml"
@@ -68,19 +71,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> DemoOptions:
-    import contextlib
-    import io
-
-    import draccus
-
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            options = draccus.parse(DemoOptions, args=argv)
-    except SystemExit:
-        raise InputError(printed.getvalue().strip().rpartition(": error: ")[2]) from None
-    except draccus.utils.DraccusException as error:
-        raise InputError(str(error).strip()) from None
+    flags, _ = read_flags(argv)
+    check_flags(flags, flags_of(DemoOptions, ""), alone=True)
+    options = build(DemoOptions, flags)
     if options.episodes < 2 or options.steps < 2 or min(options.trials, options.rollouts) < 1:
         raise InputError("--episodes and --steps must be at least 2, --trials and --rollouts at least 1.")
     return options
@@ -97,8 +90,10 @@ def _dataset(root: Path, episodes: int) -> Path:
             )
         print(f"using the {recorded} recorded episodes in {root}")
         return root
+    doing("importing LeRobot")
     from ray_jobs.part_sorting.record import record
 
+    doing("")
     said = time.monotonic()
 
     def progress(done: int, episodes: int) -> None:

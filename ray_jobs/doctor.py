@@ -7,15 +7,16 @@ for a few seconds. `--steps=20000` tells the hours of a training that long, `--c
 reads only. Exit status 1 if something would stop or spoil a training.
 """
 
-import json
 import math
 import tempfile
 from pathlib import Path
 
+from ray_jobs.engine.command import check_command
 from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.dataset_files import metadata_faults
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.records import json_text
 
 DEFAULT_POLICY = "act"  # that is measured if none is named
 OF_THE_DATA = ("dataset.", "data.", "tolerance_s")
@@ -33,12 +34,13 @@ def main(argv: list[str]) -> int:
     cost_per_hour = _price(flags.pop("cost_per_hour", None))
     as_json = "--json" in argv
     root = flags.get("dataset.root", "")
-    if "dataset.repo_id" in flags and root and "://" not in root:  # before LeRobot is imported
+    check_command({"policy.type": DEFAULT_POLICY, **flags})
+    if root and "://" not in root:  # before LeRobot is imported
         faults = metadata_faults(Path(root), flags["dataset.repo_id"])
         if faults:
             faults = [f"--dataset.root={root}: {fault}" for fault in faults]
             nothing = {"facts": {}, "faults": faults, "warnings": [], "advice": []}
-            print(json.dumps(nothing, indent=2) if as_json else "\n".join(f"FAULT       {f}" for f in faults))
+            print(json_text(nothing, indent=2) if as_json else "\n".join(f"FAULT       {f}" for f in faults))
             return 1
     with no_garbage_collection():
         from ray_jobs.engine import costs, dataset_options, preflight
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
                 say(f"not measured: {error}\n--policy.type names another policy than {DEFAULT_POLICY}.")
     found.advice += _advice(found.facts, asked.data.resize, recipe.lerobot.policy)
     if as_json:
-        print(json.dumps(vars(found), indent=2))
+        print(json_text(vars(found), indent=2))
     else:
         say(*_verdict(found))
     return 1 if found.faults else 0
@@ -115,29 +117,38 @@ def _advice(facts: dict, size: list[int] | None, policy) -> list[str]:
     need, free = costs.get("to_decode_bytes", 0), costs.get("free_disk_bytes", 0)
     sizes = {key: camera["shape"][:2] for key, camera in facts.get("cameras", {}).items()}
     large = [key for key, shape in sizes.items() if min(shape) > 256]
+    # What `check_resize` asks of the cameras.
+    resizable = size is None and all(
+        "image" in key and not camera.get("depth") for key, camera in facts.get("cameras", {}).items()
+    )
     if need > 0.9 * free:
         advice.append(
             "The cache does not fit on the disk: --data.resize, --data.cache=FOLDER on a larger one."
         )
     shrunk = {key: _own_size(policy, *shape) for key, shape in sizes.items()}
-    smaller = {tuple(own) for key, own in shrunk.items() if own and min(own) < min(sizes[key])}
-    if len(smaller) == 1 and size is None:
+    smaller = {
+        tuple(own)
+        for key, own in shrunk.items()
+        if own and list(own) != list(sizes[key]) and all(map(int.__le__, own, sizes[key]))
+    }
+    if len(smaller) == 1 and resizable:
         height, width = smaller.pop()
         advice.append(
             f"{policy.type} shrinks images to {height}x{width} itself: --data.resize='[{height},{width}]' stores them "
             "like that, which makes cache and loader cheaper. It changes the pixels a little (anti-aliased, 8 bit), here "
             "and at run time."
         )
-    elif large and size is None:
+    elif large and resizable:
+        height, width = (round(pixels * 240 / min(sizes[large[0]])) for pixels in sizes[large[0]])
         advice.append(
-            f"{', '.join(large)}: more pixels than most policies use; --data.resize='[240,320]' makes cache, loader "
-            "and step cheaper."
+            f"{', '.join(large)}: more pixels than most policies use; --data.resize='[{height},{width}]' makes cache, "
+            "loader and step cheaper."
         )
     distances = [camera.get("key_frame_distance", 0) for camera in facts.get("cameras", {}).values()]
     if max(distances, default=0) > 30:
         advice.append(
-            f"Key frames are up to {max(distances)} frames apart: single frames are slow to decode, so leave "
-            "--data.cache on."
+            f"Key frames are up to {max(distances)} frames apart: single frames are slow to decode, which "
+            "--data.cache=off does again for every sample."
         )
     return advice
 

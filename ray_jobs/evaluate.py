@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import OUTPUT_EVERY_S, duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.console import OUTPUT_EVERY_S, doing, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.options import parse_options, read_flags
+from ray_jobs.engine.flags import as_arguments, check_flags
+from ray_jobs.engine.options import all_mistakes, parse_options, read_flags
+from ray_jobs.engine.output_dir import check_output_dir
 
 if TYPE_CHECKING:
     from ray_jobs.engine.simulator import SimulatorOptions
@@ -47,28 +49,21 @@ def main(argv: list[str]) -> int:
         return 0
     flags, notices = read_flags(argv)
     checkpoint, output_dir = flags.pop("checkpoint", None), flags.pop("output_dir", None)
-    if not checkpoint:
-        raise InputError("--checkpoint is missing: what to evaluate, as in --checkpoint=outputs/act.")
     in_simulator = any(name.startswith("env.") for name in flags)
-    if not in_simulator and (idle := [n for n in flags if n == "seed" or n.startswith("eval.")]):
-        raise InputError(f"--{idle[0]} is of a simulator, which --env.type names.")
+    _check(checkpoint, output_dir, flags, in_simulator)
     if (
         in_simulator
         and parse_options({k: v for k, v in flags.items() if k.startswith("ray.")}).ray.num_workers
     ):
         cluster.start(flags.get("ray.address"))
+    doing("importing LeRobot")
     with no_garbage_collection():
         from ray_jobs.engine import trained as trained_module
         from ray_jobs.engine.bucket import local_folder
-        from ray_jobs.engine.flags import check_flags
-    check_flags(flags)
-    for name in flags:
-        if not name.startswith(GROUPS) and name not in FLAGS and "discover_packages_path" not in name:
-            raise InputError(f"--{name} has no effect on a trained policy; --help lists what has.")
+    doing("reading the checkpoint")
     simulator = _simulator(flags) if in_simulator else None
     target = local_folder(output_dir, "output_dir") if output_dir else _next_folder(Path("outputs"))
-    if target.exists():
-        raise InputError(f"--output_dir={target} already exists, and nothing in it is overwritten.")
+    check_output_dir(target)
     found = _find(checkpoint)
     policies = []
     for name, (folder, fetch) in found.items():
@@ -99,9 +94,35 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _check(checkpoint: str | None, output_dir: str | None, flags: dict[str, str], in_simulator: bool) -> None:
+    """Find the command line's mistakes before anything is imported."""
+    with all_mistakes() as mistakes:
+        if not checkpoint:
+            mistakes.append("--checkpoint is missing: what to evaluate, as in --checkpoint=outputs/act.")
+        for word in (checkpoint or "").split(","):
+            if word.strip() and "://" not in word and not Path(word.strip()).exists():
+                mistakes.append(f"--checkpoint={word.strip()}: there is no checkpoint, nor such a folder.")
+        if not in_simulator and (idle := [n for n in flags if n == "seed" or n.startswith("eval.")]):
+            mistakes.append(f"--{idle[0]} is of a simulator, which --env.type names.")
+        try:
+            check_flags(flags)
+        except InputError as error:
+            mistakes.append(str(error))
+        else:
+            for name in flags:
+                if not name.startswith(GROUPS) and name not in FLAGS and "discover_packages_path" not in name:
+                    mistakes.append(f"--{name} has no effect on a trained policy; --help lists what has.")
+        if output_dir and "://" not in output_dir:
+            try:
+                check_output_dir(Path(output_dir))
+            except InputError as error:
+                mistakes.append(str(error))
+
+
 def _simulator(flags: dict[str, str]) -> "SimulatorOptions":
     import draccus
 
+    import ray_jobs.part_sorting  # noqa: F401  (registers --env.type=part_sorting)
     from ray_jobs.engine.explain import parse
     from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 
@@ -109,7 +130,7 @@ def _simulator(flags: dict[str, str]) -> "SimulatorOptions":
         name = next(name for name in flags if name.startswith("env."))
         raise InputError(f"--env.type is missing: --{name} alone does not say of which env.")
     ours = {k: v for k, v in flags.items() if k.startswith(("env.", "eval.")) or k == "seed"}
-    words = [f"--{k}={v}" for k, v in ours.items() if "discover_packages_path" not in k]
+    words = as_arguments({k: v for k, v in ours.items() if "discover_packages_path" not in k})
     options = parse(lambda: draccus.parse(SimulatorOptions, args=words), flags)
     check_eval(options.eval)
     return options
@@ -123,11 +144,9 @@ def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
     """`pretrained_model` folders by a short name, each with what has brought it here, if it lies in a bucket."""
     from ray_jobs.engine.bucket import is_uri
     from ray_jobs.engine.checkpoint import pretrained_dir
-    from ray_jobs.engine.meters import METRIC
-    from ray_jobs.engine.tracking import read_json
     from ray_jobs.search.bucket_copy import bring
-    from ray_jobs.search.plan import SEARCH_FILE
-    from ray_jobs.search.trial import TRIALS_DIR, ranked_checkpoint
+    from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
+    from ray_jobs.search.trial import ranked_checkpoint
 
     found = {}
     words = [word.strip() for word in checkpoint.split(",")]
@@ -135,7 +154,7 @@ def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
         fetch = partial(bring, word) if is_uri(word) else None
         path = fetch() if fetch else Path(word)
         if (path / SEARCH_FILE).is_file():
-            metrics = read_json(path / SEARCH_FILE)["flags"].get("tune.metric", METRIC).split(",")
+            metrics = read_search(path).metrics
             ranked = {t: ranked_checkpoint(t, metrics) for t in sorted((path / TRIALS_DIR).glob("*"))}
             kept = {trial.name: place for trial, place in ranked.items() if place}
             if not kept:
@@ -223,7 +242,7 @@ def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", fol
 
 def _write(target: Path, results: dict[str, dict], argv: list[str]) -> None:
     from ray_jobs.engine.pictures import errors
-    from ray_jobs.engine.tracking import write_json
+    from ray_jobs.engine.records import write_json
 
     target.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "ray_jobs.evaluate", *argv])

@@ -15,12 +15,13 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
-from ray_jobs.engine.bucket import local_folder
-from ray_jobs.engine.checkpoint import pretrained_dir
-from ray_jobs.engine.console import quiet, run_job
+from ray_jobs.engine.console import doing, quiet, run_job
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.flag_table import Flag
+from ray_jobs.engine.flags import check_flags
+from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.output_dir import check_output_dir
+from ray_jobs.engine.records import parse_json
 
 POLICIES = ("act", "diffusion", "pi0", "pi05", "smolvla")
 FLAGS = ("lerobot", "checkpoint", "output_dir", "assets.dir")
@@ -34,6 +35,8 @@ DROPPED = {
     "action_feature_names": lambda value: True,
 }
 KEPT = {("pi0", "gradient_checkpointing"), ("pi05", "gradient_checkpointing")}
+# No package registry has the transformers that 0.4's pi0 and pi0.5 need, nor the extra that asks for it.
+FORK = "pip install 'lerobot[pi] @ git+https://github.com/huggingface/lerobot@v0.4.4'"
 # Steps of today's processors that 0.4.4 has not; without effect unless they are enabled.
 DROPPED_STEPS = ("relative_actions_processor", "absolute_actions_processor")
 
@@ -44,24 +47,28 @@ def main(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    flags = {name: value for name, _, value in (word.removeprefix("--").partition("=") for word in argv)}
-    for name in flags:
-        if name not in FLAGS:
-            raise InputError(f"unknown flag --{name}; there are {', '.join(f'--{flag}' for flag in FLAGS)}.")
+    flags, _ = read_flags(argv)
+    check_flags(flags, {name: Flag(name, "str") for name in FLAGS}, alone=True)
     for name, example in (("lerobot", "0.4"), ("checkpoint", "outputs/act"), ("output_dir", "exported")):
         if not flags.get(name):
             raise InputError(f"--{name} is missing, as in --{name}={example}.")
     if flags["lerobot"] not in ("0.4", "0.4.4"):
         raise InputError(f"--lerobot={flags['lerobot']}: only 0.4 is known here (tried with 0.4.4).")
+    source, target = (Path(flags[name]) for name in ("checkpoint", "output_dir"))
+    if not source.exists() and "://" not in str(source):
+        raise InputError(f"--checkpoint={source}: there is no checkpoint, nor such a folder.")
+    check_output_dir(target)
+    doing("importing LeRobot")
+    from ray_jobs.engine.bucket import local_folder
+    from ray_jobs.engine.checkpoint import pretrained_dir
+
     source, target = (local_folder(flags[name], name) for name in ("checkpoint", "output_dir"))
     source = pretrained_dir(source)
-    if target.exists():
-        raise InputError(f"--output_dir={target} already exists, and nothing in it is overwritten.")
     kind = export(source, target, assets_dir=Path(flags.get("assets.dir") or "pretrained"))
     print(f"exported    {source}\nto          {target}, for LeRobot 0.4")
     if kind in ("pi0", "pi05"):
         print(
-            "mind        0.4's pi0 needs the transformers of `pip install 'lerobot[pi]==0.4.4'` from its repository."
+            f"mind        0.4's pi0 needs a fork of transformers, which comes from LeRobot's repository:\n{FORK}"
         )
     return 0
 
@@ -90,7 +97,8 @@ def export(source: Path, target: Path, *, assets_dir: Path) -> str:
     processors = {path.name: _processor(path, source) for path in source.glob("policy_*processor.json")}
     if len(processors) < 2:
         raise InputError(f"{source} lacks policy_preprocessor.json or policy_postprocessor.json.")
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    there = target.is_dir()  # and empty
+    scratch = (target if there else target.parent) / f".{target.name}.{os.getpid()}.tmp"
     scratch.mkdir(parents=True)
     try:
         for name, content in {"config.json": config, **processors}.items():
@@ -105,7 +113,11 @@ def export(source: Path, target: Path, *, assets_dir: Path) -> str:
             raise InputError(f"{source} holds no weights (model.safetensors).")
         if kind in ("pi0", "pi05"):
             _shift_images(scratch, config)
-        scratch.rename(target)
+        if there:
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
+                path.rename(target / path.name)  # that which makes it a policy comes last
+        else:
+            scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return kind
@@ -129,6 +141,7 @@ def _shift_images(folder: Path, config: dict) -> None:
     copy's normalizer takes 1 from every pixel, which puts black there, and the first layer of the vision
     tower adds what it thereby lacks: 2 on the model's own scale of -1 to 1.
     """
+    import torch
     from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
     from safetensors.torch import load_file, save_file
 
@@ -181,7 +194,7 @@ def _merge(source: Path, target: Path, assets_dir: Path) -> None:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
 

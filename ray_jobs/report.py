@@ -6,9 +6,14 @@ A search writes its own when it ends; this writes it again, say while it runs, o
 rates (`ray_jobs.evaluate ... --output_dir=outputs/act_search/evaluation`) are then part of it.
 """
 
+from pathlib import Path
+
+from ray_jobs.engine import page
 from ray_jobs.engine.console import quiet, run_job
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.options import read_flags
+from ray_jobs.search import report
+from ray_jobs.search.files import SEARCH_FILE
 
 
 def main(argv: list[str]) -> int:
@@ -20,20 +25,15 @@ def main(argv: list[str]) -> int:
     plugins = {name: value for name, value in flags.items() if "discover_packages_path" in name}
     if set(flags) - set(plugins) != {"output_dir"}:
         raise InputError("one flag is wanted, --output_dir: the folder of a search or of a training.")
-    from ray_jobs.engine.bucket import local_folder
-
-    folder = local_folder(flags["output_dir"], "output_dir")
+    folder = Path(flags["output_dir"])
     if not folder.is_dir():
         raise InputError(f"--output_dir={folder}: there is no such folder.")
-    from ray_jobs.engine import page
-    from ray_jobs.engine.flags import check_flags
-    from ray_jobs.search import report
-    from ray_jobs.search.plan import SEARCH_FILE
-
     if plugins:
+        from ray_jobs.engine.flags import check_flags
+
         check_flags(plugins)
     write = report.write_search if (folder / SEARCH_FILE).is_file() else page.write_run
-    print(f"report      {write(folder.absolute())}")
+    print(f"report      {write(folder.absolute(), print)}")
     return 0
 
 

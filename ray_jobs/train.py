@@ -16,10 +16,13 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import Display, duration, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.errors import INTERRUPTED, InputError
+from ray_jobs.engine.command import check_command, help_of_training
+from ray_jobs.engine.console import Display, doing, duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.errors import INTERRUPTED
+from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.engine.interruption import interrupt, on_interruption
 from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
+from ray_jobs.engine.workers import only_driver, refuse_busy
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
@@ -33,39 +36,51 @@ def main(argv: list[str]) -> int:
     quiet()
     if {"--help", "-h"} & set(argv):
         return _help(argv)
-    _start_ray(argv)
-    with no_garbage_collection():
+    flags, _ = read_flags(argv)
+    check_command(flags)
+    refuse_busy(flags)
+    on_ray = _start_ray(flags)
+    doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
+    resumed = asks_to_resume(flags)
+    not_needed = () if resumed else unneeded([flags.get("policy.type", "")], flags)
+    with no_garbage_collection(), without(not_needed):
         from ray_jobs.engine import preflight
         from ray_jobs.engine.recipe import resolve
 
+    doing("looking over the recipe and the data set")
     recipe = resolve(argv)
+    recipe.unneeded = not_needed
     preflight.check(recipe)
     display = Display()
     for notice in recipe.notices:
         display.say(notice)
     started = time.monotonic()
+    on_ray = recipe.options.ray.num_workers > 0
     try:
-        train = _train_on_ray if recipe.options.ray.num_workers else _train_here
-        summary = train(recipe, display)
+        if on_ray:
+            cluster.start(recipe.options.ray.address).result()  # before there is a folder
+        doing("starting the worker(s)" if on_ray else "building the policy")
+        train = _train_on_ray if on_ray else _train_here
+        with only_driver(recipe.output_dir):
+            summary = train(recipe, display)
     finally:
         display.close()
     _last_screen(summary, display, time.monotonic() - started, recipe.remote)
     return 130 if summary["status"] == INTERRUPTED else 0
 
 
-def _start_ray(argv: list[str]) -> None:
+def _start_ray(flags: dict[str, str]) -> bool:
     """Let Ray start, or be joined, while this process imports LeRobot and checks the recipe; nothing is scheduled
-    on it before that. A resumed run may have its options in its folder: its Ray starts later. What is wrong with
-    the command line is said by `resolve`.
+    on it before that. A resumed run may have its options in its folder: its Ray starts later. Returns whether it does.
 
     Workers that import LeRobot meanwhile were 1 s faster, but a refused command then shuts Ray down under a
     thread that uses it, for which Ray 2.60 ends the process with a status of its own.
     """
-    with contextlib.suppress(InputError):
-        flags, _ = read_flags(argv)
-        options = parse_options(flags).ray
-        if options.num_workers and not asks_to_resume(flags):
-            cluster.start(options.address)
+    options = parse_options(flags).ray
+    if not options.num_workers or asks_to_resume(flags):
+        return False
+    cluster.start(options.address)
+    return True
 
 
 def _train_here(recipe: "Recipe", display: Display) -> dict:
@@ -82,26 +97,36 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     import ray
     import ray.train.torch  # not where Ray starts: two threads that import its parts trip each other
 
-    from ray_jobs.engine.driver import train_on_workers
+    from ray_jobs.engine.driver import has_room, train_on_workers
 
     options = recipe.options.ray
-    cluster.start(options.address).result()
     streamed = recipe.options.data.source == "stream"
     reserved = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
     each = cluster.share(*reserved, decoders=streamed, at_least=options.min_workers)
 
     def should_stop() -> str:
         if display.waits_since and time.monotonic() - display.waits_since > WAITED_S:
-            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
             why = f"{display.why_again}; " if display.facts else ""
-            display.say(
-                f"{why}waiting for {options.num_workers} worker(s) with {each} to start; not in use now: {free}"
-            )
+            free = None if has_room() else ray.available_resources()
+            display.say(f"{why}{waiting_for(options.num_workers, each, free)}")
             display.waits_since = time.monotonic()
         return asked()
 
     with _interrupts(display) as asked:
         return train_on_workers(recipe, each, display.show, should_stop)
+
+
+def waiting_for(workers: int, each: cluster.Share, free: dict[str, float] | None) -> str:
+    """What a run that has not begun after a while waits for.
+
+    Args:
+        free: Resources of the cluster that nobody uses; None once the workers have theirs.
+    """
+    they = f"{workers} workers with {each} each" if workers > 1 else f"a worker with {each}"
+    if free is None:
+        return f"still waiting: {they} {'are' if workers > 1 else 'is'} starting (imports, data, models)"
+    left = cluster.Share(free.get("CPU", 0), free.get("GPU", 0))
+    return f"still waiting for room for {they}: the cluster has {left} that nobody uses now"
 
 
 @contextlib.contextmanager
@@ -157,15 +182,9 @@ def _last_screen(summary: dict, display: Display, seconds: float, remote: str | 
 
 
 def _help(argv: list[str]) -> int:
-    from lerobot.configs.parser import print_scoped_help
-    from lerobot.configs.train import TrainPipelineConfig
-
-    from ray_jobs.engine.options import help_text
-
+    flags, _ = read_flags([word for word in argv if word not in ("--help", "-h")])
     print(__doc__)
-    print(help_text())
-    if any(word.startswith("--policy.type") for word in argv):
-        print_scoped_help(TrainPipelineConfig, argv)
+    print(help_of_training(flags.get("policy.type")))
     return 0
 
 

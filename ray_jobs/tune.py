@@ -7,19 +7,24 @@ Every flag of `ray_jobs.train` holds for all trials; the space says what varies.
 `--help` the tuner's own flags.
 """
 
-import contextlib
 import os
 import queue
+import shlex
 import shutil
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ray_jobs.engine import cluster
-from ray_jobs.engine.console import no_garbage_collection, quiet, run_job
-from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError
+from ray_jobs.engine import cluster, surroundings
+from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError, StorageLost
+from ray_jobs.engine.imports import without
 from ray_jobs.engine.line import open_line
-from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.options import asks_to_resume, read_flags
+from ray_jobs.engine.workers import only_driver, refuse_busy
+from ray_jobs.search import new_space
+from ray_jobs.search.command import check_search
 
 if TYPE_CHECKING:
     from ray_jobs.search.bucket_copy import BucketCopy
@@ -34,7 +39,6 @@ TUNE_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-DONE = "done"
 LOOK_EVERY_S = 3  # between looks for nodes that have joined, or will be taken away
 
 
@@ -44,51 +48,68 @@ def main(argv: list[str]) -> int:
     os.environ.update(TUNE_ENV)
     if {"--help", "-h"} & set(argv):
         return _help()
-    _start_ray(argv)
-    with no_garbage_collection():
+    if (wanted := new_space.asked(argv)) is not None:
+        print(new_space.write(*wanted))
+        return 0
+    flags, _ = read_flags(["--tune.dry_run=true" if word == "--dry-run" else word for word in argv])
+    not_needed = check_search(flags)
+    refuse_busy({"output_dir": "outputs/search", **flags})
+    on_ray = not asks_to_resume(flags)
+    if on_ray:
+        cluster.start(flags.get("ray.address"))
+    doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
+    with no_garbage_collection(), without(not_needed):
         from sqlalchemy.exc import SQLAlchemyError
 
         from ray_jobs.engine.explain import first_line
-        from ray_jobs.engine.workers import lock
         from ray_jobs.search import answer, bucket_copy, dry_run, report
-        from ray_jobs.search.plan import SEARCH_FILE, make_plan, read_command
+        from ray_jobs.search.begin import open_study
+        from ray_jobs.search.files import DONE, SEARCH_FILE, SPACES_DIR
+        from ray_jobs.search.plan import make_plan, read_command
         from ray_jobs.search.slot import decide
-        from ray_jobs.search.study import open_study
+        from ray_jobs.search.spaces import read_spaces
 
+    doing("looking over the spaces and the data set")
     typed, options, resume, notices = read_command(argv)
-    plan = make_plan(typed, options, resume, notices, print)
+    plan = make_plan(typed, options, read_spaces(typed, notices), resume, notices, print)
+    plan.recipe.unneeded = not_needed
     for notice in plan.notices:
         print(notice)
     cluster.start(plan.recipe.options.ray.address).result()
     from ray_jobs.engine.faults import if_helper_dies  # not while Ray starts: it imports parts of it
 
     slot = decide(plan)
+    doing("")
     if options.tune.dry_run:
         dry_run.show(plan, slot, print)
         return 0
 
-    with lock(plan.output_dir, wait_s=5):
+    stopped = threading.Event()  # from now on nothing is waited for that has failed
+    with only_driver(plan.output_dir):
         seed = plan.recipe.lerobot.seed or 0
         new = not (plan.output_dir / SEARCH_FILE).exists()
         if new:  # before the study: what has begun can be resumed
             plan.save()
         try:
-            study = open_study(plan, seed)
+            study = open_study(plan, seed, stopped.is_set)
         except InputError:
             if new:
-                shutil.rmtree(plan.output_dir)  # there was none a moment ago
+                (plan.output_dir / SEARCH_FILE).unlink()
+                shutil.rmtree(plan.output_dir / SPACES_DIR)
             raise
         if not new:
             plan.save()
             answer.reopen(plan)
-        with bucket_copy.kept(plan, study, print) as copy:
+        with bucket_copy.kept(plan, study, print, stopped.is_set) as copy:
             started = time.monotonic()
             with if_helper_dies("the search's helper process", "The study is intact; --resume=true goes on."):
-                status, error = _search(plan, study, slot, seed, copy)
+                status, error = _search(plan, study, slot, seed, copy, stopped)
             try:
                 if copy:
                     copy.gather(plan, study)
                 summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)
+            except StorageLost as failure:
+                raise RunError(error or str(failure)) from failure
             except (OSError, SQLAlchemyError) as failure:  # a disk that is full, say
                 more = f"what was found cannot be written: {first_line(failure)}"
                 raise RunError(f"{error or more}\nThe study is intact; --resume=true goes on.") from failure
@@ -98,30 +119,28 @@ def main(argv: list[str]) -> int:
             try:
                 print(f"report      {report.write_search(plan.output_dir)}")
             except Exception as failure:  # out of memory, say; what was found is whole
-                again = f"python -m ray_jobs.report --output_dir={plan.output_dir}"
+                again = f"python -m ray_jobs.report --output_dir={shlex.quote(str(plan.output_dir))}"
                 print(f"no report   {type(failure).__name__}: {first_line(failure)}; once more: {again}")
     if status != DONE:
-        print(f"continue    python -m ray_jobs.tune --output_dir={plan.place} --resume=true")
-    if error:
-        raise RunError(error)
-    return 130 if status == INTERRUPTED else 0
-
-
-def _start_ray(argv: list[str]) -> None:
-    """Let Ray start while the space is checked; what is wrong with the command line is said later."""
-    with contextlib.suppress(InputError):
-        flags, _ = read_flags(argv)
-        if flags.get("space") and "resume" not in flags:
-            cluster.start(flags.get("ray.address"))
+        print(f"continue    python -m ray_jobs.tune --output_dir={shlex.quote(plan.place)} --resume=true")
+    if status == INTERRUPTED and not error:
+        return 130
+    if error or not summary["best"]:
+        raise RunError(error or answer.why_nothing(study, status))
+    return 0
 
 
 # ---------------------------------------------------------------------- the search
 
 
 def _search(
-    plan: "Plan", study, slot: "Slot", seed: int, copy: "BucketCopy | None"
+    plan: "Plan", study, slot: "Slot", seed: int, copy: "BucketCopy | None", stopped: threading.Event
 ) -> tuple[str, str | None]:
-    """Run Ray Tune until the study has all its trials; returns how it ended, and why if it failed."""
+    """Run Ray Tune until the study has all its trials; returns how it ended, and why if it failed.
+
+    Args:
+        stopped: Is set once somebody has asked to stop, or the search has failed.
+    """
     import ray
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig
@@ -133,6 +152,7 @@ def _search(
     from ray_jobs.engine.watchdog import Watchdog
     from ray_jobs.engine.workers import check_node, mark_of
     from ray_jobs.search import answer, dry_run
+    from ray_jobs.search.files import DONE, TIME_IS_UP, trial_name
     from ray_jobs.search.options import MORE_IS_BETTER
     from ray_jobs.search.progress import Progress
     from ray_jobs.search.searcher import (
@@ -142,7 +162,8 @@ def _search(
         TrialWitness,
         survive_memory_kills,
     )
-    from ray_jobs.search.study import finished, trial_name, trials_of
+    from ray_jobs.search.storage import StudyFile, address_of
+    from ray_jobs.search.study import finished, trials_of
     from ray_jobs.search.trial import run_trial
 
     options = plan.options.tune
@@ -163,12 +184,13 @@ def _search(
         # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
         if event["kind"] == "ended":
             notice = lambda text: told.put({"kind": "notice", "text": text})  # noqa: E731
-            hopeless = patiently(partial(answer.note, plan, study), "trials.csv", notice)
+            hopeless = patiently(partial(answer.note, plan, study), "trials.csv", notice, stop=stopped.is_set)
             if copy:
                 copy.ended(hopeless)
         told.put(event)
 
     survive_memory_kills()
+    file = StudyFile(address_of(plan))
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
     line = open_line()
     shared = (None, "") if plan.remote else (plan.output_dir, mark_of(plan.output_dir))
@@ -182,6 +204,8 @@ def _search(
             metrics=options.metrics,
             each=slot.each,
             trials=options.num_samples,
+            unneeded=plan.recipe.unneeded,
+            paths=surroundings.handed_on(),
             line=line,
         ),
         tune.PlacementGroupFactory([slot.bundle]),
@@ -217,6 +241,7 @@ def _search(
         higher=options.metrics[0] in MORE_IS_BETTER,
         done=len(done),
         best=(best[0].values[0], trial_name(best[0].number)) if best else None,
+        slots=slot.at_once,
     )
     progress.say(dry_run.intro(plan, slot))
     # Trials with several workers look after these themselves.
@@ -228,6 +253,8 @@ def _search(
     def stop(reason: str) -> None:
         nonlocal status
         search.stopping, status = True, reason
+        if reason != TIME_IS_UP:
+            stopped.set()
         line.ask_to_stop.remote(INTERRUPTED)
 
     try:
@@ -246,6 +273,9 @@ def _search(
                     progress.say(hung)
                 if time.monotonic() - looked > LOOK_EVERY_S:
                     looked = time.monotonic()
+                    if status == DONE and file.is_gone():  # who trains for hours does not ask the study
+                        search.failure = search.failure or file.loss()
+                        progress.say(f"{file.path} is gone: trials save a checkpoint and end.")
                     for node in cluster.leaving():
                         line.leave.remote(node)
                     if counted:
@@ -257,7 +287,7 @@ def _search(
                     and time.monotonic() - started > options.time_budget_s
                 ):
                     progress.say("the time is up: trials save a checkpoint and end.")
-                    stop("time is up")
+                    stop(TIME_IS_UP)
             except KeyboardInterrupt:
                 if status == INTERRUPTED:
                     raise
@@ -294,6 +324,7 @@ def _help() -> int:
 
     print(__doc__)
     print("  --space=FILE[,FILE]\n        Search spaces, one for each policy (see search_spaces/).")
+    print(f"  {new_space.WORD}=POLICY [FILE]\n        Write one to begin with, and stop.")
     print("\n".join(help_for("tune", TuneOptions)))
     print("\nThe flags of one training:  python -m ray_jobs.train --help")
     return 0

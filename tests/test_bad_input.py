@@ -78,7 +78,7 @@ VALUES = {
     "must be true or false": "--resume=maybe --ray.ema=1",
     "must be a list": "--data.eval_episodes=3 --dataset.episodes=[a]",
     "must be a mapping": "--rename_map=a",
-    "bracket": "--policy.optimizer_betas=[1",
+    "bracket": "--dataset.episodes=[1",
     "at least 1": "--steps=0 --steps=-1 --batch_size=0 --ray.grad_accumulation=0 --checkpoint.keep_last=0",
     "at least 0": "--num_workers=-1 --ray.num_workers=-1",
     "did you mean act?": "--policy.type=acts",
@@ -199,7 +199,7 @@ def test_wandb_login(act, tmp_path, monkeypatch):
         ("meta/info.json", edit(lambda info: info.pop("features")), "meta/info.json is damaged"),
         ("meta/info.json", edit(lambda info: info.update(codebase_version="v4.0")), "v4.0"),
         ("meta/info.json", edit(lambda info: info.update(total_episodes=13)), "13 episodes"),
-        ("meta/info.json", edit(lambda info: info["features"].pop("action")), "no 'action'"),
+        ("meta/info.json", edit(lambda info: info["features"].pop("action")), "a column action, which"),
         ("meta/info.json", edit(lambda info: info["features"].pop(CAMERA)), "at least one image"),
         ("meta/stats.json", edit(lambda stats: stats["action"].pop("std")), "has no std of action"),
         ("meta/stats.json", edit(lambda stats: stats.pop(CAMERA)), f"no statistics of {CAMERA}"),
@@ -298,11 +298,14 @@ def test_pretrained_policy(parts, run, act, tmp_path):
 
 def test_output_dir(parts, run, tmp_path):
     assert "--resume=true to continue" in refusal(*tiny_act(parts, run))
-    assert "--resume" not in refusal(*tiny_act(parts, tmp_path))  # there is no run in it
     (tmp_path / "never_begun").mkdir()
+    check(*tiny_act(parts, tmp_path / "never_begun"))  # made ahead: a mounted disk, say
+    (tmp_path / "link").symlink_to(tmp_path / "never_begun")
+    check(*tiny_act(parts, tmp_path / "link"))
     (tmp_path / "never_begun/.driver").touch()
     check(*tiny_act(parts, tmp_path / "never_begun"))  # its worker had no data set, say
     (tmp_path / "file").touch()
+    assert "--resume" not in refusal(*tiny_act(parts, tmp_path))  # there is no run in it
     assert "is a file" in refusal(*tiny_act(parts, tmp_path / "file"))
     assert "file is not a folder" in refusal(*tiny_act(parts, tmp_path / "file/run"))
     assert "cannot be written" in refusal(*tiny_act(parts, Path("/proc/run")))

@@ -31,6 +31,7 @@ from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.frame_cache import FrameCache, open_frames
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.options import DataOptions
+from ray_jobs.engine.position import START, Position
 from ray_jobs.engine.recipe import resolve
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
@@ -102,6 +103,11 @@ def numbers(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def images_in_parquet(tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("images") / "images", [9, 5], cameras=1, use_videos=False)
+
+
+def position(dataset: LeRobotDataset, **counter) -> Position:
+    """Of a checkpoint that says `counter`, as one of stock LeRobot does."""
+    return Position.of(counter, len(dataset), batch_size=99, shards=99)
 
 
 def opened(root: Path, policy: str, episodes: list[int] | None = None) -> LeRobotDataset:
@@ -275,8 +281,9 @@ def test_order_equals_lerobots_and_survives_a_resume(numbers, flags, ranks):
         for mine, stock in zip(ours, theirs, strict=True):
             assert_same(mine, stock)
         for step in {1, per_epoch - 1, per_epoch, per_epoch + 1, 2 * per_epoch} - {0}:
-            saved = {"step": step, "batch_size": cfg.batch_size, "num_processes": ranks}
-            tail = training_batches(cfg, dataset, accelerator, resumed=saved)
+            begin = position(dataset, step=step, batch_size=cfg.batch_size, num_processes=ranks)
+            assert begin == START.after(step, len(dataset), cfg.batch_size, ranks)
+            tail = training_batches(cfg, dataset, accelerator, begin=begin)
             for mine, undisturbed in zip(tail, ours[step : step + 3], strict=False):
                 assert mine["index"].tolist() == undisturbed["index"].tolist(), f"after step {step}"
             tail.close()
@@ -288,8 +295,8 @@ def test_resume_counts_in_the_batches_of_the_checkpoint(numbers):
     dataset = make_dataset(cfg)  # 39 frames
     whole = itertools.islice(training_batches(cfg, dataset, rank_of(0, 1)), 20)
     order = [i for batch in whole for i in batch["index"].tolist()]
-    saved = {"step": 3, "batch_size": 4, "num_processes": 2}  # 24 frames seen
-    tail = next(training_batches(cfg, dataset, rank_of(0, 1), resumed=saved))
+    begin = position(dataset, step=3, batch_size=4, num_processes=2)  # 24 frames seen
+    tail = next(training_batches(cfg, dataset, rank_of(0, 1), begin=begin))
     assert tail["index"].tolist() == order[24:26]
 
 
@@ -299,9 +306,46 @@ def test_accumulated_batches_count_as_one_step(numbers):
     dataset = make_dataset(cfg)
     accelerator = rank_of(0, 1)
     whole = [b["index"].tolist() for b in itertools.islice(training_batches(cfg, dataset, accelerator), 12)]
-    saved = {"step": 5, "batch_size": 2, "num_processes": 1}
-    tail = training_batches(cfg, dataset, accelerator, batches_per_step=2, resumed=saved)
+    begin = START.after(5 * 2, len(dataset), batch_size=2, shards=1)
+    tail = training_batches(cfg, dataset, accelerator, batches_per_step=2, begin=begin)
     assert [next(tail)["index"].tolist() for _ in range(2)] == whole[10:]
+
+
+CHANGES = {  # batch size, workers, accumulated batches, steps
+    "batch size, twice": ((4, 1, 1, 3), (2, 1, 1, 3), (2, 1, 1, 4), (3, 1, 1, 9)),
+    "workers": ((2, 3, 1, 2), (2, 1, 1, 5), (2, 2, 1, 4), (2, 2, 1, 3)),
+    "accumulation": ((2, 1, 3, 2), (2, 1, 1, 4), (2, 1, 2, 3), (2, 1, 2, 2)),
+    "all of them": ((4, 2, 1, 2), (3, 1, 2, 2), (1, 4, 1, 1), (5, 1, 1, 6), (2, 2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_no_sample_is_read_twice_when_a_resume_changes_the_batches(numbers, case):
+    """A run that goes on with another batch size, another number of workers or other accumulation reads every sample of an
+    epoch before it reads one again (but for those that fill up the last batches of several workers). What is kept of
+    it is what a checkpoint keeps."""
+    cfg = config(numbers)
+    dataset = make_dataset(cfg)
+    read, begin = [], START
+    for batch_size, ranks, accumulated, steps in CHANGES[case]:
+        cfg = config(numbers, f"--batch_size={batch_size}")
+        each = [
+            training_batches(cfg, dataset, rank_of(rank, ranks), batches_per_step=accumulated, begin=begin)
+            for rank in range(ranks)
+        ]
+        for _ in range(steps * accumulated):
+            read += [i for batches in each for i in next(batches)["index"].tolist()]
+        for batches in each:
+            batches.close()
+        begin = begin.after(steps * accumulated, len(dataset), batch_size, ranks)
+    whole = lerobots_batches(config(numbers, "--batch_size=1"), dataset, 0, 1)
+    order = [next(whole)["index"].item() for _ in range(2 * len(dataset))]
+    of_the_first = len(dataset) if begin.epoch else begin.start_index
+    assert read[:of_the_first] == order[:of_the_first]
+    if begin.epoch:
+        filled = len(read) - len(dataset) - begin.start_index
+        assert read[of_the_first + filled :] == order[of_the_first : len(dataset) + begin.start_index]
+        assert filled < batch_size * ranks
 
 
 # ---------------------------------------------------------------------- images in parquet, image transforms

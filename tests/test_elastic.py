@@ -11,6 +11,7 @@ from ray_jobs.engine import cluster
 from ray_jobs.engine.data import training_batches
 from ray_jobs.engine.options import parse_options, read_flags
 from ray_jobs.engine.parallel import Shards
+from ray_jobs.engine.position import START
 from ray_jobs.engine.recipe import resolve
 
 # What draws random numbers on each worker, and so depends on who computes a batch.
@@ -44,7 +45,7 @@ def test_the_samples_of_a_step_are_those_of_the_full_group(parts, tmp_path, accu
 
     def steps(workers: int, count: int, begin: int) -> list[list[int]]:
         """Sorted frame numbers of each step."""
-        saved = {"step": begin, "batch_size": 3, "num_processes": 4} if begin else None
+        position = START.after(begin * accumulated, len(dataset), 3, 4)
         ranks = []
         for rank in range(workers):
             mine = shards_of(rank, workers, 4)
@@ -54,7 +55,7 @@ def test_the_samples_of_a_step_are_those_of_the_full_group(parts, tmp_path, accu
                 Rank(rank, workers),
                 shards=mine,
                 batches_per_step=accumulated,
-                resumed=saved,
+                begin=position,
             )
             ranks.append((len(mine.mine) * accumulated, batches))
         found = []

@@ -172,11 +172,14 @@ def test_hung_worker(parts, tmp_path, kind):
     assert run.lost() <= EVERY
 
 
-@pytest.mark.parametrize("kind", ["one", "two", "search"])
-def test_stuck_worker(parts, tmp_path, kind):
-    """It answers, but takes no step, as then no other does: the one that they wait for is told, and replaced."""
+@pytest.mark.parametrize(
+    ("kind", "fault"), [("one", "stuck"), ("two", "stuck"), ("search", "stuck"), ("one", "checkpointed")]
+)
+def test_stuck_worker(parts, tmp_path, kind, fault):
+    """It answers, but takes no step, as then no other does: the one that they wait for is told, and replaced. So it is within
+    gradient checkpointing, for which torch has a file that is called as ours for saving is."""
     stuck = tmp_path / "stuck"
-    fault = {"FAULT": "stuck", "FAULT_FILE": str(stuck)}
+    fault = {"FAULT": fault, "FAULT_FILE": str(stuck)}
     run = Victim(kind, parts, tmp_path / "run", tmp_path, "--ray.hang_timeout=10", FAULTY, **fault)
     run.wait_for_step(EVERY + 1)
     stuck.touch()
@@ -205,6 +208,20 @@ def test_out_of_memory(parts, tmp_path, kind, memory):
     if kind == "search":
         with (tmp_path / "run/trials.csv").open() as file:
             assert [row["state"] for row in csv.DictReader(file)] == ["FAIL", "COMPLETE"]
+
+
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_exception_that_comes_again(parts, tmp_path, kind):
+    """A mistake in the policy's code is tried once more, and then told for what it is: no lost worker."""
+    wrong = tmp_path / "wrong"
+    wrong.touch()
+    run = Victim(kind, parts, tmp_path / "run", tmp_path, FAULTY, FAULT="wrong", FAULT_FILE=str(wrong))
+    assert run.end(240) == 1, run.printed
+    told = "TypeError: unsupported operand: <object object at 0x>, twice after step 2: it would come again."
+    assert f"failed: {told}" in run.printed, run.printed
+    assert "a worker was lost" not in run.printed and "Traceback" not in run.printed
+    assert "in wrong\n" in (tmp_path / "run/error.log").read_text()
+    assert run.printed.count("effective batch") == 1 and run.printed.count("the run goes on from step") == 1
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "search"])
@@ -236,6 +253,35 @@ def test_mount_away(parts, tmp_path, kind, for_ever):
     again = run.again()
     assert again.end(180) == 0, again.printed
     assert run.lost() <= EVERY
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "search"])
+def test_stopping_does_not_wait_for_a_mount(parts, tmp_path, kind):
+    """SIGTERM while nothing can be written: it ends at once, not in 15 minutes, and says what it could not write."""
+    away = tmp_path / "away"
+    run = Victim(kind, parts, tmp_path / "run", tmp_path, FAULTY, FAULT="mount", FAULT_FILE=str(away))
+    run.wait_for_step(EVERY + 1)
+    away.touch()
+    run.wait_for("cannot be written, trying again: OSError: [Errno 5]")
+    run.process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    assert run.end(180) == 1, run.printed
+    assert time.monotonic() - sent < 60, run.printed
+    assert "could not be written before this was stopped: OSError" in run.printed, run.printed
+    assert "Traceback" not in run.printed and run.whole()
+
+
+def test_stopping_does_not_wait_for_a_bucket(parts, tmp_path, bucket):
+    more = ["--steps=2000", "--save_freq=100", "--log_freq=100"]
+    run = Victim("one", parts, bucket.run, tmp_path, *more)
+    run.wait_for("step ")
+    bucket.do("stop")
+    run.wait_for("trying again")
+    run.process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    assert run.end(180) == 1, run.printed
+    assert time.monotonic() - sent < 60, run.printed
+    assert "could not be written before this was stopped" in run.printed and "are in " in run.printed
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "search"])

@@ -22,7 +22,9 @@ import psutil
 import pytest
 from conftest import ROOT, free_port, job, tiny_act
 
+from ray_jobs import train, tune
 from ray_jobs.engine import checkpoint
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.interruption import ONE_S
 
 STEPS = ("--steps=40", "--save_freq=10")
@@ -231,18 +233,47 @@ def test_ctrl_c_leaves_a_checkpoint(parts, tmp_path, sent, workers):
 
 @pytest.mark.slow
 def test_two_runs_never_share_a_folder(parts, tmp_path):
-    """A second run in the folder of a living one is refused, not mixed in; the first one notices nothing."""
-    flags = tiny_act(parts, tmp_path / "run", "--steps=5000", "--save_freq=5")
+    """A second run in the folder of a living one is refused at once, not mixed in; the first one notices nothing."""
+    folder = tmp_path / "run"
+    flags = tiny_act(parts, folder, "--steps=5000", "--save_freq=5")
     run = Run(flags)
     run.wait_for("step 6/5000")
-    options = (tmp_path / "run" / "options.json").read_text()
-    other = ("--resume=true", "--checkpoint.keep_last=1", "--ray.num_workers=0")
-    result = job("ray_jobs.train", *flags, *other)
-    assert result.returncode == 1
-    assert "another run is writing" in result.stderr
-    assert (tmp_path / "run" / "options.json").read_text() == options
+    options = (folder / "options.json").read_text()
+    config = checkpoint.last_checkpoint(folder) / "pretrained_model/train_config.json"
+    for other in (
+        [*flags, "--resume=true", "--checkpoint.keep_last=1"],
+        [*flags, "--resume=true", "--ray.num_workers=0"],
+        [f"--config_path={config}", "--resume=true"],
+    ):
+        begin = time.monotonic()
+        result = job("ray_jobs.train", *other)
+        assert result.returncode == 1
+        assert result.stderr == f"failed: another run is writing into {folder}.\n", result.stderr
+        assert time.monotonic() - begin < 10, "2 s on a machine that does nothing else; LeRobot alone is 10 s"
+    assert (folder / "options.json").read_text() == options
     os.killpg(run.process.pid, signal.SIGINT)
     assert run.end() == 130
+
+
+def test_a_busy_folder_is_found_before_anything_else(tmp_path):
+    """By training and search alike, with nothing imported or written; a driver that was killed holds nothing."""
+    folder = tmp_path / "run"
+    hold = "import sys, time, pathlib; from ray_jobs.engine.workers import only_driver\n"
+    hold += "with only_driver(pathlib.Path(sys.argv[1])): print('here', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", hold, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "here\n"
+            for main in (train.main, tune.main):
+                for more in ([], ["--resume=true"]):
+                    with pytest.raises(RunError, match=f"^another run is writing into {folder}.$"):
+                        main([f"--output_dir={folder}", *more])
+        finally:
+            holder.kill()
+    for main in (train.main, tune.main):
+        with pytest.raises(InputError):  # there is nothing to train on
+            main([f"--output_dir={folder}", "--ray.num_workers=0"])
+    assert {path.name for path in folder.iterdir()} == {".driver"}
 
 
 @pytest.mark.slow

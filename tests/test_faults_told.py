@@ -1,5 +1,6 @@
 """What is said about a fault: which worker the others wait for, why one was lost, what to change when memory runs out."""
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -7,12 +8,14 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
-from conftest import ROOT, tiny_act
+import torch.utils.checkpoint
+from conftest import ROOT, tiny_act, train_in_process
 from lerobot.policies.act.modeling_act import ACTPolicy
 from ray.exceptions import (
     ActorDiedError,
@@ -26,10 +29,15 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors import SafetensorError
 
 from ray_jobs.engine import checkpoint, driver, faults, loop, patience, preflight, watchdog
+from ray_jobs.engine import line as line_module
+from ray_jobs.engine.busy import busy_with
+from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import Display
 from ray_jobs.engine.errors import InputError, RunError, StorageLost
 from ray_jobs.engine.faults import in_plain_words
+from ray_jobs.engine.patience import patiently
 from ray_jobs.engine.recipe import resolve
+from ray_jobs.train import waiting_for
 
 
 def beat(rank: int, step: int | None = 7, **more) -> watchdog.Beat:
@@ -57,6 +65,74 @@ def test_who_waits_is_not_who_is_waited_for():
     waiting = watchdog.Beat(0, "n", "a", 1, 7, "wait (distributed.py:1)", slow=False, waits=True)
     culprit, why = watchdog.culprit({0: (waiting, 1, 700), 1: (beat(1), 1, 700)}, 600)
     assert culprit.rank == 1 and "data.py:9" in why
+
+
+@pytest.mark.parametrize(
+    ("error", "same"),
+    [
+        (TypeError("no operand for <A at 0x7f01>"), TypeError("no operand for <A at 0x7f02>")),
+        (KeyError("next.reward"), KeyError("next.reward")),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    ],
+)
+def test_an_exception_of_the_trainings_own_code_is_told_in_the_same_words(error, same):
+    assert faults.ordinary(error) == faults.ordinary(same or error) and "0x7" not in faults.ordinary(error)
+    assert "a worker failed (rank 1: " in faults.describe({1: error})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:539] Connection closed by peer [127.0.0.1]:4242"),
+        RuntimeError("NCCL error: remote process exited or there was a network error"),
+        RuntimeError("DistNetworkError: Broken pipe"),
+        faults.Preempted(),
+        RayActorError(error_msg="the actor died"),
+        WorkerCrashedError(),
+        OutOfMemoryError("killed"),
+    ],
+)
+def test_what_a_loss_has_done_is_no_exception_of_the_training(error):
+    assert faults.ordinary(error) is None
+    assert "a worker was lost (rank 1: " in faults.describe({1: error})
+
+
+def test_an_exception_may_come_once_at_every_step():
+    line = line_module.Line()
+
+    def came(*error) -> bool:
+        return asyncio.run(line.came_before(0, error))
+
+    assert not came(3, "KeyError: 'a'") and not came(4, "KeyError: 'a'") and not came(4, "KeyError: 'b'")
+    assert came(4, "KeyError: 'b'")
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "free", "told"),
+    [
+        (1, 0, None, "still waiting: a worker with 2 CPUs, 0 GPUs is starting (imports, data, models)"),
+        (
+            2,
+            1,
+            None,
+            "still waiting: 2 workers with 2 CPUs, 1 GPUs each are starting (imports, data, models)",
+        ),
+        (
+            1,
+            0,
+            {},
+            "for room for a worker with 2 CPUs, 0 GPUs: the cluster has 0 CPUs, 0 GPUs that nobody uses",
+        ),
+        (
+            2,
+            1,
+            {"CPU": 4.0, "GPU": 1.0, "memory": 9e9},
+            "the cluster has 4 CPUs, 1 GPUs that nobody uses now",
+        ),
+    ],
+)
+def test_what_is_waited_for_is_said_in_words(workers, gpus, free, told):
+    assert told in waiting_for(workers, Share(2, gpus), free)
 
 
 class Line:
@@ -91,6 +167,71 @@ def test_a_worker_tells_where_it_is(monkeypatch):
     count = len(line.beats)
     time.sleep(0.2)
     assert len(line.beats) == count, "it must end with the training"
+
+
+def beats_within(monkeypatch, doing) -> list[bool]:
+    """What a worker tells of `slow` while its training does something that lasts."""
+    line = Line(monkeypatch)
+    monkeypatch.setattr(watchdog, "BEAT_S", 0.02)
+
+    def training() -> None:
+        hear = watchdog.beat(line, rank=0)
+        hear({"kind": "step", "step": 1})
+        doing()
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    return [told.slow for told in line.beats if told.step == 1]
+
+
+def test_a_hang_within_a_checkpointed_forward_pass_is_no_saving(monkeypatch):
+    """torch's gradient checkpointing lies in a file of the same name as ours."""
+    module = torch.nn.Linear(2, 2)
+
+    def hangs(x):
+        time.sleep(0.3)
+        return module(x)
+
+    forward = partial(torch.utils.checkpoint.checkpoint, hangs, torch.ones(2), use_reentrant=False)
+    told = beats_within(monkeypatch, forward)
+    assert told and not any(told)
+
+
+def test_who_saves_or_waits_for_storage_does_not_hang(monkeypatch):
+    told = beats_within(monkeypatch, lambda: patiently(partial(time.sleep, 0.3), "it", print))
+    assert sum(told) >= 3, "while it waits"
+    other = threading.Thread(target=patiently, args=(partial(time.sleep, 0.6), "it", print))
+    other.start()  # the copy to a bucket, say, goes on beside the training
+    told = beats_within(monkeypatch, lambda: time.sleep(0.3))
+    other.join()
+    assert told and not any(told)
+
+
+def test_who_saves_or_validates_says_so(parts, tmp_path, monkeypatch):
+    """In a real run: what is called within the two is called by somebody who has said so, and nothing else is."""
+    seen = {}
+
+    def watch(owner, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen.setdefault(name, set()).add(busy_with(threading.current_thread()))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(checkpoint, "save")
+    watch(ACTPolicy, "predict_action_chunk")
+    watch(loop, "clip_gradients")
+    more = ("--steps=1", "--data.eval_episodes=[11]", "--max_eval_samples=2")
+    train_in_process(tiny_act(parts, tmp_path / "run", *more))
+    assert seen == {
+        "clip_gradients": {""},
+        "predict_action_chunk": {"validating"},
+        "save": {"waiting for storage"},
+    }
+    assert busy_with(threading.current_thread()) == ""
 
 
 def test_the_first_step_is_told_at_once(monkeypatch):

@@ -26,7 +26,7 @@ from ray_jobs.engine import assets, loop, memory, preflight, quantiles
 from ray_jobs.engine.data import FrameReader
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.recipe import resolve
-from ray_jobs.engine.tracking import read_json, read_metrics
+from ray_jobs.engine.records import read_json, read_metrics
 
 LORA = ["--peft.method_type=LORA", "--peft.r=4"]
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
@@ -110,6 +110,26 @@ def test_only_adapters_are_trained_saved_and_loaded_by_lerobot(
     settings.write_text(settings.read_text().replace(name, "/moved/away"))
     message = refusal(*command(policy, "--steps=6", *LORA, "--resume=true", start=name, name="resumed"))
     assert "holds adapters of /moved/away, which is not there" in message
+
+
+def test_adapters_go_on_as_they_are(base, command, tmp_path, models, no_network):
+    """A training that begins from a policy with adapters trains these: other ones are refused, and what is written down is what
+    they are, so that its checkpoints can be gone on from."""
+    start = base("smolvla")
+    train_in_process(command("smolvla", "--steps=1", *LORA, start=f"bases/{start.name}"))
+    adapted = tmp_path / "run/checkpoints/000001/pretrained_model"
+    message = refusal(*command("smolvla", "--peft.r=2", "--peft.lora_alpha=3", start=adapted, name="other"))
+    assert "--peft.r=2 (there 4), --peft.lora_alpha=3 (there 8): without effect" in message
+    for name, more in (("same", LORA), ("silent", [])):
+        flags = command("smolvla", *more, start=adapted, name=name)
+        train_in_process([*flags, "--steps=1"])
+        saved = tmp_path / name / "checkpoints/000001/pretrained_model"
+        peft = read_json(saved / "train_config.json")["peft"]
+        assert (peft["r"], peft["method_type"]) == (4, "LORA") and read_json(saved / "adapter_config.json")[
+            "r"
+        ] == 4
+        summary, _ = train_in_process([*flags, "--steps=2", "--resume=true"])
+        assert summary["start_step"] == 1
 
 
 def test_adapters_are_merged_for_export(base, command, tmp_path, models, no_network):

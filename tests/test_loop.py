@@ -21,7 +21,7 @@ from ray_jobs.engine import loop, preflight
 from ray_jobs.engine.checkpoint import checkpoint_steps, fault, last_checkpoint
 from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.recipe import resolve
-from ray_jobs.engine.tracking import read_json, read_metrics
+from ray_jobs.engine.records import read_json, read_metrics
 
 LENGTHS = [23, 17, 9, 20]
 TIMES = ("train/step_s", "train/data_s", "train/samples_per_s")

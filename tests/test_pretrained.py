@@ -17,7 +17,7 @@ from ray_jobs.engine import assets
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.options import read_flags
 from ray_jobs.engine.recipe import resolve
-from ray_jobs.engine.tracking import read_json
+from ray_jobs.engine.records import read_json
 
 
 def tiny_tokenizer(folder) -> None:

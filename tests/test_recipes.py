@@ -219,7 +219,7 @@ def test_demo_from_nothing(tmp_path):
     flags = (f"--output_dir={tmp_path}", "--episodes=4", "--steps=2", "--trials=2", "--rollouts=1")
     first = job("ray_jobs.demo", *flags)
     assert first.returncode == 0 and first.stderr == "", first.stderr
-    assert "published   val/action_error" in first.stdout and "trial 0001" in first.stdout
+    assert "baseline    val/action_error" in first.stdout and "trial 0001" in first.stdout
     assert len(list(tmp_path.glob("search-1/evaluation/*/predicted_against_recorded.png"))) == 2
     assert "In the simulator" in (tmp_path / "search-1" / "report.html").read_text()
     before = (tmp_path / "search-1" / "trials.csv").read_bytes()

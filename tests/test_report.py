@@ -20,9 +20,9 @@ from test_evaluate import evaluated, trained
 from test_tune import ACT, search, study_of
 
 from ray_jobs import evaluate, report
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.recipe import resolve
-from ray_jobs.engine.tracking import read_json, read_metrics
+from ray_jobs.engine.records import read_json, read_metrics
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "link", "img"}
@@ -115,11 +115,13 @@ def test_sections(searched):
     assert report.main([f"--output_dir={searched}"]) == 0
     page = Page(searched / "report.html").check()
     titles = re.findall(r"<h2>([^<]*)</h2>", page.text)
-    for title in ("Best against published", "In the simulator", "Learning curves", "What mattered", "Parameter by parameter",
+    for title in ("Best against the baseline", "In the simulator", "Learning curves", "What mattered", "Parameter by parameter",
                   "All at once", "Predicted against recorded actions", "Time and cost", "Trials", "How to reproduce"):  # fmt: skip
         assert title in titles
     assert "36.6% to 63.4%" in page.text and ">best/checkpoint<" in page.text and page.images == 6
-    assert page.text.count('class="line published"') == 2  # of the curves and of the coordinates
+    assert (
+        page.text.count('class="line published"') == 4
+    )  # of the curves and of the coordinates, wide and narrow
     assert "python -m ray_jobs.tune" in page.text and "best/command.sh" in page.text
 
 
@@ -181,7 +183,10 @@ def test_a_search_without_a_finished_trial(searched, parts, tmp_path):
     space = searched / "search_spaces" / "act.yaml"
     flags = [w for w in tiny_act(parts, tmp_path / "run") if not w.startswith("--policy.") or "backbone" in w]
     more = ("--policy.device=cpu", "--steps=500", "--data.eval_episodes=[10]", "--max_eval_samples=4")
-    assert search(*flags, *more, f"--space={space}", "--tune.num_samples=2", "--tune.time_budget_s=0.1") == 0
+    with pytest.raises(RunError, match="the time was up before any trial was trained to its end"):
+        search(*flags, *more, f"--space={space}", "--tune.num_samples=2", "--tune.time_budget_s=0.1")
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "time is up"
+    assert report.main([f"--output_dir={tmp_path / 'run'}"]) == 0
     page = Page(tmp_path / "run" / "report.html").check()
     assert "No trial was trained to its end" in page.text
 
@@ -235,7 +240,7 @@ def test_mistakes(tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [412, 1280])
+@pytest.mark.parametrize("width", [400, 1280])
 def test_in_a_browser(searched, tmp_path, width):
     """No error on the console, nothing wider than the screen, and a click on a heading sorts; a screenshot is left."""
     page = (searched / "report.html").read_text()
@@ -244,7 +249,9 @@ def test_in_a_browser(searched, tmp_path, width):
         head.click();
         const column = head.cellIndex, rows = Array.from(document.querySelector(".sortable tbody").rows);
         const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-        document.title = JSON.stringify([wide, rows.map(row => row.cells[column].dataset.v)]);
+        const charts = Array.from(document.querySelectorAll(".wide, .narrow")).filter(c => c.offsetHeight);
+        const cut = charts.filter(c => c.scrollWidth > c.clientWidth || c.querySelector("svg").clientWidth < 300).length;
+        document.title = JSON.stringify([wide, charts.length, cut, rows.map(row => row.cells[column].dataset.v)]);
         </script></body>"""
     (tmp_path / "probe.html").write_text(page.replace("</body>", probe))
     common = [
@@ -259,8 +266,9 @@ def test_in_a_browser(searched, tmp_path, width):
     asked = [*how, "--dump-dom", f"file://{tmp_path / 'probe.html'}"]
     result = subprocess.run(asked, capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in result.stderr, result.stderr
-    wide, values = json.loads(re.search("<title>(.*?)</title>", result.stdout)[1])
+    wide, charts, cut, values = json.loads(re.search("<title>(.*?)</title>", result.stdout)[1])
     assert wide == 0
+    assert (charts, cut) == (2, 0), "learning curves and coordinates, each once, and whole"
     assert len(values) == 6 and values == sorted(values, key=float)
     shot = searched / f"report_{width}.png"
     subprocess.run(

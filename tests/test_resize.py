@@ -15,7 +15,7 @@ from ray_jobs.engine import preflight
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import default_folder
 from ray_jobs.engine.recipe import resolve
-from ray_jobs.engine.tracking import read_json, read_metrics
+from ray_jobs.engine.records import read_json, read_metrics
 
 SIZE = [32, 48]  # of 64x64
 RUN = ["--batch_size=2", "--steps=6", "--save_freq=3", f"--data.resize={SIZE}"]

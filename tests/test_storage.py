@@ -185,7 +185,7 @@ def test_evaluated_from_the_bucket(parts, s3, tmp_path, capsys):
     result = json.loads((out / "evaluation.json").read_text())["results"][s3.address]
     assert result["val/action_error"] == summary["best"]["val/action_error"]
     search = s3.address.replace("runs/act", "search")
-    s3.system.pipe_file(f"{search}/search.json", json.dumps({"flags": {}}).encode())
+    s3.system.pipe_file(f"{search}/search.json", json.dumps({"flags": {}, "policies": ["act"]}).encode())
     for trial in ("0000", "0001"):
         s3.system.copy(s3.address, f"{search}/trials/{trial}", recursive=True)
     found = evaluate._find(search)
@@ -195,6 +195,21 @@ def test_evaluated_from_the_bucket(parts, s3, tmp_path, capsys):
             evaluate.main([f"--checkpoint={wrong}"])
     with pytest.raises(InputError, match="must be a folder"):
         evaluate.main([f"--checkpoint={s3.address}", f"--output_dir={s3.address}-scores"])
+
+
+def test_a_name_is_no_pattern(parts, s3, monkeypatch):
+    """A run whose name has brackets is pruned, resumed and removed like another, and nothing of a run that they match."""
+    place, other = f"{s3.address} [12]#1?x=1%20", f"{s3.address} 1#1?x=1%20"
+    s3.system.pipe_file(f"{other}/options.json", b"theirs")
+    train(flags(parts, place, "--steps=4", "--save_freq=2", "--checkpoint.keep_last=1"))
+    s3.system.invalidate_cache()
+    saved = {path.partition("/checkpoints/")[2] for path in s3.system.find(place) if "/checkpoints/" in path}
+    assert f"000004/{WEIGHTS}" in saved and not any(name.startswith("000002") for name in saved)
+    s3.new_node()
+    train(flags(parts, place, "--steps=6", "--save_freq=2", "--resume=true"))
+    mirror.remove(s3.system, place.removeprefix("s3://"))
+    s3.system.invalidate_cache()
+    assert not s3.system.find(place) and s3.system.cat_file(f"{other}/options.json") == b"theirs"
 
 
 def test_torn_upload_is_never_seen(parts, s3):

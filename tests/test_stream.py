@@ -27,10 +27,12 @@ from ray_jobs.engine.data import make_datasets, to_device
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
+from ray_jobs.engine.position import START
 from ray_jobs.engine.preflight_data import choose_episodes, open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
-from ray_jobs.search.plan import make_plan, read_command
+from ray_jobs.search.plan import read_command
+from ray_jobs.search.spaces import read_spaces
 
 STREAM = "--data.source=stream"
 
@@ -193,20 +195,20 @@ def test_a_resumed_run_begins_its_epoch_again(parts, tmp_path, monkeypatch):
     dataset, _ = make_streamed_datasets(cfg, None)
     per_epoch = -(-dataset.num_samples // cfg.batch_size)
 
-    def seeds(rank: int, step: int | None, epochs: int) -> list[int]:
+    def seeds(rank: int, step: int, epochs: int) -> list[int]:
         asked = []
 
         def stream(seed: int):
             asked.append(seed)
             yield {}
 
-        resumed = None if step is None else {"step": step}
+        epoch = START.after(step, dataset.num_samples, cfg.batch_size, 1).epoch
         rank = SimpleNamespace(process_index=rank, num_processes=1)
-        batches = streamed_batches(cfg, dataset, rank, stream, resumed=resumed)
+        batches = streamed_batches(cfg, dataset, rank, stream, epoch=epoch, step=step)
         return [asked[-1] for _ in zip(range(epochs), batches, strict=False)]
 
-    whole, other = seeds(0, None, 3), seeds(1, None, 3)
-    assert seeds(0, None, 3) == whole and len({*whole, *other}) == 6
+    whole, other = seeds(0, 0, 3), seeds(1, 0, 3)
+    assert seeds(0, 0, 3) == whole and len({*whole, *other}) == 6
     in_the_second = seeds(0, per_epoch + 2, 2)
     assert not {*in_the_second} & {*whole} and in_the_second != seeds(0, per_epoch + 3, 2)
     begun = []
@@ -337,7 +339,7 @@ def test_a_search_does_not_stream(parts, tmp_path):
         "policy: act\nbaseline: {policy.optimizer_lr: 1.0e-4}\nsearch:\n  policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n"
     )
     with pytest.raises(InputError, match="for every trial"):
-        make_plan(*read_command([f"--space={space}", *tiny_act(parts, tmp_path / "run", STREAM)]), print)
+        read_spaces(read_command([f"--space={space}", *tiny_act(parts, tmp_path / "run", STREAM)])[0], [])
 
 
 def test_without_ffmpeg_it_says_so(monkeypatch, tmp_path):

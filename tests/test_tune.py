@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import draccus
 import optuna
 import psutil
 import pytest
@@ -28,6 +30,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
 from test_data import make
 from test_faults import Run, alive
 from test_loop import wandb_runs
@@ -35,9 +38,10 @@ from vla import save_base, tiny
 
 from ray_jobs import tune
 from ray_jobs.engine.errors import InputError, RunError
-from ray_jobs.engine.tracking import read_json, read_metrics
+from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.search import answer, progress
-from ray_jobs.search import study as study_module
+from ray_jobs.search import storage as storage_module
 from ray_jobs.search.answer import importances
 from ray_jobs.search.study import BASELINE
 
@@ -186,6 +190,53 @@ def test_answer(asha, tmp_path):
     assert result.returncode == 0, result.stderr
     value = read_json(again / "summary.json")["best"]["val/action_error"]
     assert value == pytest.approx(best.value, rel=1e-5)  # with another number of threads
+
+
+def test_what_a_search_writes_is_what_its_trials_used(asha):
+    """trials.csv, search.json and command.sh against the optimizers, networks and samplers of the trials, as their checkpoints and
+    logs have them, and against what the winner's command makes of it."""
+    rows = {row["trial"]: row for row in csv.DictReader((asha / "trials.csv").open())}
+    kept = 0
+    for number, row in rows.items():
+        trial = asha / f"trials/{int(number):04d}"
+        summary, records = read_json(trial / "summary.json"), read_metrics(trial)
+        assert {r["train/lr"] for r in records if "train/lr" in r} == {float(row["policy.optimizer_lr"])}
+        assert (int(row["steps"]), float(row["wall_s"])) == (summary["step"], summary["wall_s"])
+        values = {r["step"]: r["val/action_error"] for r in records if "val/action_error" in r}
+        assert values[int(row["best_step"])] == float(row["val/action_error"])
+        assert summary["steps"] == 18 and summary["batch_size"] == 4 and summary["eval_episodes"] == 2
+        for checkpoint in trial.glob("checkpoints/0*"):
+            kept += 1
+            config = read_json(checkpoint / "pretrained_model/train_config.json")
+            group = read_json(checkpoint / "training_state/optimizer_param_groups.json")[0]
+            shape = load_file(checkpoint / "pretrained_model/model.safetensors")[
+                "model.decoder_pos_embed.weight"
+            ].shape
+            assert group["lr"] == config["policy"]["optimizer_lr"] == float(row["policy.optimizer_lr"])
+            assert shape[0] == config["policy"]["chunk_size"] == int(row["policy.chunk_size"])
+            assert config["seed"] == 5 and read_json(trial / "options.json")["asked"]["eval_steps"] == 2
+            assert f"policy.optimizer_lr={group['lr']}" in " ".join(
+                f"{k}={v}" for k, v in read_json(trial / "options.json")["asked"]["typed"].items()
+            )
+    assert kept >= 3
+    flags = read_json(asha / "search.json")["flags"]
+    assert (flags["batch_size"], flags["steps"], flags["eval_steps"]) == ("4", "18", "2")
+
+    # The winner's command, but for what is another training's: how long, how often, where.
+    words = shlex.split((asha / "best/command.sh").read_text().partition("ray_jobs.train")[2])
+    recipe = resolve([word for word in words if word.startswith("--") and word != "--output_dir"])
+    ours, theirs = draccus.encode(recipe.lerobot), read_json(asha / "best/train_config.json")
+    best = f"{read_json(asha / 'summary.json')['best']['trial']:04d}"
+    assert (
+        recipe.options.data.eval_episodes
+        == read_json(asha / f"trials/{best}/options.json")["data"]["eval_episodes"]
+    )
+    for another in ("steps", "save_freq", "log_freq", "output_dir", "job_name", "wandb", "eval_steps"):
+        ours.pop(another), theirs.pop(another)
+    for name in ("input_features", "output_features"):  # filled in from the data
+        ours["policy"].pop(name), theirs["policy"].pop(name)
+    ours["dataset"]["episodes"] = theirs["dataset"]["episodes"] = None
+    assert ours == theirs
 
 
 def test_only_the_best_keep_checkpoints(asha):
@@ -347,11 +398,11 @@ def test_ctrl_c_and_a_longer_search(common, tmp_path, sent):
 
 def test_study_that_is_away_for_a_while(tmp_path, capsys, monkeypatch):
     """Somebody else holds the file for longer than SQLite waits: the search waits on, and says so."""
-    monkeypatch.setattr(study_module, "BUSY_S", 0.1)
+    monkeypatch.setattr(storage_module, "BUSY_S", 0.1)
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    storage = study_module._storage(url)
+    storage = storage_module.open_storage(url)
     study = optuna.create_study(storage=storage, study_name="s")
-    storage.patient = True
+    storage.be_patient(lambda: False)
     other = sqlite3.connect(tmp_path / "study.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
     threading.Timer(1.5, other.execute, ["COMMIT"]).start()
@@ -744,5 +795,5 @@ def test_dry_run(common, tmp_path, capsys):
     assert search(*common, *flags) == 0
     printed = capsys.readouterr().out
     assert "policy.kl_weight" in printed and "1 to 100 log, when policy.use_vae is true" in printed
-    assert "0 (published)" in printed and "s per step of the published recipe" in printed
+    assert "0 (baseline)" in printed and "s per step of the baseline" in printed
     assert not (tmp_path / "run").exists()

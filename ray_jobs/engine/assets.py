@@ -7,7 +7,7 @@ included. Before and after, the Hub is what it is without us: for data sets, for
 """
 
 import contextlib
-import json
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +21,31 @@ from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from ray_jobs.engine import git_lfs
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import hub_answer, hub_or_cache, offline
+from ray_jobs.engine.records import parse_json
 
 GATED = ("google/paligemma-3b-pt-224",)  # repos whose licence must be accepted first
 TOKENIZERS = dict.fromkeys(("pi0", "pi05"), "google/paligemma-3b-pt-224")  # LeRobot's, hard-coded
-TOKENIZER_FIELDS = ("tokenizer_name", "text_tokenizer_name", "action_tokenizer_name")  # of other policies
+# Fields of configs that name what a policy is built from, and the field, if there is one, that says whether it is.
+TOKENIZER_FIELDS = {
+    "tokenizer_name": None,
+    "text_tokenizer_name": None,
+    "action_tokenizer_name": None,
+    "tokenizer_model_id": None,
+    "action_tokenizer_path": None,
+}
+MODEL_FIELDS = {
+    "vlm_base": None,
+    "base_model_path": None,
+    "checkpoint_path": None,
+    "pretrained_name_or_path": None,
+    "wan_pretrained_path": None,
+    "vision_encoder_name": None,
+    "text_encoder_name": None,
+    "text_encoder_model_id": "load_text_encoder",
+    "qwen_model_name": None,
+    "jepa_encoder_name": "enable_world_model",
+}
+READ_AT_ONCE = {"eo1": "vlm_base"}  # by the config itself, while it is parsed
 NUMBERS, WORDS = ["*.safetensors"], ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -78,6 +99,16 @@ def configs_mounted(folder: Path, names: dict[str, str]) -> Iterator[None]:
         yield
 
 
+def read_at_once(flags: dict[str, str]) -> dict[str, str]:
+    """By flag, the Hub repos that a policy's config reads while it is parsed."""
+    kind = flags.get("policy.type")
+    if kind not in READ_AT_ONCE:
+        return {}
+    field = READ_AT_ONCE[kind]
+    usual = PreTrainedConfig.get_choice_class(kind).__dataclass_fields__[field].default
+    return {f"policy.{field}": flags.get(f"policy.{field}", usual)}
+
+
 def _named(policy: PreTrainedConfig, start: Path) -> dict[str, list[str]]:
     """Hub repos without which a policy cannot be built, and the files that are read of each.
 
@@ -87,10 +118,13 @@ def _named(policy: PreTrainedConfig, start: Path) -> dict[str, list[str]]:
     repos = {}
     if policy.type in TOKENIZERS:
         repos[TOKENIZERS[policy.type]] = WORDS
-    repos |= {getattr(policy, field, None): WORDS for field in TOKENIZER_FIELDS}
+    for fields, files in ((TOKENIZER_FIELDS, WORDS), (MODEL_FIELDS, WORDS + NUMBERS)):
+        for field, asked in fields.items():
+            if asked is None or getattr(policy, asked, True):
+                repos[getattr(policy, field, None)] = files
     vlm = getattr(policy, "vlm_model_name", None)
     if vlm:
-        repos[vlm] = WORDS + NUMBERS if policy.load_vlm_weights else WORDS
+        repos[vlm] = WORDS + NUMBERS if getattr(policy, "load_vlm_weights", True) else WORDS
     if policy.pretrained_path:
         steps = _read(start / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json").get("steps", [])
         for step in steps:
@@ -105,7 +139,7 @@ def _named(policy: PreTrainedConfig, start: Path) -> dict[str, list[str]]:
 def _read(file: Path) -> dict:
     """A JSON file's content; nothing if there is none. A damaged one is told of where the weights are looked over."""
     with contextlib.suppress(ValueError, OSError):
-        return json.loads(file.read_text())
+        return parse_json(file.read_bytes())
     return {}
 
 
@@ -122,8 +156,11 @@ def _fetch(folder: Path, repos: dict[str, list[str]], *, weights: bool, flag: st
     """
     places = {name: find(folder, name) for name in repos}
     for name, place in places.items():
-        if place is not None and not any(
-            (place / file).is_file() for file in ("config.json", ADAPTER_CONFIG)
+        # Some hold several models, each in a folder.
+        if (
+            place is not None
+            and not any(place.rglob("config.json"))
+            and not (place / ADAPTER_CONFIG).is_file()
         ):
             raise InputError(
                 f"{place} has no config.json, so it cannot be told what it holds. Fetch all of it:\n"
@@ -187,7 +224,7 @@ def backbone_url(policy: PreTrainedConfig) -> str | None:
 
 
 def _command(folder: Path, name: str) -> str:
-    return f"hf download {name} --local-dir {folder / name.rpartition('/')[2]}"
+    return f"hf download {shlex.quote(name)} --local-dir {shlex.quote(str(folder / name.rpartition('/')[2]))}"
 
 
 def _licence(name: str) -> str:

@@ -133,7 +133,7 @@ def _get(root: str, folder: Path, files: dict[str, str]) -> None:
     if size > free:
         raise StorageFull(
             f"--dataset.root={root}: {size / 1e9:.1f} GB are to be fetched, and {folder} on {socket.gethostname()} has "
-            f"{free / 1e9:.1f} GB left. RAY_JOBS_CACHE names another folder; --data.source=stream needs none."
+            f"{free / 1e9:.1f} GB left. RAY_JOBS_CACHE names another folder; a training with --data.source=stream needs none."
         )
     system, place = open_root(root)
 

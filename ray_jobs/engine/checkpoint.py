@@ -32,6 +32,7 @@ from safetensors.torch import load_model, save_model
 from ray_jobs.engine import git_lfs
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import first_line, offline
+from ray_jobs.engine.position import Position
 from ray_jobs.engine.trust import check_processor, read_json
 
 BEST_CHECKPOINT_LINK = "best"
@@ -128,6 +129,8 @@ def save(
     preprocessor,
     postprocessor,
     shards: int,
+    position: Position,
+    samples: int,
 ) -> Path:
     """Write the checkpoint of `step`; call on the main process only.
 
@@ -138,7 +141,8 @@ def save(
             `parallel.whole_state` gives them.
         averaged: Makes the context in which `policy` holds averaged weights, if an average is kept. The
             average is then saved as the policy, the trained weights beside the optimizer.
-        shards: Workers of the full group, in which the run's position in the data is counted.
+        shards: Workers of the full group.
+        position, samples: Where the run is in its data, and how many samples an epoch of it has.
 
     Returns:
         The checkpoint's folder.
@@ -162,6 +166,7 @@ def save(
                 model_state_dict=weights,
                 optim_state_dict=moments,
             )
+        position.write(scratch, samples)
         if averaged:
             save_model(policy, str(scratch / TRAINING_STATE_DIR / RAW_WEIGHTS))
         for path in scratch.rglob("*"):

@@ -17,7 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine import surroundings
+from ray_jobs.engine.errors import InputError, RunError
 
 # For Ray Train's controller and workers.
 TRAIN_ENV = {
@@ -71,7 +72,7 @@ def start(address: str | None) -> Future:
             one that is overloaded, a second Ray would make it worse.
 
     Returns:
-        A future of None; its `result()` raises InputError if the cluster cannot be reached.
+        A future of None; its `result()` raises InputError if the cluster cannot be reached, RunError if none can be started.
     """
     global _ready
     flag, place = "--ray.address", address
@@ -87,7 +88,7 @@ def start(address: str | None) -> Future:
         return _ready
     done = _ready = Future()
 
-    def connect() -> None:
+    def connect(again: bool = False) -> None:
         debug = bool(os.environ.get("RAY_JOBS_DEBUG"))
         how = {
             "logging_level": "CRITICAL",
@@ -102,6 +103,8 @@ def start(address: str | None) -> Future:
             found = _find(address, required=bool(asked))
             # A cluster that is started here hands its environment down to all of its processes.
             given = {} if found else dict(OWN_CLUSTER_ENV)
+            if not found:
+                surroundings.place_token()
             if not GPU_DEVICE.exists():
                 # Ray Tune has no place for the environment of the processes that trials run in. (On a cluster that
                 # is joined, trainings have it, trials not.)
@@ -114,8 +117,16 @@ def start(address: str | None) -> Future:
             if not debug:
                 _silence_raylet()
         except Exception as error:
+            if not found and not again:  # its own time-outs are short for a busy machine
+                with contextlib.suppress(Exception):
+                    ray.shutdown()
+                # In a thread of its own: what has been started ends with this one, see below.
+                return threading.Thread(target=connect, args=(True,), daemon=True).start()
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            told = f"Ray does not start here: {reason}\n`ray start --head` shows why, or starts one to join."
+            told = (
+                f"Ray does not start here, tried twice: {reason}\n"
+                "`ray start --head` shows why, or starts one to join."
+            )
             if found:
                 where = asked or "the address that `ray start` has left"
                 told = (
@@ -123,7 +134,7 @@ def start(address: str | None) -> Future:
                     "dashboard's), and has this shell its token (RAY_AUTH_MODE=token; RAY_AUTH_TOKEN or "
                     "~/.ray/auth_token)? --ray.address=local starts one for this run alone."
                 )
-            done.set_exception(InputError(told))
+            done.set_exception((InputError if found else RunError)(told))
         else:
             done.set_result(None)
             # Linux ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
@@ -257,6 +268,7 @@ def share(
             f"{asked}={num_workers} with {gpus:g} GPUs each: NCCL takes a GPU once, so workers that train together "
             "need whole ones. On one GPU, one worker with a larger --batch_size does the same."
         )
+    typed = cpus is not None
     if cpus is None:
         every = range(len(have))
         hosts = [n for n in every if node_gpus[n] >= gpus and node_cpus[n]] or list(every)
@@ -278,7 +290,7 @@ def share(
     if decoders and sum(node_cpus) - num_workers * cpus < 1 and not may_grow():
         raise InputError(
             f"--data.source=stream: {num_workers} workers with {cpus:g} CPUs each leave none of the cluster's "
-            f"{sum(node_cpus)} to decode. Fewer workers, or --ray.cpus_per_worker={max(1, int(cpus) // 2)}."
+            f"{sum(node_cpus)} to decode. {'Leave --ray.cpus_per_worker out' if typed else 'Fewer workers will do'}."
         )
     return Share(cpus, gpus)
 

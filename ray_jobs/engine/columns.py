@@ -16,8 +16,9 @@ import torch
 from lerobot.datasets import LeRobotDataset
 
 from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
+from ray_jobs.engine.frame_store import COLUMNS_FILE
+from ray_jobs.engine.records import read_json
 
-CHECKSUMS = "columns.json"
 _checked: set[Path] = set()  # arrays that this process found to be good
 
 
@@ -44,7 +45,7 @@ def cached_columns(dataset: LeRobotDataset, folder: Path) -> dict[str, torch.Ten
             for key, column in columns_of(dataset).items():
                 np.save(scratch / f"{key}.npy", column.numpy())
             checksums = {file.name: hash_file(file) for file in scratch.glob("*.npy")}
-            (scratch / CHECKSUMS).write_text(json.dumps(checksums))
+            (scratch / COLUMNS_FILE).write_text(json.dumps(checksums))
             with contextlib.suppress(OSError):  # another process has been faster
                 scratch.rename(place)
         finally:
@@ -54,17 +55,9 @@ def cached_columns(dataset: LeRobotDataset, folder: Path) -> dict[str, torch.Ten
     return {key: torch.from_numpy(arrays[key]) for key in dataset.hf_dataset.features if key in arrays}
 
 
-def remove_unused_columns(folder: Path) -> None:
-    """Remove the arrays of data sets of which no frames are kept any more."""
-    used = {path.parent.name.split(".")[0] for path in folder.glob("*/frames")}
-    for path in folder.glob(f"*/{CHECKSUMS}"):
-        if path.parent.name.split(".")[0] not in used:
-            shutil.rmtree(path.parent, ignore_errors=True)
-
-
 def _is_sound(place: Path) -> bool:
     try:
-        checksums = json.loads((place / CHECKSUMS).read_text())
+        checksums = read_json(place / COLUMNS_FILE)
         if place in _checked:
             return True
         if all(hash_file(place / name) == checksum for name, checksum in checksums.items()):

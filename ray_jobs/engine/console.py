@@ -8,22 +8,28 @@ import gc
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ray_jobs.engine import surroundings
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.interruption import interrupt, on_interruption, take_back
 
 WORKER_LOST = "a worker was lost"
+STILL_EVERY_S = 5  # how often is said what goes on before the first step
 OUTPUT_EVERY_S = 30  # how often a log file (no terminal) hears of the progress between log steps
 
 
 def quiet() -> None:
-    """Keep warnings and logs of dependencies away from the terminal (`RAY_JOBS_DEBUG=1` shows them)."""
+    """Keep warnings and logs of dependencies away from the terminal (`RAY_JOBS_DEBUG=1` shows them), and see to what they
+    read from the environment."""
+    surroundings.settle()
     if os.environ.get("RAY_JOBS_DEBUG"):
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -34,6 +40,32 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
     # Without FFmpeg, LeRobot logs 150 lines of torchcodec's traceback before it falls back to PyAV.
     logging.disable(logging.ERROR)
+
+
+_doing = ("", 0.0)  # what goes on before the first step, and since when
+_telling: threading.Thread | None = None
+
+
+def doing(what: str) -> None:
+    """Say what goes on, at once and every 5 s from then on, until something else does; nothing, with an empty text."""
+    global _doing, _telling
+    if what == _doing[0]:
+        return
+    _doing = what, time.monotonic()
+    if what:
+        print(f"{what} ...", flush=True)
+    if _telling is None:
+        _telling = threading.Thread(target=_tell_on, daemon=True)
+        _telling.start()
+
+
+def _tell_on() -> None:
+    while True:
+        time.sleep(STILL_EVERY_S)
+        what, since = _doing
+        if what and (seconds := time.monotonic() - since) >= STILL_EVERY_S:
+            with contextlib.suppress(OSError, ValueError):  # nobody listens
+                print(f"{what}, {duration(seconds)} ...", flush=True)
 
 
 @contextlib.contextmanager
@@ -47,10 +79,13 @@ def no_garbage_collection() -> Iterator[None]:
 
 def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> None:
     """Run a job's main, then `at_end`, and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
+    surroundings.be_heard()
     on_interruption(interrupt)
     try:
+        surroundings.check_submitted(Path(sys.argv[0]).stem, sys.argv[1:])
         status = main(sys.argv[1:])
     except BaseException as error:
+        doing("")
         # Ctrl-C ends processes that an import has started, too, and so the import, before it is raised here.
         if isinstance(error, KeyboardInterrupt) or take_back():
             told, status = "interrupted.", 130
@@ -61,6 +96,7 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
         else:
             raise
         print(told, file=sys.stderr)
+    doing("")
     sys.stdout.flush()
     take_back()
     on_interruption(lambda *_: os._exit(status))  # who does not want to wait need not
@@ -102,6 +138,7 @@ class Display:
         getattr(self, f"_{event['kind']}", lambda event: None)(event)
 
     def close(self) -> None:
+        doing("")
         if self.bar:
             self.bar.stop()
             self.bar = None
@@ -131,6 +168,7 @@ class Display:
             self.why_again = WORKER_LOST
             self.facts, self.step, self.rate_from = event, event["start_step"], None
             return
+        doing("")
         self.facts, self.step = event, event["start_step"]
         held_out = f", {event['eval_episodes']} held out" if event["eval_episodes"] else ""
         accumulated = f" x {event['grad_accumulation']} accumulated" if event["grad_accumulation"] > 1 else ""
@@ -150,8 +188,13 @@ class Display:
             self.bar = Progress(*columns, console=self.console, transient=True)
             self.task = self.bar.add_task("", total=event["steps"])
             self.bar.start()
+        doing("the first step")
+
+    def _doing(self, event: dict) -> None:
+        doing(event["text"])
 
     def _step(self, event: dict) -> None:
+        doing("")
         self.step = event["step"]
         now = time.monotonic()
         if self.rate_from is None or self.rate_from[1] > self.step:

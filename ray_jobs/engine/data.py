@@ -23,7 +23,6 @@ from lerobot.datasets import (
     EpisodeAwareSampler,
     LeRobotDataset,
     LeRobotDatasetMetadata,
-    compute_sampler_state,
 )
 from lerobot.datasets.factory import make_dataset, make_train_eval_datasets
 from lerobot.utils.collate import lerobot_collate_fn
@@ -35,6 +34,7 @@ from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource, set_frame_size
 from ray_jobs.engine.opened import for_policy, once
 from ray_jobs.engine.parallel import Shards
+from ray_jobs.engine.position import START, Position
 from ray_jobs.engine.preflight_columns import check_rows
 from ray_jobs.engine.recipe import Recipe
 
@@ -108,11 +108,12 @@ def open_all_frames(
     def say(text: str) -> None:
         report({"kind": "notice", "text": text})
 
+    names = "frame cache", "frame cache of the held-out episodes"
     return [
-        open_frames(of_set, options.data, reads=count, say=say)
+        open_frames(of_set, options.data, reads=count, say=say, name=name)
         if isinstance(of_set, LeRobotDataset) and FrameReader.can_read(of_set)
         else None
-        for of_set, count in zip((dataset, eval_dataset), reads, strict=True)
+        for of_set, count, name in zip((dataset, eval_dataset), reads, names, strict=True)
     ]
 
 
@@ -124,7 +125,7 @@ def training_batches(
     shards: Shards | None = None,
     frames: FrameCache | FrameSource | None = None,
     batches_per_step: int = 1,
-    resumed: dict | None = None,
+    begin: Position = START,
 ) -> Iterator[dict]:
     """Endless training batches of this rank, in the order `lerobot-train` has under accelerate.
 
@@ -132,55 +133,59 @@ def training_batches(
         shards: Which of the data's order are this rank's; by default one of as many as there are ranks.
         frames: Where camera images come from (see `open_frames`); by default they are decoded one by one.
         batches_per_step: Batches one optimizer step consumes of each shard.
-        resumed: `training_step.json` of the checkpoint to go on from, or None at the start of a run.
+        begin: Where in the data's order.
     """
     if shards is None:
         shards = Shards(
             accelerator.num_processes, range(accelerator.process_index, accelerator.process_index + 1), 1
         )
-    samplers = [
-        EpisodeAwareSampler(
-            dataset.meta.episodes["dataset_from_index"],
-            dataset.meta.episodes["dataset_to_index"],
-            episode_indices_to_use=dataset.episodes,
-            drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0),
-            shuffle=True,
-            seed=cfg.seed if cfg.seed is not None else 0,
-            absolute_to_relative_idx=dataset.absolute_to_relative_idx,
-        )
-        for _ in shards.mine
-    ]
-    samples = len(samplers[0])
-    per_epoch = math.ceil(math.ceil(samples / cfg.batch_size) / shards.count)
-    epoch = skip = 0
-    if resumed is not None:
-        # Positions are counted with the worker count and batch size that wrote the checkpoint.
-        at = compute_sampler_state(
-            resumed["step"] * batches_per_step,
-            samples,
-            resumed.get("batch_size", cfg.batch_size),
-            resumed.get("num_processes", shards.count),
-        )
-        epoch, skip = at["epoch"], at["start_index"] // (cfg.batch_size * shards.count)
+    samplers = [_sampler(cfg, dataset) for _ in shards.mine]
+    samples, taken = len(samplers[0]), cfg.batch_size * shards.count
+    start = begin.within(samples)
     orders = []
     for shard, sampler in zip(shards.mine, samplers, strict=True):
-        sampler.set_epoch(epoch)
-        # A resumed epoch is generated whole and its beginning skipped: accelerate pads the last batches of an
-        # epoch with its first ones, which a sampler started in the middle would not know.
-        orders.append(itertools.islice(_epochs(sampler, cfg.batch_size, shards.count, shard), skip, None))
+        # A resumed epoch is generated from where its batches were first cut as they are now, which is from its beginning
+        # if nothing has changed, and what was read is skipped: accelerate pads the last batches of an epoch with its first
+        # ones, which a sampler started in the middle would not know.
+        sampler.load_state_dict({"epoch": start.epoch, "start_index": start.start_index % taken})
+        order = _epochs(sampler, cfg.batch_size, shards.count, shard)
+        orders.append(itertools.islice(order, start.start_index // taken, None))
 
     # torch's DataLoader takes a number from the global generator whenever it starts an epoch (only the
     # first time with persistent workers). So must we, for noise and dropout to be lerobot-train's.
     draws_every_epoch = cfg.num_workers == 0 or not cfg.persistent_workers
-    start = epoch * per_epoch + skip
-    batches = _read(cfg, dataset, _in_turn(orders, batches_per_step), accelerator, start, frames)
+    first_epoch = start.left(samples, cfg.batch_size, shards.count) if start.start_index else 0
+    per_epoch = START.left(samples, cfg.batch_size, shards.count)
+    # Random transforms shall not begin anew after a resume.
+    seed = (cfg.seed or 0) + start.epoch * samples + start.start_index
+    batches = _read(cfg, dataset, _in_turn(orders, batches_per_step), accelerator, seed, frames)
     for number, batch in enumerate(batches):
         step, turn = divmod(number, len(orders) * batches_per_step)
-        position = start + step * batches_per_step + turn
-        first = turn < batches_per_step  # of this worker's shards
-        if first and (position == 0 or (draws_every_epoch and position % per_epoch == 0)):
+        number = (
+            step * batches_per_step + turn - first_epoch
+        )  # since an epoch began, of this worker's first shard
+        begins = turn < batches_per_step and number >= 0 and number % per_epoch == 0
+        if begins and (draws_every_epoch or (start == START and number == 0)):
             torch.empty((), dtype=torch.int64).random_()
         yield batch
+
+
+def samples_of(cfg: TrainPipelineConfig, dataset: LeRobotDataset) -> int:
+    """Samples of an epoch: the frames that are trained on."""
+    return len(_sampler(cfg, dataset))
+
+
+def _sampler(cfg: TrainPipelineConfig, dataset: LeRobotDataset) -> EpisodeAwareSampler:
+    """As `lerobot-train` makes it."""
+    return EpisodeAwareSampler(
+        dataset.meta.episodes["dataset_from_index"],
+        dataset.meta.episodes["dataset_to_index"],
+        episode_indices_to_use=dataset.episodes,
+        drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0),
+        shuffle=True,
+        seed=cfg.seed if cfg.seed is not None else 0,
+        absolute_to_relative_idx=dataset.absolute_to_relative_idx,
+    )
 
 
 def _epochs(sampler: EpisodeAwareSampler, batch_size: int, shards: int, shard: int) -> Iterator[list[int]]:
@@ -204,10 +209,10 @@ def _read(
     dataset: LeRobotDataset,
     rows: Iterator[list[int]],
     accelerator: Accelerator,
-    start: int,
+    seed: int,
     frames: FrameCache | FrameSource | None,
 ) -> Iterator[dict]:
-    """The batches of `rows`, a few of them read ahead; `start` is the number of the first one."""
+    """The batches of `rows`, a few of them read ahead; `seed` is for random image transforms."""
     on_gpu = accelerator.device.type == "cuda"
     if not reads_in_a_thread(dataset):
         # In processes: random transforms need a random generator of their own, and time.
@@ -221,9 +226,8 @@ def _read(
             multiprocessing_context=cfg.dataloader_multiprocessing_context if with_workers else None,
             collate_fn=_as_read if ours else lerobots,
             pin_memory=on_gpu,
-            # Its own: a resumed run must not draw from the global one again. It seeds the workers' image
-            # transforms, which shall differ with the run's seed and not begin anew after a resume.
-            generator=torch.Generator().manual_seed((cfg.seed or 0) + start),
+            # Its own: a resumed run must not draw from the global one again. It seeds the workers' image transforms.
+            generator=torch.Generator().manual_seed(seed),
         )
         return
     reader = FrameReader(dataset, cfg.num_workers, frames, pinned=on_gpu)

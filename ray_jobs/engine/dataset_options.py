@@ -9,6 +9,7 @@ from lerobot.datasets import LeRobotDataset
 from ray_jobs.engine import bucket
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, parse
+from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.frames import set_frame_size
 from ray_jobs.engine.options import DataOptions, RayOptions, read_flags
 from ray_jobs.engine.preflight_columns import check_rows
@@ -66,7 +67,7 @@ def read(words: list[str]) -> DatasetOptions:
         raise InputError(
             "--dataset.repo_id is missing: the data set's name (with --dataset.root=FOLDER any will do)."
         )
-    asked = parse(lambda: draccus.parse(DatasetOptions, args=[f"--{k}={v}" for k, v in flags.items()]), flags)
+    asked = parse(lambda: draccus.parse(DatasetOptions, args=as_arguments(flags)), flags)
     if bucket.is_uri(asked.dataset.root):
         raise InputError(
             f"--dataset.root={asked.dataset.root}: this looks at local folders; a training reads from a bucket."

@@ -1,24 +1,22 @@
 """A run as its driver sees it: Ray Train's trainer around the loop, in this process or with workers of a cluster."""
 
 import contextlib
-import json
 import os
 import pickle
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ray_jobs.engine import surroundings
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.errors import InputError, RunError, StorageFull, StorageLost
-from ray_jobs.engine.workers import mark_of, run_loop, work
+from ray_jobs.engine.workers import keep_error, mark_of, run_loop, work
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
-ERROR_LOG = "error.log"
 # Of workers for one that validates or waits for storage; who hangs is found by the `watchdog`.
 LONGEST_WAIT_S = 6 * 3600
 HANDED_ON = ("WANDB_RUN_GROUP",)  # from the process that starts the workers
@@ -74,7 +72,7 @@ def train_on_workers(
                 line.ask_to_stop.remote(reason)
         for event in ray.get(line.hear.remote(0)):
             report(event)
-        return summary_of(recipe, line, outcome)
+        return summary_of(recipe, line, outcome, should_stop)
 
 
 class Training:
@@ -125,21 +123,37 @@ def _give_back_later() -> None:
 
 def _give_back() -> None:
     """Remove what controllers that are dead have reserved for their workers, or have asked for: Ray keeps it as long as the
-    driver lives, and Ray Train's own cleaner comes too late for what had not started yet. Who has made a placement group
-    is not in Ray 2.60's public table of them."""
+    driver lives, and Ray Train's own cleaner comes too late for what had not started yet."""
     import ray
-    from ray._private.state import state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup
 
+    for row in _reserved():
+        if row.creator_actor_dead and row.state != PlacementGroupTableData.REMOVED:
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
+
+
+def has_room() -> bool:
+    """Whether the workers have what was asked for them, and are but to start in it."""
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    return any(
+        row.state == PlacementGroupTableData.CREATED and not row.creator_actor_dead for row in _reserved()
+    )
+
+
+def _reserved() -> list:
+    """Rows of Ray's table of placement groups that this driver's controllers have made. Who has made one is not in Ray 2.60's
+    public table of them."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
     job = ray.get_runtime_context().get_job_id()
     table = state._connect_and_get_accessor().get_placement_group_table()
-    for row in map(PlacementGroupTableData.FromString, table):
-        if ray.ActorID(row.creator_actor_id).is_nil():
-            continue  # made by the driver, as those of a search's slots are, for which Ray says "dead" as well
-        dead = row.creator_actor_dead and row.creator_job_id.hex() == job
-        if dead and row.state != PlacementGroupTableData.REMOVED:
-            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
+    rows = map(PlacementGroupTableData.FromString, table)
+    # Those made by the driver, as those of a search's slots are, are left out: Ray says "dead" for them as well.
+    return [r for r in rows if r.creator_job_id.hex() == job and not ray.ActorID(r.creator_actor_id).is_nil()]
 
 
 def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
@@ -167,7 +181,12 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
         work,
         datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
-        train_loop_config={"recipe": pickle.dumps(recipe), "line": line},
+        train_loop_config={
+            "recipe": pickle.dumps(recipe),
+            "line": line,
+            "unneeded": recipe.unneeded,
+            "paths": surroundings.handed_on(),
+        },
         torch_config=TorchConfig(timeout_s=LONGEST_WAIT_S),
         scaling_config=ScalingConfig(
             num_workers=(options.min_workers, options.num_workers)
@@ -206,7 +225,7 @@ def start_fit(trainer) -> tuple[threading.Thread, dict]:
     return thread, outcome
 
 
-def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
+def summary_of(recipe: "Recipe", line, outcome: dict, should_stop: Callable[[], str]) -> dict:
     """The summary of a run whose `fit` is over (see `start_fit`).
 
     Raises:
@@ -214,7 +233,7 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
     """
     import ray
 
-    from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
+    from ray_jobs.engine.records import SUMMARY_FILE, parse_json, read_summary
 
     if error := ray.get(line.why_failed.remote()):
         if isinstance(error, RunError):
@@ -230,8 +249,9 @@ def summary_of(recipe: "Recipe", line, outcome: dict) -> dict:
 
         read = partial(read_file, recipe.remote, SUMMARY_FILE)
         quietly = lambda text: None  # noqa: E731
-        return json.loads(patiently(read, recipe.remote, quietly, doing="read", passing=storage_may_return))
-    return read_json(recipe.output_dir / SUMMARY_FILE)
+        how = {"doing": "read", "passing": storage_may_return, "stop": should_stop}
+        return parse_json(patiently(read, recipe.remote, quietly, **how))
+    return read_summary(recipe.output_dir)
 
 
 def _explain(error: Exception, recipe: "Recipe") -> str:
@@ -243,11 +263,5 @@ def _explain(error: Exception, recipe: "Recipe") -> str:
     else:
         starting = of_a_loss(getattr(error, "controller_failure", None))  # of the workers, that is
         told = f"{'a worker was lost' if starting else "the run's controller has failed"} ({why(error)})"
-    log = recipe.output_dir / ERROR_LOG
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(traceback.format_exception(error)))
-    if recipe.remote:
-        from ray_jobs.engine import mirror
-
-        mirror.send(recipe.remote, ERROR_LOG, log)
+    log = keep_error(recipe.output_dir, recipe.remote, error)
     return f"{told}, and that for good.\nThe full error is in {log}."

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ NETWORK = (
     "; where nodes have several networks, NCCL_SOCKET_IFNAME (on CPUs GLOO_SOCKET_IFNAME) says which one is theirs, "
     "set on every node before `ray start`"
 )
+ORDINARY = 4  # how telling an exception of the training's own code is, see `_reason`
+ADDRESS = re.compile(r"0x[0-9a-f]+")  # of an object, another one in every process
 LOST_CONNECTION = (
     "onnection closed by peer",
     "onnection reset",
@@ -103,8 +106,33 @@ def describe(errors: dict[int, Exception]) -> str:
         errors: By rank.
     """
     told = sorted(((*_reason(error), rank) for rank, error in errors.items()), key=lambda item: item[0])
-    _, text, rank = told[0]
-    return f"a worker was lost (rank {rank}: {text})"
+    kind, text, rank = told[0]
+    return f"a worker {'failed' if kind == ORDINARY else 'was lost'} (rank {rank}: {text})"
+
+
+def ordinary(error: Exception) -> str | None:
+    """What an exception of the training's own code says, in the same words whenever it is raised; None for what a loss
+    has done: of another worker, of a connection, of a node."""
+    kind, text = _reason(error)
+    return ADDRESS.sub("0x", text) if kind == ORDINARY else None
+
+
+def comes_again(error: Exception, step: int | None, who: int | str, line) -> RunError | None:
+    """What to give the run up with, if the same exception has come at the same step before: another try would end there,
+    too. What came once may have been the node's fault.
+
+    Args:
+        step: The last one done.
+        who: The rank or trial.
+        line: Handle of the `line.Line`, which remembers.
+    """
+    import ray
+
+    text = ordinary(error)
+    if text is None or not ray.get(line.came_before.remote(who, (step, text))):
+        return None
+    when = f"after step {step}" if step is not None else "before the first step"
+    return RunError(f"{text}, twice {when}: it would come again.")
 
 
 def of_a_loss(error: Exception) -> bool:
@@ -172,7 +200,7 @@ def _reason(error: Exception) -> tuple[int, str]:
         return 5, told + NETWORK
     if any(sign in text for sign in (*LOST_CONNECTION, "NCCL", "gloo")):
         return 5, f"it has lost its connection to another one, {told}"
-    return 4, told
+    return ORDINARY, told
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import xxhash
 
+from ray_jobs.engine.records import read_json
+
 FORMAT = 1  # of the frame cache's files
 NOTES = "files.json"
 
@@ -20,12 +22,12 @@ def file_hashes(root: Path, patterns: tuple[str | None, ...], folder: Path) -> l
     """
     notes = folder / NOTES
     try:
-        known = json.loads(notes.read_text())
+        known = {path: note for path, note in read_json(notes).items() if isinstance(note, list)}
     except (OSError, ValueError):
         known = {}
     files = [path for pattern in patterns if pattern for path in sorted(root.glob(pattern))]
     stats = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-    unread = [path for path, stat in stats.items() if known.get(path, [])[:2] != stat]
+    unread = [path for path, stat in stats.items() if known.get(path, [])[:-1] != stat]
     if unread:
         with ThreadPoolExecutor() as pool:
             hashes = pool.map(hash_file, unread)

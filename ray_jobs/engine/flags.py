@@ -1,82 +1,124 @@
-"""Flags looked over before LeRobot parses them: mistyped ones get the nearest right one."""
+"""Flags looked over before LeRobot, torch or Ray are imported: names, choices, types, files. All mistakes at once, mistyped
+names with the nearest right one.
+"""
 
-import dataclasses
 import difflib
-import functools
 import json
 import re
-from argparse import Action
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import lerobot.policies  # noqa: F401  (registers every --policy.type)
-from draccus.argparsing import ArgumentParser
-from lerobot.configs import parser as lerobot_parser
-from lerobot.configs.policies import PreTrainedConfig
-from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
-from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK, PRETRAINED_MODEL_DIR
+from draccus.cfgparsing import parse_string
 
-import ray_jobs.part_sorting  # noqa: F401  (registers --env.type=part_sorting)
+from ray_jobs.engine import flag_table
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.explain import first_line
-from ray_jobs.engine.options import Options
+from ray_jobs.engine.flag_table import Flag, FlagTable, flags_of
+from ray_jobs.engine.options import Options, all_mistakes, at_least
+
+PLUGINS = "discover_packages_path"  # how LeRobot's flags end that name a package to import
+# LeRobot's names in a run's folder, which its own constants would cost 2 s of imports; a test compares them.
+TRAIN_CONFIG_NAME = "train_config.json"
+INSIDE = ("pretrained_model", "checkpoints/last/pretrained_model")  # of a checkpoint, of a run
+# Flags that name a file or a folder here, or else one on the Hub, and the file looked for in the folder.
+SOURCES = {
+    "config_path": TRAIN_CONFIG_NAME,
+    "policy.path": "config.json",
+    "policy.pretrained_path": "config.json",
+}
+# LeRobot's numbers that it takes without a word when they are too small.
+LEAST = dict.fromkeys(("steps", "batch_size", "prefetch_factor"), 1) | dict.fromkeys(
+    ("num_workers", "log_freq", "eval_steps", "max_eval_samples", "tolerance_s", "seed"), 0
+)
 
 
-def check_flags(flags: dict[str, str]) -> None:
-    """Refuse unknown flags and choices, naming the nearest right one: argparse would print 655 flags."""
-    plugins = lerobot_parser.parse_plugin_args(
-        lerobot_parser.PLUGIN_DISCOVERY_SUFFIX, [f"--{name}={value}" for name, value in flags.items()]
-    )
-    known = _known_flags(tuple(plugins.items()))
-    for name, value in flags.items():
-        choices = name in known and known[name].choices
-        if choices and value not in choices:
-            guess = _nearest(value, choices)
-            meant = f"; did you mean {guess}?" if guess else "."
-            raise InputError(
-                f"--{name}={value}: there is none of that name{meant}\nIt can be {', '.join(sorted(choices))}."
-            )
-    policy_type = flags.get("policy.type")
-    if policy_type:
-        of_type = dataclasses.fields(PreTrainedConfig.get_choice_class(policy_type))
-        known = [name for name in known if not name.startswith("policy.")]
-        known += ["policy.type", "policy.path", *(f"policy.{f.name}" for f in of_type if f.init)]
-    for name in flags:
-        if name not in known and name not in plugins:
-            whose = f" for {policy_type}" if policy_type and name.startswith("policy.") else ""
-            guess = _nearest(name, known)
-            see = (
-                f"did you mean --{guess}?"
-                if guess
-                else f"--policy.type={policy_type or 'act'} --help lists them."
-            )
-            raise InputError(f"unknown flag --{name}{whose}; {see}")
-        if not flags[name]:
-            raise InputError(
-                f"--{name}: its value is missing, as in --{name}=VALUE; a switch takes true or false."
-            )
-    device = flags.get("policy.device", "null")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps|xpu|null", device):
-        raise InputError(f"--policy.device={device}: must be cpu, cuda, mps or xpu (or cuda:1 and so on).")
+def check_flags(
+    flags: Mapping[str, str], more: Mapping[str, Flag] | None = None, *, alone: bool = False
+) -> None:
+    """Refuse flags, choices and values that there are not: argparse would print 655 flags.
+
+    Args:
+        more: Flags of a job beside those of a training.
+        alone: The job takes no others.
+
+    Raises:
+        InputError: All mistakes, a line or two each.
+    """
+    known, theirs, plugins, policy = dict(more or {}), {}, {}, None
+    if not alone:
+        plugins = plugins_of(flags)
+        table = (None if plugins else flag_table.load()) or _with_plugins(plugins)
+        policy = flags.get("policy.type")
+        theirs = table.flags(policy)
+        known |= flags_of(Options, "") | theirs
+        policy = policy if policy in table.policies else None
+    with all_mistakes() as mistakes:
+        for name, value in flags.items():
+            if name not in plugins:
+                mistakes += _mistake(name, value, known, policy)
+            if name in theirs and theirs[name].is_text and not _is_raw(name) and value.startswith("include"):
+                mistakes.append(
+                    f"--{name}={value}: LeRobot's parser would open a file for a text that begins with 'include'; "
+                    "give another name."
+                )
 
 
-@functools.cache
-def _known_flags(plugins: tuple[tuple[str, str], ...]) -> dict[str, Action]:
-    """Every flag by name, of all policies, and of the packages that `--*.discover_packages_path` names."""
-    for name, package in plugins:
+def plugins_of(flags: Mapping[str, str]) -> dict[str, str]:
+    """The flags that name packages with policies or environments of their own."""
+    return {name: value for name, value in flags.items() if PLUGINS in name}
+
+
+def _with_plugins(plugins: dict[str, str]) -> FlagTable:
+    """The flags that there are once the packages are imported."""
+    from lerobot.configs.parser import PluginLoadError, load_plugin
+
+    from ray_jobs.engine.explain import first_line
+
+    for name, package in plugins.items():
         try:
-            lerobot_parser.load_plugin(package)
-        except lerobot_parser.PluginLoadError as error:
+            load_plugin(package)
+        except PluginLoadError as error:
             raise InputError(f"--{name}={package}: {first_line(error)}") from None
-    actions = {}
-    for config in (Options, TrainPipelineConfig):
-        actions |= ArgumentParser(config).parser._option_string_actions
-    known = {option[2:]: action for option, action in actions.items() if option.startswith("--")}
-    return known | {name: Action([], name) for name in ("policy.path", "reward_model.path")}
+    return flag_table.of_lerobot()
 
 
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that an unknown one was probably meant to be, if there is one."""
+def _mistake(name: str, value: str, known: Mapping[str, Flag], policy: str | None) -> list[str]:
+    """What is wrong with a flag: one mistake, or none."""
+    flag = known.get(name)
+    if flag is None:
+        whose = f" for {policy}" if policy and name.startswith("policy.") else ""
+        guess = nearest(name, known)
+        see = (
+            f"--policy.type={policy or 'act'} --help lists them."
+            if "steps" in known
+            else "--help lists them."
+        )
+        see = f"did you mean --{guess}?" if guess else see
+        return [f"unknown flag --{name}{whose}; {see}"]
+    if not value:
+        return [f"--{name}: its value is missing, as in --{name}=VALUE; a switch takes true or false."]
+    if name == "policy.device" and not re.fullmatch(r"cpu|cuda(:\d+)?|mps|xpu|null", value):
+        return [f"--{name}={value}: must be cpu, cuda, mps or xpu (or cuda:1 and so on)."]
+    if flag.choices and value not in (*flag.choices, *(["null"] if flag.optional else [])):
+        guess = _closest(value, flag.choices)
+        meant = f"; did you mean {guess}?" if guess else "."
+        return [
+            f"--{name}={value}: there is none of that name{meant}\nIt can be {', '.join(sorted(flag.choices))}."
+        ]
+    try:
+        read = flag.read(value)
+    except (TypeError, ValueError):
+        try:
+            parse_string(value)
+        except Exception:  # of the YAML library's own kinds
+            return [
+                f"--{name}={value}: cannot be read. Every bracket and quote must be closed, as in '[1,2]'."
+            ]
+        return [f"--{name}={value}: must be {flag.expected}."]
+    return at_least(name, read, LEAST[name]) if name in LEAST else []
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known flag that an unknown one was probably meant to be, if there is one."""
     group, _, leaf = name.rpartition(".")
     # What the optimizer groups say is overruled by the policy's preset: never the flag to recommend.
     known = [k for k in known if not k.startswith(("optimizer.", "scheduler."))]
@@ -86,60 +128,87 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
     # The right name in the wrong group; without a group also its last part.
     before = r"(^|\.)" if group else r"(^|[._])"
     elsewhere = [k for k in known if re.search(f"{before}{re.escape(leaf)}$", k)]
-    typo, close = (difflib.get_close_matches(name, known, n=1, cutoff=cutoff) for cutoff in (0.9, 0.8))
-    return next(iter([*typo, *sorted(elsewhere, key=len), *close]), None)
+    typo, close = (_closest(name, known, cutoff) for cutoff in (0.9, 0.8))
+    return typo or next(iter(sorted(elsewhere, key=len)), None) or close
 
 
-# Flags that name a file or a folder here, or else one on the Hub, and the file looked for in the folder.
-SOURCES = {
-    "config_path": TRAIN_CONFIG_NAME,
-    "policy.path": "config.json",
-    "policy.pretrained_path": "config.json",
-}
+def _closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
-def check_sources(args: list[str]) -> None:
+def check_sources(flags: Mapping[str, str], *, needs_policy: bool = True) -> None:
     """Refuse config files and checkpoints that are not there, and a command without data or policy."""
-    for flag, file_name in SOURCES.items():
-        value = lerobot_parser.parse_arg(flag, args)
-        if value is not None:
-            _check_source(flag, value, file_name)
-    names = {arg[2:].partition("=")[0] for arg in args}
-    if "config_path" in names:
-        return  # the file may hold what follows
-    if "dataset.repo_id" not in names:
-        raise InputError(
-            "--dataset.repo_id is missing: the data set's name, as in --dataset.repo_id=user/name "
-            "(with --dataset.root=FOLDER any name will do)."
-        )
-    if not names & {"policy.type", "policy.path", "reward_model.type", "reward_model.path"}:
-        raise InputError(
-            "--policy.type is missing: --policy.type=act (or diffusion, smolvla, pi05 ...) trains a new policy, "
-            "--policy.path=FOLDER goes on from a trained one."
-        )
-    for group in ("env", "optimizer", "scheduler"):
-        flag = next((name for name in names if name.startswith(f"{group}.")), None)
-        if flag and f"{group}.type" not in names:
-            raise InputError(f"--{group}.type is missing: --{flag} alone does not say of which {group}.")
+    with all_mistakes() as mistakes:
+        for flag, file_name in SOURCES.items():
+            if flag in flags and flags[flag] != "null":
+                mistakes += _source(flag, flags[flag], file_name)
+        if "config_path" in flags:
+            return  # the file may hold what follows
+        if "dataset.repo_id" not in flags:
+            mistakes.append(
+                "--dataset.repo_id is missing: the data set's name, as in --dataset.repo_id=user/name "
+                "(with --dataset.root=FOLDER any name will do)."
+            )
+        if needs_policy and not flags.keys() & {
+            "policy.type",
+            "policy.path",
+            "reward_model.type",
+            "reward_model.path",
+        }:
+            mistakes.append(
+                "--policy.type is missing: --policy.type=act (or diffusion, smolvla, pi05 ...) trains a new policy, "
+                "--policy.path=FOLDER goes on from a trained one."
+            )
+        for group in ("env", "optimizer", "scheduler"):
+            flag = next((name for name in flags if name.startswith(f"{group}.")), None)
+            if flag and f"{group}.type" not in flags:
+                mistakes.append(f"--{group}.type is missing: --{flag} alone does not say of which {group}.")
 
 
-def _check_source(flag: str, value: str, file_name: str) -> None:
+def _source(flag: str, value: str, file_name: str) -> list[str]:
     path = Path(value)
     if not path.exists():
         if re.fullmatch(r"\w[\w.-]*/[\w.-]+", value) and not value.endswith((".json", ".yaml", ".yml")):
-            return  # may be a name on the Hub
-        raise InputError(f"--{flag}={value}: there is no such file or folder.")
+            return []  # may be a name on the Hub
+        return [f"--{flag}={value}: there is no such file or folder."]
     file = path if flag == "config_path" and path.is_file() else path / file_name
     if not file.is_file():
-        places = [
-            Path(PRETRAINED_MODEL_DIR),
-            Path(CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK, PRETRAINED_MODEL_DIR),
-        ]
-        inside = [path / place for place in places if (path / place / file_name).is_file()]
+        inside = [path / place for place in INSIDE if (path / place / file_name).is_file()]
         hint = f" Did you mean {inside[0]}?" if inside else ""
-        raise InputError(f"--{flag}={value}: there is no {file_name} in it.{hint}")
+        return [f"--{flag}={value}: there is no {file_name} in it.{hint}"]
     if file.suffix == ".json":
         try:
             json.loads(file.read_text())
         except ValueError as error:
-            raise InputError(f"--{flag}={value}: {file.name} is damaged ({error}).") from None
+            return [f"--{flag}={value}: {file.name} is damaged ({error})."]
+    return []
+
+
+# ---------------------------------------------------------------------- for LeRobot's own parser
+
+
+def as_arguments(flags: Mapping[str, str]) -> list[str]:
+    """Flags as arguments for LeRobot's parser (draccus), which reads every value as YAML or, under `--config_path`, as JSON.
+    Texts are quoted for both: ` #` begins no comment in them, `2026_11_30` is no number, and `include` opens no file.
+
+    Not what LeRobot takes out of the command line before that parser sees it, as it is typed.
+    """
+    table = flag_table.load() or flag_table.of_lerobot()
+    known = table.flags(flags.get("policy.type"))
+    return [f"--{name}={_quoted(name, value, known)}" for name, value in flags.items()]
+
+
+def _is_raw(name: str) -> bool:
+    """Whether LeRobot takes a flag out of the command line by itself."""
+    return name == "config_path" or name.endswith((".path", ".type")) or PLUGINS in name
+
+
+def _quoted(name: str, value: str, known: Mapping[str, Flag]) -> str:
+    flag = known.get(name)
+    if flag is None or _is_raw(name) or not flag.is_text or (value == "null" and flag.optional):
+        return value
+    text = json.dumps(flag.read(value), ensure_ascii=False)
+    # YAML takes these only escaped; JSON, either way.
+    return re.sub(
+        r"[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]", lambda c: f"\\u{ord(c[0]):04x}", text
+    )

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import av
-import lerobot
 import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
@@ -23,47 +21,23 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from ray_jobs.engine.columns import cached_columns
 from ray_jobs.engine.console import duration
 from ray_jobs.engine.errors import RunError
-from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of
-from ray_jobs.engine.frame_store import Entry, entry_folder, open_entry
-from ray_jobs.engine.frames import RESIZE_KERNEL, FrameSource, NoFrame, frame_shape
+from ray_jobs.engine.frame_store import (
+    Entry,
+    default_folder,
+    entry_folder,
+    fingerprint,
+    gigabytes,
+    open_entry,
+)
+from ray_jobs.engine.frames import FrameSource, NoFrame, frame_shape
 from ray_jobs.engine.options import DataOptions
 
 TELL_EVERY_S = 15
 
 
-def default_folder() -> Path:
-    """Where `--data.cache=auto` keeps frames: `$RAY_JOBS_CACHE`, else beside the user's other caches."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("RAY_JOBS_CACHE") or Path(caches) / "ray_jobs")
-
-
 def can_cache(meta: LeRobotDatasetMetadata, key: str) -> bool:
     """Whether a camera's frames are plain 8-bit pictures: depth is 12 or 16 bit wide."""
     return key not in meta.depth_keys and frame_shape(meta, key)[0] in (1, 3)
-
-
-def fingerprint(
-    meta: LeRobotDatasetMetadata, key: str, size: list[int] | None, tolerance_s: float, folder: Path
-) -> str:
-    """Of all that decides what a camera's frames look like, and which frame belongs to which row."""
-    videos = f"videos/{key}/**/*.mp4" if key in meta.video_keys else None
-    patterns = ("meta/info.json", "meta/episodes/**/*.parquet", "data/**/*.parquet", videos)
-    how = (FORMAT, key, size, RESIZE_KERNEL if size else "", tolerance_s, lerobot.__version__, av.__version__)
-    return fingerprint_of(*how, file_hashes(meta.root, patterns, folder))
-
-
-def is_stale(entry: Entry) -> bool:
-    """Whether the data set behind an entry has changed since, or is gone."""
-    about = entry.about
-    if not (Path(about["root"]) / "meta" / "info.json").is_file():
-        return True
-    try:
-        meta = LeRobotDatasetMetadata(about["dataset"], root=about["root"])
-        size = about["shape"][1:] if about["resized"] else None
-        now = fingerprint(meta, about["camera"], size, about["tolerance_s"], entry.folder.parent)
-        return now != about["fingerprint"]
-    except Exception:  # it can no longer be opened
-        return True
 
 
 class FrameCache:
@@ -92,7 +66,9 @@ class FrameCache:
                 "resized": size is not None,
                 "frames": int(self.ends[-1]),  # meta/info.json may count others
                 "tolerance_s": dataset.tolerance_s,
-                "fingerprint": fingerprint(meta, key, size, dataset.tolerance_s, folder),
+                "fingerprint": fingerprint(
+                    meta.root, key, key in meta.video_keys, size, dataset.tolerance_s, folder
+                ),
             }
             self.entries[key] = open_entry(entry_folder(folder, about), about)
         self.episodes = range(len(self.ends)) if dataset.episodes is None else sorted(dataset.episodes)
@@ -196,6 +172,7 @@ def open_frames(
     *,
     reads: int,
     say: Callable[[str], None] = lambda text: None,
+    name: str = "frame cache",
 ) -> FrameCache | FrameSource:
     """A data set's frames: out of the cache, where all of them are then decoded, or else decoded one by one.
 
@@ -203,6 +180,7 @@ def open_frames(
         options: `cache` is `off`, a folder, or `auto`, which looks whether it is worth it and there is room.
         reads: How many samples will be read in all.
         say: Takes the lines in which the user hears what was chosen and why.
+        name: What is spoken of in these.
     """
     source = FrameSource(dataset, options.resize)
     if options.cache == "off":
@@ -214,21 +192,19 @@ def open_frames(
             return source
         need = cache.missing_bytes()
         if options.cache == "auto" and need and (reason := _why_not(cache, need, reads)):
-            say(f"frame cache: none, {reason}")
+            say(f"{name}: none, {reason}")
             return source
         decoding = ", decoding once for all workers and runs" if need else ""
-        say(
-            f"frame cache: {gigabytes(cache.bytes())} of {len(cache.entries)} camera(s) in {folder}{decoding}"
-        )
+        say(f"{name}: {gigabytes(cache.bytes())} of {len(cache.entries)} camera(s) in {folder}{decoding}")
         if cache.bytes() > _free_memory():
-            say("frame cache: larger than the free memory, so frames come from the disk; --data.resize helps")
+            say(f"{name}: larger than the free memory, so frames come from the disk; --data.resize helps")
         cache.fill(say)
     except NoFrame as error:  # LeRobot trains on until it comes to that frame
-        say(f"frame cache: none, frames are decoded one by one; {error}")
+        say(f"{name}: none, frames are decoded one by one; {error}")
         return source
     except OSError as error:
         say(
-            f"frame cache: none, {folder} cannot be used ({error.strerror or error}); frames are decoded one by one"
+            f"{name}: none, {folder} cannot be used ({error.strerror or error}); frames are decoded one by one"
         )
         return source
     return cache
@@ -260,10 +236,6 @@ def _free_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return 2**63
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.3g} GB"
 
 
 class _Progress:

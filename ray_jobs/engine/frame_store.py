@@ -22,16 +22,39 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import xxhash
 
 from ray_jobs.engine.errors import RunError
-from ray_jobs.engine.fingerprint import replace
+from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, replace
+from ray_jobs.engine.records import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 ENTRY_FILE = "entry.json"
+COLUMNS_FILE = "columns.json"  # beside the arrays of a data set's other columns (see `columns`)
+RESIZE_KERNEL = "torchvision bilinear antialiased, rounded to uint8"
+
+
+def default_folder() -> Path:
+    """Where `--data.cache=auto` keeps frames: `$RAY_JOBS_CACHE`, else beside the user's other caches."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RAY_JOBS_CACHE") or Path(caches) / "ray_jobs")
+
+
+def fingerprint(
+    root: Path, key: str, is_video: bool, size: list[int] | None, tolerance_s: float, folder: Path
+) -> str:
+    """Of all that decides what a camera's frames look like, and which frame belongs to which row."""
+    videos = f"videos/{key}/**/*.mp4" if is_video else None
+    patterns = ("meta/info.json", "meta/episodes/**/*.parquet", "data/**/*.parquet", videos)
+    how = (FORMAT, key, size, RESIZE_KERNEL if size else "", tolerance_s, version("lerobot"), version("av"))
+    return fingerprint_of(*how, file_hashes(root, patterns, folder))
 
 
 def entry_folder(folder: Path, about: dict) -> Path:
@@ -83,7 +106,7 @@ class Entry:
 
     def _is_sound(self) -> bool:
         with contextlib.suppress(OSError, ValueError):
-            about = json.loads((self.folder / ENTRY_FILE).read_text())
+            about = read_json(self.folder / ENTRY_FILE, fingerprint=str)
             sizes = {name: (self.folder / name).stat().st_size for name in self._sizes()}
             return about["fingerprint"] == self.about["fingerprint"] and sizes == self._sizes()
         return False
@@ -121,7 +144,7 @@ class Entry:
                     bad.append(row)
         return bad
 
-    def write(self, rows: slice, frames: Iterator[torch.Tensor]) -> None:
+    def write(self, rows: slice, frames: Iterator["torch.Tensor"]) -> None:
         """Write the frames of neighbouring rows, then their checksums. Hold the lock.
 
         Raises:
@@ -193,5 +216,33 @@ def entries(folder: Path) -> dict[str, Entry]:
     found = {}
     for path in sorted(folder.glob(f"*/{ENTRY_FILE}")):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            found[path.parent.name] = Entry(path.parent, json.loads(path.read_text()))
+            found[path.parent.name] = Entry(path.parent, read_json(path, fingerprint=str, root=str))
     return found
+
+
+def is_stale(entry: Entry) -> bool:
+    """Whether the data set behind an entry has changed since, or is gone."""
+    about = entry.about
+    if not (Path(about["root"]) / "meta" / "info.json").is_file():
+        return True
+    try:
+        root, key = Path(about["root"]), about["camera"]
+        feature = json.loads((root / "meta" / "info.json").read_text())["features"][key]
+        size = about["shape"][1:] if about["resized"] else None
+        is_video = feature["dtype"] == "video"
+        now = fingerprint(root, key, is_video, size, about["tolerance_s"], entry.folder.parent)
+        return now != about["fingerprint"]
+    except Exception:  # it can no longer be opened
+        return True
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def remove_unused_columns(folder: Path) -> None:
+    """Remove the arrays of data sets of which no frames are kept any more."""
+    used = {path.parent.name.split(".")[0] for path in folder.glob("*/frames")}
+    for path in folder.glob(f"*/{COLUMNS_FILE}"):
+        if path.parent.name.split(".")[0] not in used:
+            shutil.rmtree(path.parent, ignore_errors=True)

@@ -23,7 +23,6 @@ from torchvision.transforms import functional
 from ray_jobs.engine.errors import RunError
 
 # What a resized frame depends on beside its size; part of a cache's fingerprint.
-RESIZE_KERNEL = "torchvision bilinear antialiased, rounded to uint8"
 DECODER = threading.Lock()  # LeRobot keeps one torchcodec decoder per file, and they are not thread-safe
 
 

@@ -19,6 +19,7 @@ class Line:
         self.leaving: set[str] = set()  # nodes
         self.given_up: set[str] = set()
         self.failure: RunError | InputError | None = None
+        self.errors: dict[int | str, tuple] = {}  # by rank or trial, the last one
         # By rank or trial: its last beat, when, and when its step had changed.
         self.told: dict[int | str, tuple] = {}
 
@@ -51,6 +52,11 @@ class Line:
     async def why_failed(self) -> RunError | InputError | None:
         """What a worker gave the run up for: no other need try."""
         return self.failure
+
+    async def came_before(self, who: int | str, error: tuple) -> bool:
+        """Whether a worker has failed with this before, the last time that it failed."""
+        before, self.errors[who] = self.errors.get(who), error
+        return before == error
 
     async def ask_to_stop(self, reason: str) -> None:
         """`reason` is one of the loop's STOP_REASONS; the first one counts."""

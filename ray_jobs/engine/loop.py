@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import draccus
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -26,26 +27,31 @@ from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
 from ray_jobs.engine import assets, bucket, checkpoint, kernels, parallel, quantiles
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.data import (
     make_datasets,
     open_all_frames,
     reads_in_a_thread,
+    samples_of,
     to_device,
     training_batches,
 )
 from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError
 from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.memory import MAIN, main_memory
-from ray_jobs.engine.meters import Scores, Window
+from ray_jobs.engine.meters import Scores, Window, check_validation
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.policy import build, make_processors
+from ray_jobs.engine.position import START, Position
 from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.records import read_metrics
 from ray_jobs.engine.simulator import ClosedLoop
 from ray_jobs.engine.stop_flag import StopFlag
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
-from ray_jobs.engine.tracking import Tracker, read_metrics
+from ray_jobs.engine.tracking import Tracker
 
 CHECK_EVERY = 200  # steps between looks for NaN where nothing else asks for the loss
 
@@ -72,7 +78,7 @@ def train(
         The run's summary, as written to summary.json.
 
     Raises:
-        RunError: The loss became NaN or infinite, or a file of the data set cannot be read.
+        RunError: The loss or a validation became NaN or infinite, or a file of the data set cannot be read.
     """
     started = time.time()
     options = recipe.options
@@ -88,6 +94,8 @@ def train(
     def tell(text: str) -> None:
         report({"kind": "notice", "text": text})
 
+    patient = partial(patiently, tell=tell, stop=should_stop)
+
     # ------------------------------------------------------------------ where to go on from
     resume_dir = checkpoint.last_checkpoint(recipe.output_dir)
     if recipe.lerobot.resume and resume_dir is None:
@@ -101,6 +109,7 @@ def train(
         resumed = json.loads((resume_dir / TRAINING_STATE_DIR / TRAINING_STEP).read_text())
 
     # ------------------------------------------------------------------ data, policy, optimizer
+    report({"kind": "doing", "text": "opening the data set"})
     if cfg.seed is not None:
         set_seed(cfg.seed, accelerator=accelerator)
     torch.backends.cudnn.deterministic = cfg.cudnn_deterministic
@@ -110,11 +119,13 @@ def train(
     if stream is None and bucket.is_uri(cfg.dataset.root):
         tell(f"fetching {cfg.dataset.root}, once per node")
         fetch = partial(bucket.fetch_whole, cfg.dataset.root)
-        folder = patiently(fetch, cfg.dataset.root, tell, doing="read", passing=storage_may_return)
+        folder = patient(fetch, cfg.dataset.root, doing="read", passing=storage_may_return)
         cfg.dataset.root = str(folder)
     make = make_datasets if stream is None else make_streamed_datasets
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
     frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, shards.count, report)
+    if isinstance(frames, FrameCache) and dataset.meta.video_keys:
+        recipe.lerobot.dataset.video_backend = "pyav"  # which has decoded them, whatever was asked for
     quantiles.complete(cfg.policy, dataset.meta)
     memory, room = recipe.memory, 0.0
     if memory and accelerator.device.type == "cuda":
@@ -127,6 +138,7 @@ def train(
             raise RunError(text)
         if text := memory.warning(recipe, main_memory() / here, MAIN):
             tell(text)
+    report({"kind": "doing", "text": "building the policy"})
     sharded = accelerator.is_fsdp2
     # All of a policy is in main memory for a while. One that is sharded goes from there to the GPUs share by share.
     need, step = memory.building if memory else 0, 0
@@ -160,11 +172,17 @@ def train(
     for name in ("input_features", "output_features", "use_peft"):
         setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
 
-    where = {"batches_per_step": options.ray.grad_accumulation, "resumed": resumed}
+    samples = samples_of(cfg, dataset) if stream is None else dataset.num_samples
+    each_time, begin, first_step = (samples, cfg.batch_size, shards.count), START, step
+    if resumed is not None:
+        begin = Position.of(resumed, *each_time)
     if stream is None:
-        batches = training_batches(cfg, dataset, accelerator, shards=shards, frames=frames, **where)
+        accumulated = options.ray.grad_accumulation
+        how = {"shards": shards, "frames": frames, "batches_per_step": accumulated, "begin": begin}
+        batches = training_batches(cfg, dataset, accelerator, **how)
     else:
-        batches = streamed_batches(cfg, dataset, accelerator, stream, **where)
+        begin = Position(begin.epoch)  # which is begun again
+        batches = streamed_batches(cfg, dataset, accelerator, stream, epoch=begin.epoch, step=step)
     validation = None
     if eval_dataset is not None and recipe.eval_steps > 0:
         validation = Validation.of(
@@ -175,7 +193,8 @@ def train(
     # ------------------------------------------------------------------ tell
     if main:
         checkpoint.sweep(recipe.output_dir)
-        tracker = Tracker(recipe.lerobot, step, started, tell)
+        used = {"eval_steps": recipe.eval_steps, **draccus.encode(options)}
+        tracker = Tracker(recipe.lerobot, used, step, started, tell, should_stop)
     lost = {"lost_steps": tracker.lost_steps, "restarts": tracker.restarts} if main else {}
     learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
@@ -196,7 +215,8 @@ def train(
         "start_step": step,
         **lost,
     }
-    facts["epochs"] = round(cfg.steps * facts["global_batch_size"] / dataset.num_frames, 3)
+    to_come = (cfg.steps - step) * facts["global_batch_size"]
+    facts["epochs"] = round(begin.epoch + (begin.start_index + to_come) / samples, 3)
     report({"kind": "start", **facts})
 
     window = Window(shards.weight)
@@ -219,6 +239,7 @@ def train(
 
     averaged_weights = averaged if average is not None else None
 
+    @busy("saving")
     def save(*, only_best: bool) -> None:
         window.check_finite(accelerator)
         weights, moments = parallel.whole_state(accelerator, model, optimizer.optimizer)
@@ -236,10 +257,12 @@ def train(
                 preprocessor=preprocessor,
                 postprocessor=postprocessor,
                 shards=shards.count,
+                position=begin.after((step - first_step) * options.ray.grad_accumulation, *each_time),
+                samples=samples,
             )
-            patiently(write, f"the checkpoint of step {step}", tell)
+            patient(write, f"the checkpoint of step {step}")
             keep = partial(scores.keep, recipe.output_dir, step, options.checkpoint, only_best=only_best)
-            patiently(keep, "the folder of checkpoints", tell)
+            patient(keep, "the folder of checkpoints")
         accelerator.wait_for_everyone()
         report({"kind": "checkpoint", "step": step})
 
@@ -316,9 +339,10 @@ def train(
                         values |= validation(model, preprocessor, postprocessor, accelerator)
                     if acted:
                         values |= closed_loop(model, preprocessor, postprocessor, accelerator)
-                improved = scores.add(step, values)
                 if main:
                     tracker.log(step, values)
+                check_validation(step, values)
+                improved = scores.add(step, values)
                 report({"kind": "eval", "step": step, **values})
                 window.begin_step()
 
@@ -377,6 +401,7 @@ def _first(cfg: TrainPipelineConfig, batch: dict, accelerator: Accelerator) -> I
         ) from error
 
 
+@busy("uploading")
 def push(cfg: TrainPipelineConfig, policy, preprocessor, postprocessor, meta) -> str:
     """Upload the trained policy to the Hub, as `lerobot-train` does. Returns what to tell about it: a trained
     policy is none the worse for a network that failed."""

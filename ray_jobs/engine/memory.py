@@ -12,6 +12,7 @@ import psutil
 import torch
 from lerobot.configs.types import PolicyFeature
 from lerobot.optim import AdamConfig, AdamWConfig
+from lerobot.policies import get_policy_class
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
 from ray_jobs.engine.parallel import gathered_kinds
@@ -83,20 +84,29 @@ class Memory:
         )
 
     def savings(self, recipe: "Recipe") -> str:
-        """The flags that make it less."""
-        policy, options = recipe.lerobot.policy, recipe.options.ray
+        """The flags that make it less, which the recipe's others allow."""
+        cfg, policy, options = recipe.lerobot, recipe.lerobot.policy, recipe.options.ray
         changes = []
         if getattr(policy, "dtype", None) == "float32":
             changes.append("--policy.dtype=bfloat16")
         if getattr(policy, "gradient_checkpointing", None) is False:
             changes.append("--policy.gradient_checkpointing=true")
-        if recipe.lerobot.batch_size > 1:
-            half = recipe.lerobot.batch_size // 2
+        if cfg.batch_size > 1:
+            half = cfg.batch_size // 2
             changes.append(f"--batch_size={half} --ray.grad_accumulation={2 * options.grad_accumulation}")
-        if options.parallelism == "ddp" and self.total - (self.activations or 0) > self.total // 2:
-            more = "" if options.num_workers > 1 else " --ray.num_workers=2"
+        acts = cfg.env is not None and cfg.env_eval_freq > 0
+        whole = options.ema or options.min_workers or acts  # none of these goes with shares of a policy
+        if (
+            options.parallelism == "ddp"
+            and not whole
+            and self.total - (self.activations or 0) > self.total // 2
+        ):
+            workers = "--tune.workers_per_trial" if recipe.trainings > 1 else "--ray.num_workers"
+            more = "" if options.num_workers > 1 else f" {workers}=2"
             changes.append(f"--ray.parallelism=fsdp{more}")
-        if policy.pretrained_path and recipe.lerobot.peft is None:
+        # LeRobot knows where to put adapters if the policy says so.
+        adaptable = "_get_default_peft_targets" in vars(get_policy_class(policy.type))
+        if adaptable and policy.pretrained_path and cfg.peft is None and not (cfg.resume or options.ema):
             changes.append("--peft.method_type=LORA")
         if getattr(policy, "train_expert_only", None) is False:
             changes.append("--policy.train_expert_only=true")

@@ -1,5 +1,6 @@
 """The numbers of a run: what happened since the last log step, and which validation was the best."""
 
+import math
 import time
 from pathlib import Path
 
@@ -9,9 +10,7 @@ from accelerate import Accelerator
 from ray_jobs.engine import checkpoint
 from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.options import CheckpointOptions
-
-METRIC = "val/action_error"  # what "best" means
-SUCCESS = "env/success_rate"  # of the episodes in a simulator
+from ray_jobs.engine.records import METRIC
 
 
 class Window:
@@ -88,6 +87,16 @@ class Window:
         return metrics
 
 
+def check_validation(step: int, values: dict) -> None:
+    """Raise if a validation gives no number: no other could be compared with it."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(
+                f"step {step}: {name} is {value}, what the policy predicts are no finite numbers; training cannot go on. "
+                "A lower learning rate or gradient clipping usually helps; the last checkpoint is intact."
+            )
+
+
 class Scores:
     """The newest value of every metric, the best validation, and which checkpoints that makes worth keeping."""
 
@@ -101,7 +110,7 @@ class Scores:
     def add(self, step: int, metrics: dict) -> bool:
         """Note the metrics of a step; True if it is the best validation so far."""
         self.last_values |= metrics
-        if METRIC not in metrics:
+        if metrics.get(METRIC) is None:
             return False
         improved = not self.values or metrics[METRIC] < min(self.values.values())
         self.values[step] = metrics[METRIC]

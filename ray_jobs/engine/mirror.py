@@ -9,6 +9,7 @@ Object stores rename nothing, so that what is whole is what the last write says.
 
 import contextlib
 import fcntl
+import glob
 import json
 import shutil
 import threading
@@ -18,17 +19,19 @@ from pathlib import Path
 
 from ray_jobs.engine.bucket import check_address, open_root
 from ray_jobs.engine.bucket_lock import BucketLock
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.errors import InputError, RunError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
 from ray_jobs.engine.options import ASKED, OPTIONS_FILE
 from ray_jobs.engine.patience import patiently, storage_may_return
+from ray_jobs.engine.records import METRICS_FILE, SUMMARY_FILE, parse_json
 from ray_jobs.engine.trust import check_name
 
 CHECKPOINTS = "checkpoints"
 EVERY_S = 30  # between looks for what has changed
-FILES = ("summary.json", "metrics.jsonl", OPTIONS_FILE, ".progress")
+FILES = (SUMMARY_FILE, METRICS_FILE, OPTIONS_FILE, ".progress")
 
 
 def folder_of(address: str) -> Path:
@@ -36,8 +39,11 @@ def folder_of(address: str) -> Path:
     return default_folder() / "outputs" / fingerprint_of(address.rstrip("/"))
 
 
-def check_new(address: str) -> None:
+def check_new(address: str, resumable: str = OPTIONS_FILE) -> None:
     """Refuse a place for a new run that has something in it.
+
+    Args:
+        resumable: Name of the file by which the job knows what it could continue.
 
     Raises:
         InputError: It has, or it cannot be read.
@@ -46,10 +52,10 @@ def check_new(address: str) -> None:
     system, place = open_root(address, flag="output_dir")
     with told(address):
         taken = system.exists(place) and system.find(place)
+        more = ", or --resume=true to continue what is in it" if system.exists(f"{place}/{resumable}") else ""
     if taken:
         raise InputError(
-            f"--output_dir={address} already exists, and nothing in it is overwritten. Give another place, or "
-            "--resume=true to continue the run in it."
+            f"--output_dir={address} already exists, and nothing in it is overwritten. Give another place{more}."
         )
     here = folder_of(address)
     if (here / CHECKPOINTS).is_dir():
@@ -157,9 +163,13 @@ def send(address: str, name: str, file: Path) -> None:
 
 
 def remove(system, place: str) -> None:
-    """Remove all there is at a place."""
+    """Remove all there is at a place. fsspec would take one that is called `run[12]` for a pattern, and remove `run1`."""
     with contextlib.suppress(FileNotFoundError):
-        system.rm(place, recursive=True)
+        if place == glob.escape(place):
+            system.rm(place, recursive=True)
+            return
+        for path in system.find(place):
+            system.rm_file(path)
 
 
 def _fetch_files(system, place: str, here: Path, again: bool = False) -> None:
@@ -184,7 +194,7 @@ def _fetch_checkpoint(system, place: str, name: str, target: Path) -> None:
         return
     scratch = target.with_name(f".{target.name}.pulled")
     shutil.rmtree(scratch, ignore_errors=True)
-    for file_name, size in json.loads(system.cat(f"{place}/{CHECKPOINTS}/{name}.json")).items():
+    for file_name, size in parse_json(system.cat_file(f"{place}/{CHECKPOINTS}/{name}.json")).items():
         file = scratch / check_name(file_name)
         file.parent.mkdir(parents=True, exist_ok=True)
         system.get_file(f"{place}/{CHECKPOINTS}/{name}/{file_name}", str(file))
@@ -232,6 +242,7 @@ def mirrored(
     run: str,
     kind: type["Mirror"] | None = None,
     when_taken: Callable[[], None] = lambda: None,
+    stop: Callable[[], object] = lambda: False,
 ) -> Iterator["Mirror"]:
     """Within, this process alone keeps the copy of a run in its bucket up to date, beginning with what is here now.
 
@@ -241,6 +252,7 @@ def mirrored(
         run: Tells this run from others that would go there.
         kind: What a copy consists of; that of a training if left out.
         when_taken: Called once nobody else can write there, before anything is sent.
+        stop: Whether somebody has asked the run to stop, which does not wait for a bucket that fails.
 
     Raises:
         RunError: Another run writes there, or the bucket has failed for too long.
@@ -252,11 +264,11 @@ def mirrored(
         with told(address):
             lock.take(tell)
 
-    patiently(take, address, tell, passing=storage_may_return)
+    patiently(take, address, tell, passing=storage_may_return, stop=stop)
     with lock.held():
         with told(address):
             when_taken()
-        mirror = (kind or Mirror)(address, here, tell, lock)
+        mirror = (kind or Mirror)(address, here, tell, lock, stop)
         try:
             mirror.flush()
             yield mirror
@@ -276,10 +288,18 @@ class Mirror:
         here: The run's folder on this node.
         tell: Called with a line of text when the bucket fails, and when it is back.
         lock: Ours, as long as nobody has taken it.
+        stop: Whether somebody has asked the run to stop.
     """
 
-    def __init__(self, address: str, here: Path, tell: Callable[[str], None], lock: BucketLock):
-        self.address, self.here, self.tell, self.lock = address, here, tell, lock
+    def __init__(
+        self,
+        address: str,
+        here: Path,
+        tell: Callable[[str], None],
+        lock: BucketLock,
+        stop: Callable[[], object] = lambda: False,
+    ):
+        self.address, self.here, self.tell, self.lock, self.stop = address, here, tell, lock, stop
         self.system, self.place = lock.system, lock.place
         self.sent: dict[str, object] = {}  # files: what tells whether they have changed since they were sent
         self.known: set[str] = set()  # checkpoints that this process has seen here
@@ -299,6 +319,7 @@ class Mirror:
             raise self.failure
         self.wake.set()
 
+    @busy("uploading")
     def flush(self) -> None:
         """Wait until all that is here now is there.
 
@@ -311,6 +332,7 @@ class Mirror:
             time.sleep(0.1)
         self.changed()
 
+    @busy("uploading")
     def close(self) -> None:
         """Send what is left, and wait for it.
 
@@ -336,6 +358,7 @@ class Mirror:
                     self.tell,
                     passing=lambda e: not isinstance(e, RunError),
                     kept=self._kept,
+                    stop=self.stop,
                 )
                 self.rounds += 1
         except RunError as error:

@@ -22,6 +22,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.data import FrameReader, to_device
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import FrameCache
@@ -31,6 +32,8 @@ from ray_jobs.engine.options import DataOptions
 # Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising
 # policy then depends on the group alone.
 GROUP = 16
+# Policies of LeRobot's that predict from queues of their own only, which a robot fills: no batch can be scored.
+UNSCORED = ("multi_task_dit", "tdmpc", "vqbet")
 TIMED = 5  # predictions that are timed, after one to warm up
 
 
@@ -38,7 +41,20 @@ def chunk_length(policy_cfg) -> int:
     """Actions a policy predicts from now on: all of the chunk, whatever `n_action_steps` executes of it."""
     if policy_cfg.type == "diffusion":
         return policy_cfg.horizon - policy_cfg.n_obs_steps + 1
-    return getattr(policy_cfg, "chunk_size", None) or len(policy_cfg.action_delta_indices)
+    return getattr(policy_cfg, "chunk_size", None) or len(policy_cfg.action_delta_indices or [0])
+
+
+def check_scored(policy_cfg) -> None:
+    """Refuse a policy whose predictions cannot be compared with the recorded actions.
+
+    Raises:
+        InputError: It is one of those.
+    """
+    if policy_cfg.type in UNSCORED:
+        raise InputError(
+            f"{policy_cfg.type} predicts only from what a robot has shown it so far, so val/action_error cannot be measured. "
+            "It trains without --data.eval_episodes and --eval_steps."
+        )
 
 
 def units(meta: LeRobotDatasetMetadata) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +85,7 @@ class Validation:
         detailed: Whether to tell how the error grows over the horizon as well.
 
     Raises:
-        InputError: H is longer than the policy's chunk.
+        InputError: H is longer than the policy's chunk, or it cannot be scored.
     """
 
     def __init__(
@@ -84,6 +100,7 @@ class Validation:
         timed: bool = False,
         detailed: bool = False,
     ):
+        check_scored(policy_cfg)
         self.dataset, self.timed, self.detailed = dataset, timed, detailed
         longest = chunk_length(policy_cfg)
         self.horizon = longest if horizon is None else horizon
@@ -122,6 +139,7 @@ class Validation:
             **how,
         )
 
+    @busy("validating")
     def __call__(
         self, policy: PreTrainedPolicy, preprocessor, postprocessor, accelerator: Accelerator
     ) -> dict:

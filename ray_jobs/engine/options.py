@@ -4,25 +4,37 @@
 Imports neither torch nor LeRobot: a job knows what it asks of Ray while those are still being imported.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import draccus
+from draccus.wrappers.docstring import get_attribute_docstring
 
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.explain import parse
+from ray_jobs.engine.flag_table import PATHS, flags_of
 from ray_jobs.engine.translations import translate
 
 OPTIONS_FILE = "options.json"  # a run's options, beside LeRobot's checkpoints in the output folder
 ASKED = "asked"  # part of that file: what was asked for in LeRobot's flags and train_config.json cannot tell
+# Flags that name files or folders here, some of them several with commas.
+OUR_PATHS = ("output_dir", "data.cache", "assets.dir", "checkpoint", "space")
 
 
-def at_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and value < least:
-        raise InputError(f"--{name}={value}: must be at least {least}.")
+@contextlib.contextmanager
+def all_mistakes() -> Iterator[list[str]]:
+    """Within, mistakes are collected in the list; at its end they are raised together."""
+    mistakes: list[str] = []
+    yield mistakes
+    if mistakes:
+        raise InputError("\n".join(mistakes))
+
+
+def at_least(name: str, value: float | None, least: int) -> list[str]:
+    """What is wrong with a number that is too small: one mistake, or none."""
+    return [f"--{name}={value}: must be at least {least}."] if value is not None and value < least else []
 
 
 @dataclass
@@ -55,29 +67,32 @@ class RayOptions:
     """Stop after so many validations without a better val/action_error; 0 never."""
 
     def __post_init__(self) -> None:
-        at_least("ray.num_workers", self.num_workers, 0)
-        if self.min_workers is not None:
-            range_ = f"--ray.num_workers={self.min_workers}:{self.num_workers}"
-            if not 1 <= self.min_workers <= self.num_workers:
-                raise InputError(f"{range_}: the fewest workers first, at least 1, then the most, as in 2:8.")
-            if self.parallelism == "fsdp":
-                raise InputError(
-                    f"{range_}: not with --ray.parallelism=fsdp, whose shares fit one number only."
+        with all_mistakes() as mistakes:
+            mistakes += at_least("ray.num_workers", self.num_workers, 0)
+            if self.min_workers is not None:
+                range_ = f"--ray.num_workers={self.min_workers}:{self.num_workers}"
+                if not 1 <= self.min_workers <= self.num_workers:
+                    mistakes.append(
+                        f"{range_}: the fewest workers first, at least 1, then the most, as in 2:8."
+                    )
+                if self.parallelism == "fsdp":
+                    mistakes.append(
+                        f"{range_}: not with --ray.parallelism=fsdp, whose shares fit one number only."
+                    )
+            mistakes += at_least("ray.cpus_per_worker", self.cpus_per_worker, 1)
+            mistakes += at_least("ray.gpus_per_worker", self.gpus_per_worker, 0)
+            mistakes += at_least("ray.max_failures", self.max_failures, -1)
+            mistakes += at_least("ray.hang_timeout", self.hang_timeout, 0)
+            mistakes += at_least("ray.grad_accumulation", self.grad_accumulation, 1)
+            mistakes += at_least("ray.early_stopping", self.early_stopping, 0)
+            if self.parallelism not in ("ddp", "fsdp"):
+                mistakes.append(f"--ray.parallelism={self.parallelism}: must be ddp or fsdp.")
+            if self.placement not in ("pack", "spread"):
+                mistakes.append(f"--ray.placement={self.placement}: must be pack or spread.")
+            if self.parallelism == "fsdp" and self.ema:
+                mistakes.append(
+                    "--ray.parallelism=fsdp: --ray.ema needs the whole policy on every worker (ddp)."
                 )
-        at_least("ray.cpus_per_worker", self.cpus_per_worker, 1)
-        at_least("ray.gpus_per_worker", self.gpus_per_worker, 0)
-        at_least("ray.max_failures", self.max_failures, -1)
-        at_least("ray.hang_timeout", self.hang_timeout, 0)
-        at_least("ray.grad_accumulation", self.grad_accumulation, 1)
-        at_least("ray.early_stopping", self.early_stopping, 0)
-        if self.parallelism not in ("ddp", "fsdp"):
-            raise InputError(f"--ray.parallelism={self.parallelism}: must be ddp or fsdp.")
-        if self.placement not in ("pack", "spread"):
-            raise InputError(f"--ray.placement={self.placement}: must be pack or spread.")
-        if self.parallelism == "fsdp" and self.ema:
-            raise InputError(
-                "--ray.parallelism=fsdp: --ray.ema needs the whole policy on every worker (ddp)."
-            )
 
 
 @dataclass
@@ -100,18 +115,19 @@ class DataOptions:
     """Measure val/inference_ms with every validation: one prediction at batch size 1, in milliseconds."""
 
     def __post_init__(self) -> None:
-        at_least("data.eval_horizon", self.eval_horizon, 1)
-        at_least("data.shuffle_buffer", self.shuffle_buffer, 1)
-        if self.source not in ("local", "stream"):
-            raise InputError(f"--data.source={self.source}: must be local or stream.")
-        if self.cache.lower() in ("off", "false", "no"):  # YAML reads `off` as a truth value
+        with all_mistakes() as mistakes:
+            mistakes += at_least("data.eval_horizon", self.eval_horizon, 1)
+            mistakes += at_least("data.shuffle_buffer", self.shuffle_buffer, 1)
+            if self.source not in ("local", "stream"):
+                mistakes.append(f"--data.source={self.source}: must be local or stream.")
+            if self.resize is not None and (len(self.resize) != 2 or min(self.resize) < 1):
+                mistakes.append(
+                    f"--data.resize={self.resize}: must be height and width in pixels, as in '[120,160]'."
+                )
+        if self.cache.lower() in ("off", "false", "no"):
             self.cache = "off"
         elif self.cache != "auto":
             self.cache = str(Path(self.cache).absolute())  # workers run in folders of their own
-        if self.resize is not None and (len(self.resize) != 2 or min(self.resize) < 1):
-            raise InputError(
-                f"--data.resize={self.resize}: must be height and width in pixels, as in '[120,160]'."
-            )
 
 
 @dataclass
@@ -124,8 +140,9 @@ class CheckpointOptions:
     """Checkpoints with the lowest val/action_error to keep, when there are held-out episodes."""
 
     def __post_init__(self) -> None:
-        at_least("checkpoint.keep_last", self.keep_last, 1)
-        at_least("checkpoint.keep_best", self.keep_best, 1)
+        with all_mistakes() as mistakes:
+            mistakes += at_least("checkpoint.keep_last", self.keep_last, 1)
+            mistakes += at_least("checkpoint.keep_best", self.keep_best, 1)
 
 
 @dataclass
@@ -147,50 +164,95 @@ class Options:
 
 
 def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Flags by name, those of older recipes translated, and notices. The last of a repeated flag counts, as it
-    does for argparse (LeRobot's own look-ups would take the first)."""
-    flags = {}
+    """Flags by name, as typed, those of older recipes translated, and notices. The last of a repeated flag counts, as
+    it does for argparse (LeRobot's own look-ups would take the first).
+
+    Raises:
+        InputError: A word is no flag, or a flag's old name takes no such value.
+    """
+    flags: dict[str, str] = {}
     words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise InputError(
-                f"'{word}' is not a flag. They look like --steps=1000; a value with spaces needs quotes."
-            )
-        name, equals, value = word[2:].partition("=")
-        if not equals and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        try:
-            draccus.cfgparsing.parse_string(value)
-        except Exception:
-            raise InputError(
-                f"--{name}={value}: cannot be read. Every bracket and quote must be closed, as in '[1,2]'."
-            ) from None
-        flags.pop(name, None)
-        if name == "ray.num_workers" and ":" in value:  # YAML would read 2:8 as 128
-            flags["ray.min_workers"], _, value = value.partition(":")
-        flags[name] = value
+    with all_mistakes() as mistakes:
+        while words:
+            word = words.pop(0)
+            if not word.startswith("--"):
+                mistakes.append(
+                    f"'{word}' is not a flag. They look like --steps=1000; a value with spaces needs quotes."
+                )
+                continue
+            name, equals, value = word[2:].partition("=")
+            if not equals and words and not words[0].startswith("--"):
+                value = words.pop(0)
+            flags.pop(name, None)
+            if name == "ray.num_workers" and ":" in value:
+                flags["ray.min_workers"], _, value = value.partition(":")
+            if name in (*PATHS, *OUR_PATHS):  # no shell does it behind a `=`
+                value = ",".join(str(Path(p).expanduser()) if p[:1] == "~" else p for p in value.split(","))
+            flags[name] = value
     return translate(flags)
 
 
-def split_flags(flags: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Our flags and LeRobot's, as arguments."""
+def split_flags(flags: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Our flags and LeRobot's."""
     prefixes = tuple(f"{group.name}." for group in dataclasses.fields(Options))
-    ours = [f"--{name}={value}" for name, value in flags.items() if name.startswith(prefixes)]
-    theirs = [f"--{name}={value}" for name, value in flags.items() if not name.startswith(prefixes)]
-    return ours, theirs
+    ours = {name: value for name, value in flags.items() if name.startswith(prefixes)}
+    return ours, {name: value for name, value in flags.items() if name not in ours}
 
 
 def parse_options(flags: dict[str, str], saved: dict | None = None) -> Options:
     """Our options among `flags`, on top of those `saved` by the run that is resumed (see `Recipe.save_options`)."""
     ours, _ = split_flags(flags)
-    before = [
-        f"--{group}.{name}={value if isinstance(value, str) else json.dumps(value)}"
+    before = {
+        f"{group}.{name}": value
         for group, options in (saved or {}).items()
         for name, value in options.items()
         if not (name == "min_workers" and "ray.num_workers" in flags)  # a saved 2:8 is no part of a typed 4
-    ]
-    return parse(lambda: draccus.parse(Options, args=[*before, *ours]), flags)
+    }
+    return build(Options, ours, before)
+
+
+def build[T](config: type[T], typed: dict[str, str], saved: dict | None = None, prefix: str = "") -> T:
+    """One of our dataclasses, of values as they were typed.
+
+    Args:
+        saved: Values, by flag as well, for what was not typed.
+
+    Raises:
+        InputError: A flag is unknown, or its value is none: all mistakes, a line each.
+    """
+    known = flags_of(config, prefix)
+    values = {}
+    with all_mistakes() as mistakes:
+        for name, value in (saved or {}).items():
+            if name in known and name not in typed:
+                try:
+                    values[name] = known[name].convert(value)
+                except (TypeError, ValueError):
+                    mistakes.append(f"--{name}={value}: must be {known[name].expected}.")
+        for name, value in typed.items():
+            if name not in known:
+                mistakes.append(f"unknown flag --{name}.")
+                continue
+            try:
+                values[name] = known[name].read(value)
+            except (TypeError, ValueError):
+                mistakes.append(f"--{name}={value}: must be {known[name].expected}.")
+    return _made(config, values, prefix)
+
+
+def _made[T](config: type[T], values: dict, prefix: str) -> T:
+    given = {}
+    with all_mistakes() as mistakes:
+        for part in dataclasses.fields(config):
+            name = f"{prefix}{part.name}"
+            if dataclasses.is_dataclass(part.type):
+                try:
+                    given[part.name] = _made(part.type, values, f"{name}.")
+                except InputError as error:
+                    mistakes.append(str(error))
+            elif name in values:
+                given[part.name] = Path(values[name]) if part.type is Path else values[name]
+    return config(**given)
 
 
 def asked_device(flags: dict[str, str]) -> str | None:
@@ -216,6 +278,6 @@ def help_for(group: str, options: type) -> list[str]:
     lines = [f"  {options.__doc__}"]
     for option in dataclasses.fields(options):
         default = "" if option.default is None else f" [{json.dumps(option.default, default=str)}]"
-        text = draccus.wrappers.docstring.get_attribute_docstring(options, option.name).docstring_below
+        text = get_attribute_docstring(options, option.name).docstring_below
         lines.append(f"    --{group}.{option.name}{default}\n        {text}")
     return lines

@@ -5,7 +5,8 @@ import contextlib
 import io
 import platform
 import shlex
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,10 +17,19 @@ from PIL import Image
 from ray_jobs.engine.console import duration
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.options import ASKED, OPTIONS_FILE
+from ray_jobs.engine.records import (
+    METRIC,
+    SUMMARY_FILE,
+    Damaged,
+    read_json,
+    read_metrics,
+    read_summary,
+    write_json,
+)
 from ray_jobs.engine.svg import Chart, short
-from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
 
 REPORT_FILE = "report.html"
+DRAWN_FILE = ".predictions.json"  # what a policy predicts, as it was drawn: to open one takes half a minute
 FRAME_WIDTH = 220  # pixels of a camera frame in a strip
 PANELS = 32  # joints that are drawn
 PREDICTIONS = 20  # that are timed
@@ -36,6 +46,8 @@ class Section:
     figures: list[str] = field(default_factory=list)
     kind: str = ""
     wide: str = ""
+    narrow: str = ""
+    """The same, for a telephone's screen."""
     strips: list[tuple[str, list[str]]] = field(default_factory=list)
     head: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
@@ -60,18 +72,33 @@ def write(
 # ---------------------------------------------------------------------- sections of both kinds of page
 
 
-def actions(checkpoint: Path) -> list[Section]:
-    """What a checkpoint predicts for its first held-out episode, and what its cameras saw; nothing if that cannot be
-    had (no held-out episodes, the data has moved), which is said in its place."""
-    from ray_jobs.engine.trained import open_trained, score
+def actions(folder: Path, checkpoint: Path, say: Callable[[str], None]) -> list[Section]:
+    """What a checkpoint predicts for its first held-out episode, and what its cameras saw; as it was drawn before, if it is
+    the same checkpoint."""
+    files = {path.name: path.stat() for path in sorted(checkpoint.glob("*.safetensors"))}
+    drawn_of = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        kept = read_json(folder / DRAWN_FILE, of=dict, sections=list)
+        if kept["of"] == drawn_of:
+            return [Section(**section) for section in kept["sections"]]
+    sections = _draw_actions(checkpoint, sum(stat.st_size for stat in files.values()), say)
+    if len(sections) > 1:  # else it could not be had
+        with contextlib.suppress(OSError):
+            write_json(folder / DRAWN_FILE, {"of": drawn_of, "sections": [asdict(s) for s in sections]})
+    return sections
 
-    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+
+def _draw_actions(checkpoint: Path, size: int, say: Callable[[str], None]) -> list[Section]:
+    """One section that says why, if it cannot be had: no held-out episodes, or the data has moved."""
     adapters = (checkpoint / "adapter_config.json").is_file()
     if adapters or size > LARGEST_GB * 1e9:
         why = "the policy is adapters on a large one" if adapters else f"the policy has {size / 1e9:.1f} GB"
-        text = f"Not shown: {why}. `python -m ray_jobs.evaluate --checkpoint={checkpoint}` on a machine with a GPU draws it."
+        text = f"Not shown: {why}. `python -m ray_jobs.evaluate --checkpoint={shlex.quote(str(checkpoint))}` on a machine with a GPU draws it."
         return [Section("Predicted against recorded actions", [text])]
+    say("drawing    what the best policy predicts: to open it takes half a minute, once")
     try:
+        from ray_jobs.engine.trained import open_trained, score
+
         with contextlib.redirect_stdout(io.StringIO()):
             result, drawn = score(
                 open_trained(str(checkpoint), checkpoint, {}), predictions=PREDICTIONS, say=lambda text: None
@@ -167,26 +194,31 @@ def _image(frame: np.ndarray) -> str:
 
 def _typed(folder: Path) -> dict[str, str]:
     """The flags that a run was begun with."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return read_json(folder / OPTIONS_FILE).get(ASKED, {}).get("typed") or {}
-    return {}
+    if not (folder / OPTIONS_FILE).is_file():
+        return {}
+    asked = read_json(folder / OPTIONS_FILE, **{ASKED: dict | None}).get(ASKED) or {}
+    typed = asked.get("typed") or {}
+    if not isinstance(typed, dict):
+        raise Damaged(folder / OPTIONS_FILE, "it does not say what was typed")
+    return typed
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path:
     """The report of a single training, finished or not.
 
-    Raises:
-        InputError: There is no training in the folder.
-    """
-    from ray_jobs.engine.checkpoint import pretrained_dir
+    Args:
+        say: Is told what takes long.
 
+    Raises:
+        InputError: There is no training in the folder, or a file of it is damaged.
+    """
     records = read_metrics(folder)
     if not records:
         raise InputError(f"--output_dir={folder}: no training has logged anything there (metrics.jsonl).")
-    try:
-        summary = read_json(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).is_file() else {}
-    except ValueError as error:
-        raise InputError(f"--output_dir={folder}: {SUMMARY_FILE} is damaged: {error}") from None
+    numbers = {"step": int, "steps": int, "num_workers": int, "global_batch_size": int, "wall_s": int | float}
+    summary = read_summary(folder, last=dict, **numbers)
+    if summary and summary["best"] and not {METRIC, "step"} <= summary["best"].keys():
+        raise Damaged(folder / SUMMARY_FILE, f"its best is {summary['best']}")
     if records[-1]["step"] > summary.get("step", 0):
         summary = {}  # of an earlier session: the run has gone on since
     charts = []
@@ -209,17 +241,18 @@ def write_run(folder: Path) -> Path:
     best, last = summary.get("best") or {}, summary.get("last", {})
     tiles = [("steps", f"{records[-1]['step']}" + (f" of {summary['steps']}" if summary else ""), "")]
     if best:
-        tiles.append(("best action error", short(best["val/action_error"]), f"std, at step {best['step']}"))
+        tiles.append(("best action error", short(best[METRIC]), f"std, at step {best['step']}"))
     if "train/loss" in last:
         tiles.append(("training loss", short(last["train/loss"]), "at the end"))
     if summary:
         batch = f"{summary['num_workers']} worker(s), batch {summary['global_batch_size']}"
         tiles.append(("time", duration(summary["wall_s"]), batch))
     sections = [Section("Curves", figures=charts)]
-    checkpoint = None
-    with contextlib.suppress(InputError):
-        checkpoint = pretrained_dir(folder)
-        sections += in_simulator(folder) + actions(checkpoint)
+    places = (folder / "checkpoints" / name / "pretrained_model" for name in ("best", "last"))
+    checkpoint = next((place for place in places if place.is_dir()), None)
+    sections += in_simulator(folder)
+    if checkpoint:
+        sections += actions(folder, checkpoint, say)
     facts = [
         [key.replace("_", " "), short(value)]
         for key, value in summary.items()

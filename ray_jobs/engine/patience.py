@@ -1,6 +1,6 @@
 """Storage that fails for a while, a mount whose server is away or a bucket: what is to be written is tried again, with ever
 longer waits, before the run is given up with its last checkpoint intact. (Mounts that block meanwhile, as NFS does by
-default, need none of it.)
+default, need none of it.) Who is asked to stop meanwhile waits no longer.
 """
 
 import errno
@@ -8,11 +8,14 @@ import re
 import time
 from collections.abc import Callable
 
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.errors import StorageError, StorageLost
 from ray_jobs.engine.explain import first_line
 
 PATIENCE_S = 900
 LONGEST_WAIT_S = 30
+STOPPING_S = 5  # of patience that are left to who is asked to stop
+LOOK_EVERY_S = 0.5  # whether somebody has
 # What may pass by itself. A full disk does not.
 PASSING = {getattr(errno, name) for name in ("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EHOSTDOWN",
            "EHOSTUNREACH", "ENOTCONN", "ESHUTDOWN", "ECONNRESET", "EROFS")}  # fmt: skip
@@ -32,6 +35,7 @@ def storage_may_return(error: Exception) -> bool:
     return isinstance(error, StorageError)
 
 
+@busy("waiting for storage")
 def patiently[Result](
     write: Callable[[], Result],
     what: object,
@@ -40,6 +44,7 @@ def patiently[Result](
     doing: str = "written",
     passing: Callable[[Exception], bool] = may_pass,
     kept: Callable[[], str] = lambda: INTACT,
+    stop: Callable[[], object] = lambda: False,
 ) -> Result:
     """Call `write` until it succeeds; it must be one that can be repeated.
 
@@ -48,11 +53,13 @@ def patiently[Result](
         tell: Called with a line of text when storage fails, and when it is back.
         passing: Whether to try again after this error.
         kept: Says what is not lost, at the end of patience.
+        stop: Whether somebody has asked to stop.
 
     Raises:
-        StorageLost: It has failed for PATIENCE_S.
+        StorageLost: It has failed for PATIENCE_S, or for STOPPING_S since somebody has asked to stop.
     """
-    failing_since, wait = None, 1.0
+    failing_since = stopping_since = None
+    wait = 1.0
     while True:
         try:
             result = write()
@@ -63,12 +70,18 @@ def patiently[Result](
             if failing_since is None:
                 failing_since = now
                 tell(f"{what} cannot be {doing}, trying again: {reason}")
-            if now - failing_since > PATIENCE_S:
-                raise StorageLost(
-                    f"{what} could not be {doing} for {PATIENCE_S:g} s: {reason}\n{kept()}"
-                ) from error
-            time.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT_S)
+            if stopping_since is None and stop():
+                stopping_since, wait = now, 1.0
+            for since, seconds, when in (
+                (failing_since, PATIENCE_S, f"for {PATIENCE_S:g} s"),
+                (stopping_since, STOPPING_S, "before this was stopped"),
+            ):
+                if since is not None and now - since > seconds:
+                    raise StorageLost(f"{what} could not be {doing} {when}: {reason}\n{kept()}") from error
+            again = now + wait
+            while (left := again - time.monotonic()) > 0 and (stopping_since is not None or not stop()):
+                time.sleep(min(left, LOOK_EVERY_S))
+            wait = min(2 * wait, LONGEST_WAIT_S) if stopping_since is None else 1.0
         else:
             if failing_since is not None:
                 tell(f"{what} is {doing}: storage is back after {time.monotonic() - failing_since:.0f} s.")

@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 import draccus
 import torch
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from lerobot.configs.default import PeftConfig
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
@@ -23,18 +24,16 @@ from lerobot.utils.constants import (
     OBS_PREFIX,
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
     POLICY_PREPROCESSOR_DEFAULT_NAME,
-    TRAINING_STATE_DIR,
-    TRAINING_STEP,
 )
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.engine import assets, checkpoint, git_lfs, mirror, preflight_stream, quantiles
+from ray_jobs.engine import assets, git_lfs, idle, mirror, preflight_stream, quantiles, resume
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
 from ray_jobs.engine.explain import HUB_WAIT_S, first_line
 from ray_jobs.engine.memory import estimate
-from ray_jobs.engine.objective import chunk_length, units
+from ray_jobs.engine.objective import check_scored, chunk_length, units
 from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.patience import may_pass
 from ray_jobs.engine.policy import outline, with_features
@@ -50,6 +49,7 @@ from ray_jobs.engine.preflight_data import (
     unfit,
     where_it_is,
 )
+from ray_jobs.engine.preflight_policy import check_rewards, check_type
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
@@ -85,7 +85,8 @@ def check(recipe: Recipe) -> None:
             workers = max(1, recipe.options.ray.num_workers)
             if text := recipe.memory.without_hope(recipe, workers):
                 raise InputError(text)
-    _resume(recipe)
+    resume.check(recipe)
+    recipe.notices += idle.notices(recipe, meta)
     _output_dir(recipe, network)
     _wandb(recipe)
 
@@ -98,6 +99,8 @@ def check_policy(
     Returns:
         The data set's features under the policy's names, and its network without memory if that can be had.
     """
+    check_type(recipe.lerobot.policy)
+    check_rewards(recipe.lerobot.policy, meta, where_it_is(recipe.lerobot.dataset)[0])
     _lengths(recipe.lerobot.policy)
     _resize(recipe, meta)
     _validation(recipe)
@@ -138,6 +141,9 @@ def _simulator(recipe: Recipe, features: dict[str, PolicyFeature]) -> None:
 
 def _validation(recipe: Recipe) -> None:
     """Refuse what validation cannot do, or what cannot do without validation."""
+    held_out = recipe.options.data.eval_episodes is not None or recipe.lerobot.dataset.eval_split
+    if held_out and recipe.eval_steps > 0:
+        check_scored(recipe.lerobot.policy)
     horizon, longest = recipe.options.data.eval_horizon, chunk_length(recipe.lerobot.policy)
     if horizon is not None and horizon > longest:
         raise InputError(f"--data.eval_horizon={horizon}: the policy predicts {longest} actions from now on.")
@@ -202,6 +208,8 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
                 break
             rename[alike[0]] = key
             unused.remove(alike[0])
+        if policy.pretrained_path is None:  # LeRobot renames for those alone
+            rename = {}
         hint = f" If names differ only: --rename_map={shlex.quote(json.dumps(rename))}" if rename else ""
         raise InputError(
             f"the policy takes {named(wanted)}; the data set has {named(features)}.\n"
@@ -235,6 +243,8 @@ def _network(recipe: Recipe, features: dict[str, PolicyFeature]) -> torch.nn.Mod
 def _adapters(recipe: Recipe, network: torch.nn.Module | None) -> torch.nn.Module | None:
     """The network with the adapters of `--peft.*`, as far as one can be put together."""
     cfg = recipe.lerobot
+    if cfg.policy.use_peft and not cfg.resume:
+        _own_adapters(recipe)
     if cfg.peft is None:
         return network
     if recipe.options.ray.ema:
@@ -248,6 +258,28 @@ def _adapters(recipe: Recipe, network: torch.nn.Module | None) -> torch.nn.Modul
         return network and network.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(cfg.peft))
     except Exception as error:
         raise InputError(f"--peft.*: {first_line(error)}") from None
+
+
+def _own_adapters(recipe: Recipe) -> None:
+    """Of a policy that comes with adapters these are trained on, whatever `--peft.*` says; so that is what they are. (Without
+    `--peft.*` LeRobot would leave the policy's config out of the checkpoints.)"""
+    cfg, folder = recipe.lerobot, _folder_of_start(recipe)
+    file = folder and folder / "adapter_config.json"
+    if not file or not file.is_file():
+        return
+    saved = json.loads(file.read_text())
+    names = {"method_type": "peft_type", "full_training_modules": "modules_to_save"}
+    there = {f.name: saved.get(names.get(f.name, f.name)) for f in dataclasses.fields(PeftConfig)}
+    typed = [flag for flag in recipe.command if flag.startswith("peft.") and cfg.peft is not None]
+    others = [flag for flag in typed if getattr(cfg.peft, flag[5:]) != there[flag[5:]]]
+    if others:
+        told = ", ".join(f"--{flag}={recipe.command[flag]} (there {there[flag[5:]]})" for flag in others)
+        raise InputError(
+            f"{told}: without effect, for {folder} has adapters, which are trained on as they are.\n"
+            f"Leave {'it' if len(others) == 1 else 'them'} out; new adapters begin from the policy that those are for, "
+            f"{saved.get('base_model_name_or_path')}."
+        )
+    cfg.peft = PeftConfig(**{name: value for name, value in there.items() if value is not None})
 
 
 def _optimizer(recipe: Recipe) -> None:
@@ -296,12 +328,9 @@ def _backbone(policy: PreTrainedConfig, features: dict[str, PolicyFeature], fold
 
 def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
     """See that the weights to start from are whole and fit the flags, as far as their headers show."""
-    policy, folder = recipe.lerobot.policy, recipe.lerobot.policy.pretrained_path
+    policy, folder = recipe.lerobot.policy, _folder_of_start(recipe)
     if folder is None:
         return
-    folder = Path(folder) if Path(folder).is_dir() else assets.find(recipe.options.assets.dir, str(folder))
-    if folder is None:
-        return  # the workers download it
     needed = [f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"]
     if not any(folder.glob("*model.safetensors")):
         needed.append("model.safetensors")
@@ -337,6 +366,14 @@ def _weights(recipe: Recipe, network: torch.nn.Module | None) -> None:
         _fit(folder, network, saved)
 
 
+def _folder_of_start(recipe: Recipe) -> Path | None:
+    """Where the policy lies that the training begins from; None if there is none, or the workers download it."""
+    start = recipe.lerobot.policy.pretrained_path
+    if start is None or Path(start).is_dir():
+        return start and Path(start)
+    return assets.find(recipe.options.assets.dir, str(start))
+
+
 def _fit(folder: Path, network: torch.nn.Module, saved: dict[str, torch.Tensor]) -> None:
     """See that a checkpoint's tensors are those of the policy. LeRobot would start those that are missing from
     random values, and pi0 and pi0.5 altogether, without an error."""
@@ -360,28 +397,6 @@ def _fit(folder: Path, network: torch.nn.Module, saved: dict[str, torch.Tensor])
                 f"cannot start from {folder}, with these flags the policy is another: {fault} are "
                 f"{', '.join(names[:NAMED_TENSORS])}{more}.\nLeave out the --policy flags that change the network."
             )
-
-
-def _resume(recipe: Recipe) -> None:
-    cfg = recipe.lerobot
-    if not cfg.resume:
-        return
-    newest = Path(checkpoint.last_checkpoint(recipe.output_dir) or cfg.checkpoint_path)
-    fault = checkpoint.fault(newest, cfg.policy.type)
-    if fault:
-        raise InputError(f"cannot resume: {fault}.")
-    counter = newest / TRAINING_STATE_DIR / TRAINING_STEP
-    try:
-        content = read_json(counter)
-        step = int(content["step"])
-        if step < 0 or min(int(content.get(name, 1)) for name in ("batch_size", "num_processes")) < 1:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"cannot resume: {counter} holds no step, the checkpoint is damaged.") from None
-    if step >= cfg.steps:
-        raise InputError(
-            f"nothing to resume: {newest} has reached --steps={cfg.steps}. A larger --steps continues it."
-        )
 
 
 def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:

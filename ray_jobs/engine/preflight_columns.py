@@ -4,10 +4,8 @@ LeRobot finds these things out amid a step and says them in torch's words, or tr
 """
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
@@ -192,23 +190,3 @@ def check_rows(dataset: LeRobotDataset) -> None:
         raise RunError(
             f"{meta.repo_id}: there are rows of task {unknown[0]}, meta/tasks has {len(meta.tasks)}."
         )
-    for key in READ:
-        if key in table.column_names and meta.features[key]["dtype"].startswith("float"):
-            _check_finite(meta, key, table.column(key).chunks, found["episode_index"])
-
-
-def _check_finite(
-    meta: LeRobotDatasetMetadata, key: str, chunks: Iterable[pa.Array], episode: np.ndarray
-) -> None:
-    begin = 0
-    for chunk in chunks:
-        values = chunk.flatten() if hasattr(chunk, "flatten") else chunk
-        finite = np.isfinite(values.to_numpy(zero_copy_only=False))
-        if not finite.all():
-            width = len(values) // len(chunk)
-            row, dimension = divmod(int(np.flatnonzero(~finite)[0]), width)
-            raise RunError(
-                f"{meta.repo_id}: {key} is NaN or infinite, first in episode {episode[begin + row]}, dimension "
-                f"{dimension}: so would every loss be."
-            )
-        begin += len(chunk)

@@ -52,7 +52,7 @@ def check_data(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
     policy = recipe.lerobot.policy
     if bucket.is_uri(recipe.lerobot.dataset.root) and quantiles.lacking(policy, meta):
         raise InputError(
-            f"{name}: {policy.type} normalizes by quantiles, which meta/stats.json lacks.\n--data.source=lerobot "
+            f"{name}: {policy.type} normalizes by quantiles, which meta/stats.json lacks.\n--data.source=local "
             "fetches the data set, once per node, and computes them from it."
         )
     if meta.video_keys:

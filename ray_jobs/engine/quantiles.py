@@ -4,6 +4,7 @@ They are computed as LeRobot's `augment_dataset_quantile_stats` does (per episod
 user's cache folder, and never written into the data set.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from lerobot.datasets import LeRobotDatasetMetadata, aggregate_stats, get_featur
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.records import read_json
 
 NAMES = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90")}
 
@@ -56,9 +58,10 @@ def complete(policy: PreTrainedConfig, meta: LeRobotDatasetMetadata) -> None:
     identity = [sorted(missing), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_jobs" / "quantiles"
     cached = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.json"
-    if cached.is_file():
-        quantiles = json.loads(cached.read_text())
-    else:
+    quantiles = None
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+        quantiles = read_json(cached, **dict.fromkeys(missing, dict))
+    if quantiles is None:
         quantiles = _compute(files, list(missing))
         cache.mkdir(parents=True, exist_ok=True)
         scratch = cached.with_suffix(f".{os.getpid()}.tmp")  # several workers may compute at once

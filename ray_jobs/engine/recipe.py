@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import draccus
+import lerobot.policies  # noqa: F401  (registers every --policy.type)
 import torch
 from huggingface_hub import get_token, try_to_load_from_cache
 from huggingface_hub.constants import CONFIG_NAME
@@ -21,18 +22,20 @@ from lerobot.configs import parser as lerobot_parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
-from ray_jobs.engine import assets, mirror
+import ray_jobs.part_sorting  # noqa: F401  (registers --env.type=part_sorting)
+from ray_jobs.engine import assets, mirror, resume
 from ray_jobs.engine.bucket import check_address, is_uri
 from ray_jobs.engine.checkpoint import checkpoint_steps, last_checkpoint
 from ray_jobs.engine.checkpoint import fault as checkpoint_fault
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import hub_or_cache, parse
-from ray_jobs.engine.flags import check_flags, check_sources
+from ray_jobs.engine.flags import LEAST, as_arguments, check_flags, check_sources, plugins_of
 from ray_jobs.engine.memory import Memory
 from ray_jobs.engine.options import (
     ASKED,
     OPTIONS_FILE,
     Options,
+    all_mistakes,
     asked_device,
     asks_to_resume,
     at_least,
@@ -40,11 +43,10 @@ from ray_jobs.engine.options import (
     read_flags,
     split_flags,
 )
+from ray_jobs.engine.output_dir import RUN, check_output_dir
+from ray_jobs.engine.records import write_json
 from ray_jobs.engine.translations import translate
 from ray_jobs.engine.trust import check_links, read_json
-
-# All that a run leaves that has ended before it began: a worker's node had no data set, say.
-NEVER_BEGUN = {".driver", ".lock", ".ray"}
 
 
 @dataclass
@@ -75,12 +77,16 @@ class Recipe:
     """The same whenever the run is resumed."""
     typed: dict[str, str] = field(default_factory=dict)
     """The flags that the run was begun with."""
+    command: dict[str, str] = field(default_factory=dict)
+    """The flags of this command, which may go on with it."""
     held_out: list[int] = field(default_factory=list)
     """Episodes that are not trained on, however they were chosen; preflight finds them."""
     trainings: int = 1
     """That will read the same data."""
     gpu_share: float = 1.0
     """Of a GPU, that a worker may use."""
+    unneeded: tuple[str, ...] = ()
+    """Packages that workers do without (see `imports`)."""
 
     @property
     def output_dir(self) -> Path:
@@ -89,7 +95,6 @@ class Recipe:
     def save_options(self) -> None:
         """Write our options beside the checkpoints, where `--resume` finds them."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        scratch = self.output_dir / f".{OPTIONS_FILE}.tmp"  # a kill must not leave half of it
         asked = {
             "device": self.device,
             "eval_steps": self.eval_steps,
@@ -99,8 +104,7 @@ class Recipe:
             "threads": torch.get_num_threads(),  # the last digits of what a CPU computes depend on it
         }
         content = {**draccus.encode(self.options), ASKED: asked}
-        scratch.write_text(json.dumps(content, indent=2) + "\n")
-        scratch.replace(self.output_dir / OPTIONS_FILE)
+        write_json(self.output_dir / OPTIONS_FILE, content)
 
 
 def resolve(argv: Sequence[str]) -> Recipe:
@@ -114,7 +118,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     """
     flags, notices = read_flags(argv)
     check_flags(flags)
-    begun_with = dict(flags)
+    typed_now = dict(flags)
     asked_resume = asks_to_resume(flags)
     remote = flags.get("output_dir") if is_uri(flags.get("output_dir")) else None
     if remote:
@@ -122,7 +126,7 @@ def resolve(argv: Sequence[str]) -> Recipe:
     _, theirs = split_flags(flags)
     saved: dict = {}
     if asked_resume:
-        theirs, saved = _resume_arguments(theirs)
+        theirs, saved = _resume_flags(theirs)
     asked = saved.pop(ASKED, {})
     check_sources(theirs)
     if is_uri(flags.get("dataset.root")):
@@ -130,19 +134,26 @@ def resolve(argv: Sequence[str]) -> Recipe:
 
     options = parse_options(flags, saved)
     options.assets.dir = options.assets.dir.absolute()  # workers run in folders of their own
-    start = {
-        flag: lerobot_parser.parse_arg(flag, theirs) for flag in ("policy.path", "policy.pretrained_path")
-    }
-    start = {flag: name for flag, name in start.items() if name is not None and not Path(name).exists()}
+    start = {flag: theirs[flag] for flag in ("policy.path", "policy.pretrained_path") if flag in theirs}
+    start |= assets.read_at_once(flags)
+    start = {flag: name for flag, name in start.items() if name != "null" and not Path(name).exists()}
     if not asked_resume and not {"policy.repo_id", "policy.push_to_hub", "config_path"} & set(flags):
         # As in most of the published commands, which LeRobot refuses for it today.
-        theirs = [*theirs, "--policy.push_to_hub=false"]
+        theirs = {**theirs, "policy.push_to_hub": "false"}
         notices.append("The policy will not be uploaded: no --policy.repo_id names a place on the Hub.")
     with assets.configs_mounted(options.assets.dir, start):
         # Which policy a checkpoint holds shows now: flags of older recipes may be meant for it.
-        typed = dict(arg[2:].split("=", 1) for arg in theirs)
-        translated, more = translate(typed, _type_of_start(theirs))
-        theirs, notices = [f"--{name}={value}" for name, value in translated.items()], notices + more
+        theirs, more = translate(theirs, _type_of_start(theirs))
+        notices += more
+        if asked_resume and Path(theirs.get("config_path", "")).is_file():
+            begun = asked.get("typed", {})
+            theirs = resume.without_the_same(theirs, begun)
+            changed = {
+                name: value
+                for name, value in flags.items()
+                if theirs.get(name) == value or name in resume.STARTS
+            }
+            resume.refuse_overruled(Path(theirs["config_path"]).absolute().parent, changed, begun)
         cfg = _lerobot_config(theirs, flags, options, asked_resume)
 
     if options.data.eval_episodes is not None and "eval_steps" not in flags:
@@ -159,12 +170,6 @@ def resolve(argv: Sequence[str]) -> Recipe:
     if cfg.policy.push_to_hub and (reason := _no_upload(cfg.policy.repo_id, options)):
         cfg.policy.push_to_hub = False
         notices.append(f"The policy will not be uploaded to --policy.repo_id={cfg.policy.repo_id}: {reason}.")
-    idle = next((name for name in flags if name.startswith(("optimizer.", "scheduler."))), None)
-    if idle and cfg.use_policy_training_preset and not cfg.resume:
-        notices.append(
-            f"--{idle} has no effect: the policy brings its own (--policy.optimizer_lr and its like), "
-            "unless --use_policy_training_preset=false."
-        )
     # Workers run in folders of their own.
     cfg.output_dir = Path(cfg.output_dir).absolute()
     for owner, name in ((cfg.policy, "pretrained_path"), (cfg, "checkpoint_path")):
@@ -178,10 +183,10 @@ def resolve(argv: Sequence[str]) -> Recipe:
         # Stock LeRobot knows no list of held-out episodes and refuses eval_steps without eval_split, so the
         # saved config leaves it out and names the training episodes instead.
         cfg.eval_steps = 0
-    plugins = [value for name, value in flags.items() if lerobot_parser.PLUGIN_DISCOVERY_SUFFIX in name]
+    plugins = list(plugins_of(flags).values())
     recipe = Recipe(cfg, options, device, eval_steps, notices, remote=remote, plugins=plugins)
     recipe.id = asked.get("id", recipe.id)
-    recipe.typed = asked.get("typed", {} if asked_resume else begun_with)
+    recipe.command, recipe.typed = typed_now, asked.get("typed", {} if asked_resume else typed_now)
     return recipe
 
 
@@ -197,23 +202,22 @@ def _place_for(remote: str, resume: bool) -> Path:
     return folder
 
 
-def _resume_arguments(theirs: list[str]) -> tuple[list[str], dict]:
+def _resume_flags(theirs: dict[str, str]) -> tuple[dict[str, str], dict]:
     """Complete a `--resume=true` command with the checkpoint it means.
 
     LeRobot wants `--config_path`; the same command as at the start will do here, since its `--output_dir`
     leads to the newest checkpoint. A run that was killed before its first checkpoint starts over. Returns
-    the arguments and what `Recipe.save_options` wrote, if it did.
+    the flags and what `Recipe.save_options` wrote, if it did.
     """
-    config_path = lerobot_parser.parse_arg("config_path", theirs)
-    policy_type = lerobot_parser.get_type_arg("policy", theirs)
+    config_path, output_dir = theirs.get("config_path"), theirs.get("output_dir")
+    policy_type = theirs.get("policy.type")
     # The checkpoint already holds what --policy.path gave; LeRobot would take it before the checkpoint.
-    without_path = lerobot_parser.filter_arg("policy.path", theirs)
+    without_path = {name: value for name, value in theirs.items() if name != "policy.path"}
     if config_path is not None:
         file = Path(config_path).absolute()
         pretrained_dir = file if file.is_dir() else file.parent
         run_dir = pretrained_dir.parent.parent.parent  # <run>/checkpoints/<step>/pretrained_model
         newest = last_checkpoint(run_dir)
-        output_dir = lerobot_parser.parse_arg("output_dir", theirs)
         branches_off = output_dir is not None and Path(output_dir).resolve() != run_dir.resolve()
         if newest is not None and newest.resolve() != pretrained_dir.resolve().parent and not branches_off:
             raise InputError(
@@ -225,9 +229,8 @@ def _resume_arguments(theirs: list[str]) -> tuple[list[str], dict]:
             _check_checkpoint(pretrained_dir.parent, policy_type)
             if output_dir is None and pretrained_dir.parent.parent.name == CHECKPOINTS_DIR:
                 # The saved config names the folder it was trained in: another one, once a run was moved.
-                theirs = [*theirs, f"--output_dir={run_dir}"]
+                theirs = {**theirs, "output_dir": str(run_dir)}
     else:
-        output_dir = lerobot_parser.parse_arg("output_dir", theirs)
         if output_dir is None:
             raise InputError(
                 "--resume=true needs --output_dir or --config_path to say which run to continue."
@@ -237,9 +240,9 @@ def _resume_arguments(theirs: list[str]) -> tuple[list[str], dict]:
         if newest is not None:
             config_path = newest / PRETRAINED_MODEL_DIR / TRAIN_CONFIG_NAME
             _check_checkpoint(newest, policy_type)
-            theirs = [*without_path, f"--config_path={config_path}"]
+            theirs = {**without_path, "config_path": str(config_path)}
         elif (run_dir / OPTIONS_FILE).is_file():
-            theirs = lerobot_parser.filter_arg("resume", theirs)
+            theirs = {name: value for name, value in theirs.items() if name != "resume"}
         else:
             raise InputError(f"--resume=true: nothing to resume, there is no run in {output_dir}.")
     check_links(run_dir)
@@ -258,9 +261,9 @@ def _resume_arguments(theirs: list[str]) -> tuple[list[str], dict]:
         ) from None
 
 
-def _type_of_start(theirs: list[str]) -> str | None:
+def _type_of_start(theirs: dict[str, str]) -> str | None:
     """The type of the policy that `--policy.path` or `--config_path` names; None if that does not show."""
-    name = lerobot_parser.parse_arg("policy.path", theirs) or lerobot_parser.parse_arg("config_path", theirs)
+    name = theirs.get("policy.path") or theirs.get("config_path")
     if name is None:
         return None
     place = Path(name)
@@ -286,7 +289,7 @@ def _check_checkpoint(folder: Path, policy_type: str | None) -> None:
 
 
 def _lerobot_config(
-    theirs: list[str], flags: dict[str, str], options: Options, asked_resume: bool
+    theirs: dict[str, str], flags: dict[str, str], options: Options, asked_resume: bool
 ) -> TrainPipelineConfig:
     """Parse and validate with LeRobot's own entry point, which reads `sys.argv` in several places."""
 
@@ -307,7 +310,7 @@ def _lerobot_config(
             )
         output_dir = cfg.output_dir
         if not (cfg.resume or asked_resume) and output_dir is not None:
-            _check_output_dir(Path(output_dir))
+            check_output_dir(Path(output_dir), RUN)
         if not cfg.resume:
             cfg.output_dir = None  # validate() would refuse a run that was killed before its first checkpoint
         cfg.validate()
@@ -315,16 +318,15 @@ def _lerobot_config(
         cfg.eval_steps = eval_steps
         return cfg
 
-    values = ((flag, lerobot_parser.parse_arg(flag, theirs)) for flag in ("config_path", "policy.path"))
+    values = ((flag, theirs.get(flag)) for flag in ("config_path", "policy.path"))
     from_hub = next(
         (f"--{flag}={value}" for flag, value in values if value and not Path(value).exists()), None
     )
-    with _sys_argv(theirs), hub_or_cache() if from_hub else contextlib.nullcontext():
+    with _sys_argv(as_arguments(theirs)), hub_or_cache() if from_hub else contextlib.nullcontext():
         cfg = parse(parse_and_validate, flags, from_hub)
-    for name in ("steps", "batch_size", "prefetch_factor"):
-        at_least(name, getattr(cfg, name), 1)
-    for name in ("num_workers", "log_freq", "eval_steps", "max_eval_samples", "tolerance_s", "seed"):
-        at_least(name, getattr(cfg, name), 0)
+    with all_mistakes() as mistakes:  # in a config file; what was typed has been looked at
+        for name, least in LEAST.items():
+            mistakes += at_least(name, getattr(cfg, name), least)
     if cfg.is_reward_model_training:
         raise InputError(
             "--reward_model: only policies are trained here; lerobot-train trains reward models."
@@ -351,20 +353,6 @@ def _no_upload(repo_id: str, options: Options) -> str | None:
     if repo_id.lower() in ("none", "null"):
         return "that is no name"
     return None if get_token() else "there is no Hub login here (`hf auth login`)"
-
-
-def _check_output_dir(folder: Path) -> None:
-    if folder.is_file():
-        raise InputError(f"--output_dir={folder}: is a file, not a folder.")
-    if not folder.exists():
-        return
-    if (names := {path.name for path in folder.iterdir()}) and names <= NEVER_BEGUN:
-        return
-    holds_run = (folder / OPTIONS_FILE).exists() or last_checkpoint(folder) is not None
-    resume = ", or --resume=true to continue the run in it" if holds_run else ""
-    raise InputError(
-        f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{resume}."
-    )
 
 
 @contextlib.contextmanager

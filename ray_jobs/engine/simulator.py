@@ -28,9 +28,10 @@ from lerobot.scripts.lerobot_eval import eval_policy
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.random_utils import seeded_context
 
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
-from ray_jobs.engine.meters import SUCCESS
+from ray_jobs.engine.records import SUCCESS
 
 CONFIDENCE = 0.95
 
@@ -96,9 +97,10 @@ def check(options: SimulatorOptions, policy: PreTrainedConfig, rename_map: dict[
         if key not in gives:
             if feature.type is FeatureType.VISUAL and getattr(policy, "empty_cameras", 0):
                 continue
+            hint = " If names differ only, --rename_map helps." if policy.pretrained_path else ""
             raise InputError(
                 f"--env.type={kind} gives {', '.join(sorted(gives))}; the policy takes {key} "
-                f"{tuple(feature.shape)} as well. If names differ only, --rename_map helps."
+                f"{tuple(feature.shape)} as well.{hint}"
             )
         ours, theirs = tuple(feature.shape), tuple(gives[key].shape)
         if feature.type is FeatureType.VISUAL and ours != theirs and not _resizes(policy):
@@ -191,6 +193,7 @@ class ClosedLoop:
         self.options = SimulatorOptions(cfg.env, cfg.eval)
         self.simulator = Simulator(self.options)
 
+    @busy("validating")
     def __call__(self, policy: PreTrainedPolicy, before, after, accelerator: Accelerator) -> dict:
         """Run all episodes with the unwrapped `policy`; call on every rank.
 
@@ -209,6 +212,7 @@ class ClosedLoop:
         count, wins, reward = sums.tolist()
         return {SUCCESS: wins / count, "env/sum_reward": reward / count}
 
+    @busy("closing the simulator")
     def close(self) -> None:
         self.simulator.close()
 

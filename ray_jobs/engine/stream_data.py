@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from lerobot.configs.train import TrainPipelineConfig
-from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, compute_sampler_state
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.datasets.factory import make_dataset, resolve_delta_timestamps
 from lerobot.utils.constants import IMAGENET_STATS
 
@@ -122,23 +122,18 @@ def streamed_batches(
     accelerator: Accelerator,
     stream: Callable[[int], Iterator[dict]],
     *,
-    batches_per_step: int = 1,
-    resumed: dict | None = None,
+    epoch: int = 0,
+    step: int = 0,
 ) -> Iterator[dict]:
     """Endless training batches of this rank out of a stream. A resumed run begins the epoch it was in again, in
     another order.
 
     Args:
         stream: This rank's batches of one epoch, shuffled by a seed.
-        batches_per_step, resumed: See `training_batches`.
+        epoch, step: Where the run begins, or goes on.
     """
-    begin = step = 0
-    if resumed is not None:
-        step, ranks = resumed["step"], resumed.get("num_processes", accelerator.num_processes)
-        size = resumed.get("batch_size", cfg.batch_size)
-        begin = compute_sampler_state(step * batches_per_step, dataset.num_samples, size, ranks)["epoch"]
-    for epoch in itertools.count(begin):
-        seed = np.random.SeedSequence((cfg.seed or 0, epoch, step, accelerator.process_index))
+    for number in itertools.count(epoch):
+        seed = np.random.SeedSequence((cfg.seed or 0, number, step, accelerator.process_index))
         batches = stream(int(seed.generate_state(1)[0]))
         first = next(batches, None)
         if first is None:

@@ -111,8 +111,8 @@ class Chart:
 
     def cross(self, x, y, kind: str, tip: str = "") -> None:
         """Where something was given up."""
-        at = f"M{self.x(x) - 3} {self.y(y) - 3}l6 6m0 -6l-6 6"
-        self.parts.append(f'<path class="line {kind}" d="{at}">{_tip(tip)}</path>')
+        at = f"M{self.x(x) - 4} {self.y(y) - 4}l8 8m0 -8l-8 8"
+        self.parts.append(f'<path class="cross {kind}" d="{at}">{_tip(tip)}</path>')
 
     def svg(self) -> str:
         return _svg(self.width, self.height, self.parts)
@@ -132,14 +132,16 @@ def bars(shares: dict[str, float], title: str) -> str:
     return _svg(width, 34 + len(shares) * row, parts)
 
 
-def parallel(columns: dict[str, list], lines: list[tuple[int, str, str]], title: str) -> str:
+def parallel(
+    columns: dict[str, list], lines: list[tuple[int, str, str]], title: str, width: int = 960
+) -> str:
     """Parallel coordinates: a vertical axis for each column, a line for each row.
 
     Args:
         columns: Values by name, all of the same length.
         lines: (row, CSS class, tip), in the order in which they are drawn.
     """
-    width, height, top, bottom = 960, 330, 62, 24
+    height, top, bottom = 330, 62, 24
     gap = (width - 170) / max(1, len(columns) - 1)
     parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
     axes, labels = [], []

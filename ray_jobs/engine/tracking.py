@@ -7,11 +7,11 @@ far the run had come, and in what time, written in every step, so that after a k
 """
 
 import contextlib
-import json
 import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.patience import patiently
+from ray_jobs.engine.records import METRICS_FILE, SUMMARY_FILE, json_text, read_metrics, write_json
 
-METRICS_FILE = "metrics.jsonl"
-SUMMARY_FILE = "summary.json"
 PROGRESS_FILE = ".progress"
-
-
-def read_metrics(output_dir: Path) -> list[dict]:
-    """All lines of a run's metrics.jsonl; a torn last line (a kill while writing) is left out."""
-    path = output_dir / METRICS_FILE
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 def read_progress(output_dir: Path) -> tuple[int | None, int, int, float]:
@@ -52,27 +40,17 @@ def read_progress(output_dir: Path) -> tuple[int | None, int, int, float]:
         return None, 0, 0, 0.0
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Replace a JSON file in one step."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    scratch.replace(path)
-
-
 class Board:
     """TensorBoard's events, each written at once. (tensorboardX's own writer has a thread, which dies of the first error of
     storage, unheard, and a queue, which is lost with a killed process.)
 
     Args:
         first_step: Of this session; of an earlier one, TensorBoard leaves out what lies behind.
+        patient: Writes, and tries again (see `patiently`).
     """
 
-    def __init__(self, folder: Path, first_step: int, tell: Callable[[str], None]):
-        self.tell = tell
+    def __init__(self, folder: Path, first_step: int, patient: Callable[[Callable, str], None]):
+        self.patient = patient
         self.writer = EventsWriter(str(folder / "events"))
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
@@ -86,7 +64,7 @@ class Board:
     def _write(self, *events: Event) -> None:
         for event in events:
             self.writer.write_event(event)
-        patiently(self.writer.flush, "TensorBoard's file", self.tell)  # until then it stays in its buffer
+        self.patient(self.writer.flush, "TensorBoard's file")  # until then it stays in its buffer
 
 
 class Tracker:
@@ -94,24 +72,28 @@ class Tracker:
 
     Args:
         cfg: LeRobot's training config; `cfg.wandb.run_id` must be set when W&B is enabled.
+        used: What W&B's config says beside it, or otherwise.
         start_step: Training step the run goes on from; later lines are dropped.
         started: When this session began, in seconds since 1970.
-        tell: Called with a line of text when storage fails, and when it is back.
+        tell, stop: Of `patiently`, for when storage fails.
     """
 
     def __init__(
         self,
         cfg: TrainPipelineConfig,
+        used: dict[str, Any],
         start_step: int,
         started: float,
         tell: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], object] = lambda: False,
     ):
-        self.cfg, self.started, self.tell = cfg, started, tell
+        self.cfg, self.started = cfg, started
+        self.patient = partial(patiently, tell=tell, stop=stop)
         self.output_dir = Path(cfg.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(self.output_dir) if record["step"] <= start_step]
         scratch = self.output_dir / f".{METRICS_FILE}.tmp"
-        scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        scratch.write_text("".join(json_text(record) + "\n" for record in kept))
         scratch.replace(self.output_dir / METRICS_FILE)
         self.history = kept
         reached, self.lost_steps, self.restarts, self.earlier_s = read_progress(self.output_dir)
@@ -121,9 +103,10 @@ class Tracker:
         self.progress = os.open(self.output_dir / PROGRESS_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
         self.reached(start_step)
         self.file = (self.output_dir / METRICS_FILE).open("a")
-        self.board = Board(self.output_dir, start_step + 1, tell)
-        self.wandb = _init_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
+        self.board = Board(self.output_dir, start_step + 1, self.patient)
+        self.wandb = _init_wandb(cfg, used) if cfg.wandb.enable and cfg.wandb.project else None
 
+    @busy("writing")
     def reached(self, step: int) -> None:
         """Note that a step is done: in place, a microsecond's work."""
         with contextlib.suppress(OSError):  # the next one will
@@ -135,16 +118,18 @@ class Tracker:
         """Seconds that the run has taken in all its sessions."""
         return self.earlier_s + time.time() - self.started
 
+    @busy("writing")
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         record = {"step": step, **metrics}
         self.history.append(record)
-        self.file.write(json.dumps(record) + "\n")
-        patiently(self.file.flush, METRICS_FILE, self.tell)  # what could not be written stays in its buffer
+        self.file.write(json_text(record) + "\n")
+        self.patient(self.file.flush, METRICS_FILE)  # what could not be written stays in its buffer
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
         self.board.log(step, numbers)
         if self.wandb:
             self.wandb.log(numbers, step=step)
 
+    @busy("writing")
     def log_cameras(self, images: dict[str, torch.Tensor], step: int) -> None:
         """Show W&B what the cameras of the first batch see, as a sanity check: float (B, C, H, W) in [0, 1]."""
         if self.wandb:
@@ -155,6 +140,7 @@ class Tracker:
                 step=step,
             )
 
+    @busy("writing")
     def finish(self, summary: dict[str, Any], checkpoint_dir: Path | None) -> None:
         """Write summary.json, hand the final checkpoint to W&B and close its run."""
         write_json(self.output_dir / SUMMARY_FILE, summary)
@@ -180,7 +166,7 @@ class Tracker:
         self.wandb.log_artifact(artifact)
 
 
-def _init_wandb(cfg: TrainPipelineConfig):
+def _init_wandb(cfg: TrainPipelineConfig, used: dict[str, Any]):
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
@@ -193,7 +179,7 @@ def _init_wandb(cfg: TrainPipelineConfig):
         notes=cfg.wandb.notes,
         tags=cfg_to_group(cfg, return_list=True, truncate_tags=True) if cfg.wandb.add_tags else None,
         dir=cfg.output_dir,
-        config=cfg.to_dict(),
+        config=cfg.to_dict() | used,
         job_type="train_eval",
         mode=cfg.wandb.mode or "online",
         settings=wandb.Settings(console="off"),

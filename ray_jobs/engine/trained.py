@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-import json
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 
 from ray_jobs.engine import assets, bucket, kernels, parallel, preflight, quantiles
 from ray_jobs.engine.data import make_datasets
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import parse
+from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.frame_cache import open_frames
 from ray_jobs.engine.frame_reader import FrameReader
-from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.objective import Validation, chunk_length
 from ray_jobs.engine.opened import once, own_metadata
-from ray_jobs.engine.options import ASKED, OPTIONS_FILE, asked_device, at_least, parse_options, split_flags
+from ray_jobs.engine.options import ASKED, OPTIONS_FILE, asked_device, parse_options, split_flags
 from ray_jobs.engine.pictures import Replay, joint_names, replay
 from ray_jobs.engine.policy import check_loaded, loading, make_processors
 from ray_jobs.engine.preflight_data import (
@@ -37,7 +37,7 @@ from ray_jobs.engine.preflight_data import (
     open_dataset,
 )
 from ray_jobs.engine.recipe import Recipe
-from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
+from ray_jobs.engine.records import METRIC, Damaged, read_json, read_metrics, read_summary
 
 PREDICTIONS = 50  # that are timed
 OF_THE_DATA = (
@@ -81,31 +81,33 @@ def open_trained(name: str, folder: Path, flags: dict[str, str]) -> Trained:
         InputError: A config is damaged, or a flag will not do.
     """
     ours, theirs = split_flags(flags)
-    theirs = [word for word in theirs if word[2:].partition("=")[0].startswith(OF_THE_DATA)]
+    theirs = {name: value for name, value in theirs.items() if name.startswith(OF_THE_DATA)}
     train_config = folder / TRAIN_CONFIG_NAME
     saved_options = next(
         (path for place in reversed(folder.parents[1:3]) if (path := place / OPTIONS_FILE).is_file()),
         None,
     )
     try:
-        saved = json.loads(saved_options.read_text()) if saved_options else {}
-        before = json.loads(train_config.read_text()) if train_config.is_file() else None
+        saved = read_json(saved_options) if saved_options else {}
+        before = read_json(train_config, dataset=dict) if train_config.is_file() else None
         policy = PreTrainedConfig.from_pretrained(folder)
     except Exception as error:
         raise InputError(f"--checkpoint={name}: its configs cannot be read: {error}") from None
+    if not all(isinstance(group, dict) for group in saved.values()):
+        raise Damaged(saved_options, "it has no groups of options")
     threads = saved.pop(ASKED, {}).get("threads")
     saved.pop("ray", None)  # what its training reserved
     if before is None and "dataset.repo_id" not in flags:
-        theirs = [*theirs, "--dataset.repo_id="]
+        theirs = {**theirs, "dataset.repo_id": ""}
     file = train_config if before else None
     with draccus.config_type("json"):
-        cfg = parse(lambda: draccus.parse(TrainPipelineConfig, file, args=theirs), flags)
-    options = parse_options(dict(word[2:].split("=", 1) for word in ours), saved)
+        cfg = parse(lambda: draccus.parse(TrainPipelineConfig, file, args=as_arguments(theirs)), flags)
+    options = parse_options(ours, saved)
     options.assets.dir = options.assets.dir.absolute()
     options.ray.parallelism = "ddp"  # one process holds it all, however it was trained
     if "data.eval_episodes" in flags:
         cfg.dataset.eval_split = 0.0
-    if before and before["dataset"]["repo_id"] != cfg.dataset.repo_id:
+    if before and before["dataset"].get("repo_id") != cfg.dataset.repo_id:
         # Data that it was not trained on: all of its episodes are held out.
         options.data.eval_episodes = None if "data.eval_episodes" not in flags else options.data.eval_episodes
         cfg.dataset.eval_split = 0.0
@@ -113,12 +115,10 @@ def open_trained(name: str, folder: Path, flags: dict[str, str]) -> Trained:
         for place in ("root", "revision"):  # where the old data lies
             if f"dataset.{place}" not in flags:
                 setattr(cfg.dataset, place, None)
-    for number in ("num_workers", "max_eval_samples", "tolerance_s"):
-        at_least(number, getattr(cfg, number), 0)
     cfg.policy, cfg.resume = policy, True  # processors stay as they were saved
     policy.pretrained_path = folder
     counter = folder.parent / TRAINING_STATE_DIR / TRAINING_STEP
-    step = json.loads(counter.read_text())["step"] if counter.is_file() else None
+    step = read_json(counter, step=int)["step"] if counter.is_file() else None
     return Trained(name, folder, Recipe(cfg, options, asked_device(flags)), step, threads)
 
 
@@ -165,6 +165,7 @@ def score(
 
     Raises:
         InputError: There are no held-out episodes, the data set is not there, or it is another robot's.
+        RunError: The policy predicts NaN.
     """
     recipe = trained.recipe
     cfg, options, dataset_cfg = recipe.lerobot, recipe.options, recipe.lerobot.dataset
@@ -207,6 +208,8 @@ def score(
     validation = Validation.of(cfg, options.data, eval_dataset, frames, detailed=True)
     with _threads(trained.threads if accelerator.device.type == "cpu" else None):
         values = validation(policy, before, after, accelerator)
+    if not math.isfinite(values[METRIC]):
+        raise RunError(f"--checkpoint={trained.name}: what it predicts are no finite numbers.")
     raw, grown = values.pop("val/action_error_raw"), values.pop("val/action_error_over_horizon")
     with torch.no_grad(), accelerator.autocast():
         times = validation.inference_ms(policy, before, after, accelerator.device, predictions)
@@ -247,16 +250,15 @@ def _of_other_data(trained: Trained) -> bool:
     file = trained.folder / TRAIN_CONFIG_NAME
     if not file.is_file():
         return True
-    return json.loads(file.read_text())["dataset"]["repo_id"] != trained.recipe.lerobot.dataset.repo_id
+    return read_json(file, dataset=dict)["dataset"].get("repo_id") != trained.recipe.lerobot.dataset.repo_id
 
 
 def _reported(trained: Trained) -> float | None:
     """What the training said about this checkpoint, if it still lies in its run's or its search's folder."""
     if _of_other_data(trained):
         return None
-    summary = trained.run_dir / SUMMARY_FILE
-    if trained.folder.parents[1].name == "best" and summary.is_file():
-        return (read_json(summary).get("best") or {"values": {}})["values"].get(METRIC)
+    if trained.folder.parents[1].name == "best" and (summary := read_summary(trained.run_dir)):
+        return ((summary["best"] or {}).get("values") or {}).get(METRIC)
     records = [r for r in read_metrics(trained.run_dir) if r["step"] == trained.step]
     return next((r[METRIC] for r in records if METRIC in r), None)
 

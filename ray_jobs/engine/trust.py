@@ -5,13 +5,13 @@ classes to be imported, paths, links, and JSON that is not what its reader takes
 """
 
 import importlib
-import json
 import os
 import string
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.records import parse_json
 
 # torchvision's own loader of weights would unpickle whatever lies in `--assets.dir`.
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
@@ -27,13 +27,7 @@ def read_json(file: Path, kind: type = dict) -> Any:
     Raises:
         ValueError: It is not JSON, or not of that kind.
     """
-    try:
-        content = json.loads(file.read_text())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"holds a {type(content).__name__}, not a {kind.__name__}")
-    return content
+    return parse_json(file.read_bytes(), kind)
 
 
 def check_processor(file: Path) -> None:

@@ -17,19 +17,10 @@ from pathlib import Path
 
 import psutil
 
+from ray_jobs.engine.busy import busy_with
+
 BEAT_S = 2.0
 CUT_OFF_S = 120  # Ray itself takes up to eight minutes to notice, on the side that is cut off
-# No hang while the training is in one of these: it validates, saves, uploads, or waits for storage.
-SLOW = (
-    "objective.py",
-    "simulator.py",
-    "checkpoint.py",
-    "tracking.py",
-    "patience.py",
-    "mirror.py",
-    "hf_api.py",
-    "session.py",  # Ray Tune has been told of a validation, or of a trial's end, and decides what comes next
-)
 WAITING = (
     "backward",
     "all_reduce",
@@ -55,7 +46,7 @@ class Beat:
     where: str
     """The innermost lines of its training."""
     slow: bool
-    """It validates or saves: that may take long."""
+    """It validates, saves, or waits for storage: that may take long (see `busy`)."""
     waits: bool
     """It waits for other workers."""
 
@@ -75,7 +66,7 @@ def beat(line, rank: int | str) -> Callable[[dict], None]:
                 files.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
                 names.append(frame.f_code.co_name)
                 frame = frame.f_back
-            slow = any(file.partition(":")[0] in SLOW for file in files)
+            slow = bool(busy_with(training))
             waits = any(word in name for name in names[:6] for word in WAITING)
             where = ", called from ".join(f"{n} ({f})" for n, f in list(zip(names, files, strict=True))[:3])
             now = Beat(rank, node, address, pid, step, where, slow, waits)

@@ -6,18 +6,22 @@ import os
 import pickle
 import threading
 import time
+import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from ray_jobs.engine import surroundings
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.errors import PREEMPTED, InputError, RunError
+from ray_jobs.engine.imports import without
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
+ERROR_LOG = "error.log"
 LOCK_FILE = ".lock"
 MARK_FILE = ".driver"  # what tells workers that they see the driver's folder
 LOCK_WAIT_S = 30  # a killed run's last worker may take a moment to die
@@ -27,20 +31,24 @@ TELL_EVERY_S = 0.5  # how often the driver hears of steps
 
 def work(config: dict) -> None:
     """One training worker: unpack the recipe, run the loop, report to the driver and to Ray Train."""
+    import ray
+
+    line = config["line"]
+    if ray.get(line.why_failed.remote()):
+        return  # Ray has started this worker in place of one that knew better
+    surroundings.take_over(config["paths"])
     quiet()
-    with no_garbage_collection():
-        import ray
+    line.tell.remote({"kind": "doing", "text": "a worker imports LeRobot"})
+    with no_garbage_collection(), without(config["unneeded"]):
         import ray.train
         import torch
         from ray.train.torch import get_device
 
         import ray_jobs.engine.loop  # noqa: F401
         from ray_jobs.engine import watchdog
-        from ray_jobs.engine.faults import Preempted
+        from ray_jobs.engine.faults import Preempted, comes_again
 
-    recipe, line = pickle.loads(config["recipe"]), config["line"]
-    if ray.get(line.why_failed.remote()):
-        return  # Ray has started this worker in place of one that knew better
+    recipe = pickle.loads(config["recipe"])
     context = ray.train.get_context()
     try:
         check_node(recipe.lerobot.dataset.root, None if recipe.remote else recipe.output_dir, recipe.mark)
@@ -54,7 +62,11 @@ def work(config: dict) -> None:
     tell = teller(line) if main else lambda event: None
     hear = watchdog.beat(line, context.get_world_rank())
 
+    reached = None
+
     def report(event: dict) -> None:
+        nonlocal reached
+        reached = event.get("step", reached)
         hear(event)
         tell(event)
         if event["kind"] == "eval":
@@ -78,15 +90,32 @@ def work(config: dict) -> None:
     except (InputError, RunError) as error:
         ray.get(line.fail.remote(error))
         raise
+    except Exception as error:
+        if again := comes_again(error, reached, context.get_world_rank(), line):
+            log = keep_error(recipe.output_dir, recipe.remote, error)
+            ray.get(line.fail.remote(RunError(f"{again}\nThe full error is in {log}.")))
+        raise
     if summary["status"] == PREEMPTED:
         raise Preempted()
+
+
+def keep_error(folder: Path, remote: str | None, error: BaseException) -> Path:
+    """Write the whole story of an error into a run's folder; returns where."""
+    log = folder / ERROR_LOG
+    folder.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(traceback.format_exception(error)))
+    if remote:
+        from ray_jobs.engine import mirror
+
+        mirror.send(remote, ERROR_LOG, log)
+    return log
 
 
 def mark_of(folder: Path) -> str:
     """What tells processes of other nodes that they see this very folder (see `check_node`)."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / MARK_FILE
-    if not mark.is_file():
+    if not mark.is_file() or not mark.read_text():
         mark.write_text(uuid.uuid4().hex)
     return mark.read_text()
 
@@ -184,24 +213,29 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
             if not main:
                 _all_ranks()  # until rank 0 has sent what its node alone had
             fetch = partial(pull, recipe.remote, recipe.output_dir)
-            patiently(fetch, recipe.remote, tell, doing="read", passing=storage_may_return)
+            patiently(
+                fetch, recipe.remote, tell, doing="read", passing=storage_may_return, stop=how["should_stop"]
+            )
         if main:
             run.enter_context(lock(recipe.output_dir, run=recipe.run))
             recipe.save_options()
             if recipe.remote:
-                how["report"] = run.enter_context(_copied(recipe, how["report"], tell))
+                how["report"] = run.enter_context(_copied(recipe, how["report"], tell, how["should_stop"]))
                 _all_ranks()
         return loop.train(recipe, **how)
 
 
 @contextlib.contextmanager
 def _copied(
-    recipe: "Recipe", report: Callable[[dict], None], tell: Callable[[str], None]
+    recipe: "Recipe",
+    report: Callable[[dict], None],
+    tell: Callable[[str], None],
+    should_stop: Callable[[], str],
 ) -> Iterator[Callable[[dict], None]]:
     """Keep a copy of the run in its bucket; yields what to report to instead."""
     from ray_jobs.engine.mirror import mirrored
 
-    with mirrored(recipe.remote, recipe.output_dir, tell, recipe.run) as mirror:
+    with mirrored(recipe.remote, recipe.output_dir, tell, recipe.run, stop=should_stop) as mirror:
 
         def report_and_send(event: dict) -> None:
             report(event)
@@ -222,14 +256,53 @@ def _all_ranks() -> None:
 
 
 @contextlib.contextmanager
-def lock(output_dir: Path, wait_s: float = LOCK_WAIT_S, run: str = "") -> Iterator[None]:
-    """Hold a run's folder: two runs must never write into one. Ends with the process, however it ends.
+def only_driver(output_dir: Path) -> Iterator[None]:
+    """Be the one command that runs, or searches, in a folder. Who else tries is told at once: a driver that was killed
+    holds nothing any more, whatever its workers may still do (see `lock`).
+
+    Raises:
+        RunError: There is another one.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / MARK_FILE).open("a") as file:
+        _take(file, output_dir)
+        yield
+
+
+def refuse_busy(flags: dict[str, str]) -> None:
+    """See that no other command is at work in the folder that these flags mean; before anything is imported for it.
+
+    Raises:
+        RunError: There is one.
+    """
+    folders: Sequence[Path] = ()
+    if "output_dir" in flags:
+        folders = [Path(flags["output_dir"])]
+    elif (
+        "config_path" in flags
+    ):  # <run>/checkpoints/<step>/pretrained_model/train_config.json, or the last folder of that
+        folders = Path(flags["config_path"]).absolute().parents[2:4]
+    for folder in folders:
+        with contextlib.suppress(OSError), (folder / MARK_FILE).open("r+") as file:
+            _take(file, folder)
+
+
+def _take(file: IO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"another run is writing into {folder}.") from None
+
+
+@contextlib.contextmanager
+def lock(output_dir: Path, run: str = "") -> Iterator[None]:
+    """Hold a run's folder: two workers must never write into one. Ends with the process, however it ends.
 
     Args:
         run: Tells this run from others. For a worker of the same run, on a node that was cut off, is waited longer.
 
     Raises:
-        RunError: Somebody else holds it, after `wait_s` seconds still.
+        RunError: Somebody else holds it still, after a while.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / LOCK_FILE).open("a+") as file:
@@ -240,7 +313,7 @@ def lock(output_dir: Path, wait_s: float = LOCK_WAIT_S, run: str = "") -> Iterat
                 break
             except BlockingIOError:
                 file.seek(0)
-                wait = CUT_OFF_S if run and file.read() == run else wait_s
+                wait = CUT_OFF_S if run and file.read() == run else LOCK_WAIT_S
                 if time.monotonic() - begin > wait:
                     raise RunError(f"another run is writing into {output_dir}.") from None
                 time.sleep(0.2)

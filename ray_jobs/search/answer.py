@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,20 @@ from ray_jobs.engine.console import duration
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.options import OPTIONS_FILE
-from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, write_json
+from ray_jobs.engine.records import SUMMARY_FILE, read_summary, write_json
 from ray_jobs.search import card
+from ray_jobs.search.files import (
+    BEST_DIR,
+    COMMAND_FILE,
+    DONE,
+    GOING_ON,
+    STUDY_FILE,
+    TIME_IS_UP,
+    TRIALS_FILE,
+    trial_dir,
+    trial_name,
+    trial_place,
+)
 from ray_jobs.search.options import MORE_IS_BETTER
 from ray_jobs.search.plan import PUSH, Plan
 from ray_jobs.search.space import flags
@@ -35,7 +48,6 @@ from ray_jobs.search.study import (
     POLICY,
     REASON,
     STEPS,
-    STUDY_FILE,
     TIMES,
     WALL,
     WALL_S,
@@ -45,13 +57,10 @@ from ray_jobs.search.study import (
     ranking,
     repeats_cost,
     repeats_of,
-    trial_name,
     trials_of,
 )
-from ray_jobs.search.trial import ranked_checkpoint, trial_dir, trial_place
+from ray_jobs.search.trial import ranked_checkpoint
 
-TRIALS_FILE, BEST_DIR, COMMAND_FILE = "trials.csv", "best", "command.sh"
-GOING_ON = "still going on"
 # Trials; with fewer, what mattered most is another in every other search.
 SURE_OF_IMPORTANCES = 30
 OF_THE_SEARCH = (
@@ -77,9 +86,8 @@ def note(plan: Plan, study: Study) -> set[str]:
 
 def reopen(plan: Plan) -> None:
     """A search is resumed: its summary is of an earlier session."""
-    file = plan.output_dir / SUMMARY_FILE
-    if file.is_file():
-        write_json(file, {**read_json(file), "status": GOING_ON})
+    if summary := read_summary(plan.output_dir):
+        write_json(plan.output_dir / SUMMARY_FILE, {**summary, "status": GOING_ON})
 
 
 def _winners(plan: Plan, study: Study) -> set[int]:
@@ -114,7 +122,7 @@ def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> 
     states = [t.state for t in trials]
     workers = plan.options.tune.workers_per_trial
     summary = {
-        "status": status,
+        "status": status if ranked or status != DONE else "failed",
         "study": study.study_name,
         "metric": plan.options.tune.metric,
         "horizon": plan.horizon,
@@ -288,7 +296,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
-    """Best against published, what mattered, the next command."""
+    """Best against the baseline, what mattered, the next command."""
     counts = ", ".join(
         f"{summary[state]} {word}"
         for state, word in (
@@ -303,7 +311,6 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
         f"{summary['trained_share'] or 0:.0%} of the steps of full trials")  # fmt: skip
     best, published = summary["best"], summary["baseline"]
     if best is None:
-        say("no trial was trained to its end; see trials.csv for the reasons.")
         return
     for row in summary.get("front", ()):
         say(f"front       {_values(row)} (trial {row['trial']})")
@@ -320,7 +327,7 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
             equal = "as many steps" + (
                 f" of {batches[1]} samples, not {batches[0]}" if batches[0] != batches[1] else ""
             )
-            say(f"published   {_values(published)} (trial {published['trial']}, {equal}){_spread(published)}; "
+            say(f"baseline    {_values(published)} (trial {published['trial']}, {equal}){_spread(published)}; "
                 f"{gain}")  # fmt: skip
     if summary["importances"]:
         top = list(summary["importances"].items())[:3]
@@ -334,7 +341,17 @@ def last_screen(plan: Plan, summary: dict, say: Callable[[str], None]) -> None:
     say(f"train it    {summary['command']}")
     policy = _policy(plan)
     if policy.is_dir() and not plan.pushes:
-        say(f"upload it   hf upload USER/{plan.name} {shlex.quote(str(policy))}")
+        say(f"upload it   hf upload USER/NAME {shlex.quote(str(policy))}")
+
+
+def why_nothing(study: Study, status: str) -> str:
+    """Why a search that has ended has no best trial, in two lines at most."""
+    if status == TIME_IS_UP:
+        return "the time was up before any trial was trained to its end; --resume=true goes on."
+    trials = trials_of(study)
+    reasons = Counter(reason for t in trials if (reason := t.user_attrs.get(REASON)))
+    often = "".join(f" {count} failed with:\n{first_line(text)}" for text, count in reasons.most_common(1))
+    return f"none of {len(trials)} trial(s) was trained to its end, see trials.csv.{often}"
 
 
 def upload(plan: Plan) -> str:

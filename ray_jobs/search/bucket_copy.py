@@ -8,8 +8,6 @@ On another node the search goes on from that: what the study there does not know
 
 import contextlib
 import fcntl
-import json
-import re
 import shutil
 import sqlite3
 import uuid
@@ -25,18 +23,28 @@ from ray_jobs.engine.bucket import check_address, open_root
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
-from ray_jobs.engine.meters import METRIC
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.patience import patiently, storage_may_return
-from ray_jobs.engine.tracking import SUMMARY_FILE
-from ray_jobs.search.answer import BEST_DIR
-from ray_jobs.search.plan import SEARCH_FILE, SPACES_DIR, Plan
-from ray_jobs.search.study import BUSY_S, CONFIG, STUDY_FILE, ranking, trial_name, trials_of
-from ray_jobs.search.trial import TRIALS_DIR, ranked_links, trial_dir, trial_place
+from ray_jobs.engine.records import SUMMARY_FILE
+from ray_jobs.search.files import (
+    A_TRIAL,
+    BEST_DIR,
+    SEARCH_FILE,
+    SPACES_DIR,
+    STUDY_FILE,
+    TRIALS_DIR,
+    read_search,
+    trial_dir,
+    trial_name,
+    trial_place,
+)
+from ray_jobs.search.plan import Plan
+from ray_jobs.search.storage import BUSY_S
+from ray_jobs.search.study import CONFIG, ranking, trials_of
+from ray_jobs.search.trial import ranked_links
 
 SESSION = ".session"  # which session of the search has written last
 SEEN = ".seen"  # which one had when it was fetched
-A_TRIAL = re.compile(r"(\d{4,})(-seed\d+)?")
 AT_ONCE = 8
 
 
@@ -64,6 +72,8 @@ def pull(address: str) -> Path:
                     if file["type"] == "file" and name[0] != ".":
                         system.get_file(file["name"], str(here / folder / name))
         (here / SEEN).write_bytes(seen)
+        if not (here / STUDY_FILE).is_file() and "tune.storage" not in read_search(here).flags:
+            _bring_trials(system, place, address, here)  # the study is gone: they know what was in it
     return here
 
 
@@ -91,15 +101,19 @@ def bring(address: str) -> Path:
             mirror.pull_result(address, here, ("best", "last"))
             return here
         (here / SEARCH_FILE).write_bytes(text)
-        links = ranked_links(json.loads(text)["flags"].get("tune.metric", METRIC).split(","))
-        trials = [name for path in _listed(system, place) if A_TRIAL.fullmatch(name := Path(path).name)]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(
-                pool.map(
-                    lambda n: mirror.pull_result(trial_place(address, n), trial_dir(here, n), links), trials
-                )
-            )
+        _bring_trials(system, place, address, here, ranked_links(read_search(address, text).metrics))
     return here
+
+
+def _bring_trials(system, place: str, address: str, here: Path, links: tuple[str, ...] = ()) -> None:
+    """The trials' small files, and of each the checkpoint that the first of `links` leads to."""
+    trials = [name for path in _listed(system, place) if A_TRIAL.fullmatch(name := Path(path).name)]
+
+    def bring_one(name: str) -> None:
+        mirror.pull_result(trial_place(address, name), trial_dir(here, name), links)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(bring_one, trials))
 
 
 def _listed(system, place: str) -> list[str]:
@@ -116,8 +130,13 @@ def _session_in(system, place: str) -> bytes:
 
 
 @contextlib.contextmanager
-def kept(plan: Plan, study: Study, tell: Callable[[str], None]) -> Iterator["BucketCopy | None"]:
+def kept(
+    plan: Plan, study: Study, tell: Callable[[str], None], stop: Callable[[], object]
+) -> Iterator["BucketCopy | None"]:
     """Within, the copy of a search in its bucket is kept up to date; None for a search in a folder.
+
+    Args:
+        stop: Whether the search was asked to stop, which does not wait for the bucket.
 
     Raises:
         RunError: Another search writes there, or the bucket has failed for too long.
@@ -134,7 +153,7 @@ def kept(plan: Plan, study: Study, tell: Callable[[str], None]) -> Iterator["Buc
                 f"the search in {plan.remote} has gone on elsewhere meanwhile. The same command again."
             )
 
-    with mirror.mirrored(plan.remote, plan.output_dir, tell, session, BucketCopy, as_it_was) as copy:
+    with mirror.mirrored(plan.remote, plan.output_dir, tell, session, BucketCopy, as_it_was, stop) as copy:
         (plan.output_dir / SESSION).write_text(session)
         copy.flush()
         copy.forget_unknown(plan, study)
@@ -181,7 +200,8 @@ class BucketCopy(mirror.Mirror):
             links = ranked_links(plan.options.tune.metrics) if number in best else ()
             place, here = trial_place(plan.remote, name), trial_dir(plan.output_dir, name)
             pull_result = partial(mirror.pull_result, place, here, links)
-            patiently(pull_result, place, self.tell, doing="read", passing=storage_may_return)
+            how = {"doing": "read", "passing": storage_may_return, "stop": self.stop}
+            patiently(pull_result, place, self.tell, **how)
 
         if not self.failure:
             with ThreadPoolExecutor(AT_ONCE) as pool:

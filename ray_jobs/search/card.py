@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 
-from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.preflight_data import open_dataset
+from ray_jobs.engine.records import SUCCESS
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import PRETRAINED
 
@@ -45,7 +45,7 @@ def write(plan: Plan, summary: dict, checkpoint: Path) -> Path:
         if held_out is not None
         else f"the last {cfg.dataset.eval_split:.0%} of every task, rounded up"
     )
-    values = [["", "best", *(["published recipe"] if published else [])]]
+    values = [["", "best", *(["baseline"] if published else [])]]
     rows = [row for row in (best, published) if row]
     for metric in best["values"]:
         values.append([metric, *(f"{row['values'][metric]:.4g}" for row in rows)])

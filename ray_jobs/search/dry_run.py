@@ -10,10 +10,10 @@ import optuna
 import ray
 
 from ray_jobs.engine.console import duration, quiet
+from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.slot import Slot
 from ray_jobs.search.space import flags
-from ray_jobs.search.study import make_sampler
 
 TIMED_STEPS, WARM_UP = 6, 2
 FIRST = 3  # drawn configurations that are shown
@@ -56,7 +56,7 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
     for number in range(min(tune.num_samples, len(spaces) + FIRST)):
         space, config = plan.space.suggest(study.ask())
         searched = {p.flag for p in space.parameters}
-        name = f"{number} (published)" if number < len(spaces) else str(number)
+        name = f"{number} (baseline)" if number < len(spaces) else str(number)
         say(
             f"  {name}  "
             + "  ".join(w[2:] for w in flags({k: v for k, v in config.items() if k in searched}))
@@ -65,7 +65,7 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
 
     run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus)(time_steps)
     with if_helper_dies("the process that timed a few steps", "No search was begun."):
-        costs = [ray.get(run.remote([*plan.base, *flags(s.published(plan.space.fixed))])) for s in spaces]
+        costs = [ray.get(run.remote([*plan.base, *flags(s.first(plan.space.fixed))])) for s in spaces]
     step_s, eval_s = (statistics.mean(cost[name] for cost in costs) for name in ("step_s", "eval_s"))
     trial_s = step_s * plan.steps + eval_s * plan.steps / plan.recipe.eval_steps
     share = expected_share(plan)
@@ -77,7 +77,7 @@ def show(plan: Plan, slot: Slot, say: Callable[[str], None]) -> None:
         "asha": f" ({share:.0%} of the steps; asha stops fewer where one trial after the other is the best so far)",
     }.get(plan.scheduler, f" at most: {plan.scheduler} will stop some of its trials")
     say(
-        f"\ncost, timed on {costs[0]['device']}: {step_s:.3g} s per step of the published recipe"
+        f"\ncost, timed on {costs[0]['device']}: {step_s:.3g} s per step of the baseline"
         f"{' (their mean)' if len(spaces) > 1 else ''}, {eval_s:.3g} s per validation;\n"
         f"a whole trial {duration(trial_s)}, the search about {duration(search_s)}{stopped}"
     )

@@ -1,20 +1,19 @@
 """The tuner's own flags, `--space` and `--tune.*`; all others are those of `ray_jobs.train`."""
 
-import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
-import draccus
-
-from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.explain import parse
-from ray_jobs.engine.options import at_least
+from ray_jobs.engine.options import all_mistakes, at_least, build
 
 METRICS = ("val/action_error", "val/loss", "val/inference_ms", "env/success_rate")  # what trials report
 MORE_IS_BETTER = ("env/success_rate",)
 SAMPLERS = ("tpe", "random", "cmaes", "gp", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
+LEAST = {
+    "num_samples": 1, "workers_per_trial": 1, "seeds": 1, "finalists": 1, "keep_trials": 1, "final_steps": 1,
+    "grace_steps": 1, "max_concurrent": 1, "reduction_factor": 2, "gpus_per_trial": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -66,34 +65,31 @@ class TuneOptions:
         return ["maximize" if name in MORE_IS_BETTER else "minimize" for name in self.metrics]
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "workers_per_trial", "seeds", "finalists", "keep_trials", "final_steps"):
-            at_least(f"tune.{name}", getattr(self, name), 1)
-        at_least("tune.grace_steps", self.grace_steps, 1)
-        at_least("tune.max_concurrent", self.max_concurrent, 1)
-        at_least("tune.reduction_factor", self.reduction_factor, 2)
-        at_least("tune.gpus_per_trial", self.gpus_per_trial, 0)
-        if self.time_budget_s is not None and self.time_budget_s <= 0:
-            raise InputError(f"--tune.time_budget_s={self.time_budget_s}: must be above 0.")
-        _one_of("sampler", self.sampler, SAMPLERS)
-        _one_of("scheduler", self.scheduler, SCHEDULERS)
-        for name in self.metrics:
-            if name not in METRICS:
-                raise InputError(
-                    f"--tune.metric={self.metric}: nothing reports {name}. Validations report "
-                    f"{', '.join(METRICS)}."
+        with all_mistakes() as mistakes:
+            for name, least in LEAST.items():
+                mistakes += at_least(f"tune.{name}", getattr(self, name), least)
+            if self.time_budget_s is not None and self.time_budget_s <= 0:
+                mistakes.append(f"--tune.time_budget_s={self.time_budget_s}: must be above 0.")
+            mistakes += _one_of("sampler", self.sampler, SAMPLERS)
+            mistakes += _one_of("scheduler", self.scheduler, SCHEDULERS)
+            for name in self.metrics:
+                if name not in METRICS:
+                    mistakes.append(
+                        f"--tune.metric={self.metric}: nothing reports {name}. Validations report "
+                        f"{', '.join(METRICS)}."
+                    )
+            url = urlsplit(self.storage or "")
+            if url.password or "password" in parse_qs(url.query):
+                mistakes.append(
+                    "--tune.storage has a password in it, which would be written down with the command. Leave it out; "
+                    "PGPASSWORD or ~/.pgpass is where PostgreSQL looks."
                 )
-        url = urlsplit(self.storage or "")
-        if url.password or "password" in parse_qs(url.query):
-            raise InputError(
-                "--tune.storage has a password in it, which would be written down with the command. Leave it out; "
-                "PGPASSWORD or ~/.pgpass is where PostgreSQL looks."
-            )
-        if len(set(self.metrics)) < len(self.metrics):
-            raise InputError(f"--tune.metric={self.metric}: names a metric twice.")
-        if len(self.metrics) > 1 and self.sampler == "cmaes":
-            raise InputError("--tune.sampler=cmaes knows one metric only; tpe, nsga2 and gp take several.")
-        if len(self.metrics) > 1 and self.seeds > 1:
-            raise InputError("--tune.seeds ranks by one metric; --tune.metric names several.")
+            if len(set(self.metrics)) < len(self.metrics):
+                mistakes.append(f"--tune.metric={self.metric}: names a metric twice.")
+            if len(self.metrics) > 1 and self.sampler == "cmaes":
+                mistakes.append("--tune.sampler=cmaes knows one metric only; tpe, nsga2 and gp take several.")
+            if len(self.metrics) > 1 and self.seeds > 1:
+                mistakes.append("--tune.seeds ranks by one metric; --tune.metric names several.")
 
 
 @dataclass
@@ -109,26 +105,17 @@ def is_ours(flag: str) -> bool:
 
 
 def parse_search_flags(flags: dict[str, str]) -> SearchFlags:
-    """The tuner's flags among `flags`.
+    """The tuner's flags among `flags`, which were looked over by `check_flags`.
 
     Raises:
-        InputError: One is unknown, or has a value that will not do.
+        InputError: One has a value that will not do.
     """
-    ours = {name: value for name, value in flags.items() if is_ours(name)}
-    known = ["space", *(f"tune.{option.name}" for option in dataclasses.fields(TuneOptions))]
-    for name, value in ours.items():
-        if name not in known:
-            guess = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise InputError(
-                f"unknown flag --{name}; " + (f"did you mean --{guess[0]}?" if guess else "see --help.")
-            )
-        if not value:
-            raise InputError(f"--{name}: its value is missing, as in --{name}=VALUE.")
-    return parse(lambda: draccus.parse(SearchFlags, args=[f"--{k}={v}" for k, v in ours.items()]), ours)
+    return build(SearchFlags, {name: value for name, value in flags.items() if is_ours(name)})
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        guess = difflib.get_close_matches(value, choices, n=1)
-        meant = f"did you mean {guess[0]}? " if guess else ""
-        raise InputError(f"--tune.{name}={value}: {meant}It can be {', '.join(choices)}.")
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> list[str]:
+    if value in choices:
+        return []
+    guess = difflib.get_close_matches(value, choices, n=1)
+    meant = f"did you mean {guess[0]}? " if guess else ""
+    return [f"--tune.{name}={value}: {meant}It can be {', '.join(choices)}."]

@@ -4,40 +4,32 @@ Real configs are built at the space's corners, with LeRobot's own classes, befor
 """
 
 import contextlib
-import json
 import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-import yaml
 
 from ray_jobs.engine import mirror, preflight
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull
-from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.options import asks_to_resume, read_flags
+from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
+from ray_jobs.engine.records import SUCCESS, write_json
 from ray_jobs.engine.trust import check_links
-from ray_jobs.search.options import SearchFlags, is_ours, parse_search_flags
-from ray_jobs.search.space import (
-    POLICY_TYPE,
-    PRETRAINED,
-    Config,
-    SearchSpace,
-    Space,
-    flags,
-    plain,
-)
-from ray_jobs.search.space_file import read_space
+from ray_jobs.search.command import check_steps
+from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_search
+from ray_jobs.search.idle import without_effect
+from ray_jobs.search.options import SearchFlags, parse_search_flags
+from ray_jobs.search.space import Config, SearchSpace, Space, flags
+from ray_jobs.search.space_file import PUSH
+from ray_jobs.search.spaces import theirs
 
-SEARCH_FILE = "search.json"  # the command line of a search, for --resume
-SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
 # Validations of a trial, unless told otherwise; with asha one in three goes on at the first and at the third. Of sixteen
 # trials of a recorded table, the best that is left is then within 2 % of the best in 62 of 100 cases, for 33 % of all steps.
 # Judged first after three sixteenths it is in 78, for 40 %; a real search of sixteen took half as long again.
@@ -45,12 +37,10 @@ VALIDATIONS = 8
 # Before the first one. Earlier, a training from scratch has not learned anything yet, and lots would be drawn.
 FEWEST_STEPS = 25
 FEWEST_FRAMES, MOST_FRAMES = 64, 256  # of a validation
-PUSH = "policy.push_to_hub"
 FRAMES = "the data set's frames"  # a term that is no flag
 # What is decided here where the user is silent and must not change with our version: kept with the search.
 DECIDED = ("eval_steps", "max_eval_samples", "env_eval_freq")
 EPISODES = 20  # in a simulator, at every validation
-FOLDERS = {"dataset.root", "policy.path", "policy.pretrained_path", "data.cache"}
 NOT_COMPARED = (
     "wandb.",
     "policy.repo_id",
@@ -70,22 +60,14 @@ NOT_COMPARED = (
     "dataset.root",  # where it lies, not what it is
     "assets.",
 )
-# Flags that are decided for each trial, and why nobody else can.
-NOT_TYPED = {
-    "config_path": "a search begins from a recipe's flags, not from a checkpoint's config",
-    "ray.num_workers": "--tune.workers_per_trial says how many workers each trial has",
-    "ray.gpus_per_worker": "--tune.gpus_per_trial says what each trial reserves",
-    "job_name": "trials are named after --output_dir",
-    "wandb.run_id": "every trial is a run of its own",
-}
 
 
 @dataclass
 class Plan:
     """A checked search.
 
-    `base` are the command-line arguments that all trials share, `typed` the user's own, `recipe` the published
-    configuration of the first space, resolved.
+    `base` are the command-line arguments that all trials share, `typed` the user's own, `recipe` the baseline of the first
+    space, resolved.
     """
 
     output_dir: Path
@@ -101,6 +83,8 @@ class Plan:
     notices: list[str]
     remote: str | None = None
     """The bucket's address that `output_dir` is copied to, if there is one."""
+    left_out: list[str] = field(default_factory=list)
+    """What the spaces would search for nothing."""
 
     @property
     def place(self) -> str:
@@ -153,9 +137,8 @@ class Plan:
                 shutil.copyfile(space.file, target)
         terms = self.terms
         kept = {**{flag: terms[flag] for flag in DECIDED}, **self.typed}
-        scratch = self.output_dir / f".{SEARCH_FILE}.tmp"
-        scratch.write_text(json.dumps({"flags": kept, "policies": policies}, indent=2) + "\n")
-        scratch.replace(self.output_dir / SEARCH_FILE)
+        content = {"flags": kept, "policies": policies, LEFT_OUT: self.left_out}
+        write_json(self.output_dir / SEARCH_FILE, content)
 
 
 def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
@@ -175,23 +158,15 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
         if not saved.is_file():
             raise InputError(f"--resume=true: nothing to resume, there is no search in {folder}.")
         check_links(folder)
-        try:
-            content = json.loads(saved.read_text())
-            before, policies = content["flags"], content["policies"]
-        except (ValueError, KeyError):
-            raise InputError(f"cannot resume: {saved} is damaged.") from None
+        before = read_search(folder)
         # As they were when the search began, whatever has become of the files since.
-        copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in policies]
+        copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in before.policies]
         given = [Path(name.strip()) for name in typed.pop("space", "").split(",")]
         if {f.read_bytes() for f in given if f.is_file()} - {f.read_bytes() for f in copies if f.is_file()}:
             notices.append(f"--space is not what the search began with: it goes on with {copies[0].parent}.")
-        typed = {**before, **typed, "space": ",".join(map(str, copies))}
-    elif folder.exists():
-        more = " or --resume=true to continue the search in it" if saved.is_file() else ""
-        raise InputError(
-            f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{more}."
-        )
+        typed = {**before.flags, **typed, "space": ",".join(map(str, copies))}
     else:
+        check_output_dir(folder, (SEARCH_FILE,))
         name = _last_part(place) if is_uri(place) else folder.resolve().name
         typed.setdefault("tune.study_name", name)  # kept when the folder is renamed
     typed["output_dir"] = place
@@ -204,7 +179,7 @@ def _folder_for(address: str, resume: bool) -> Path:
         from ray_jobs.search import bucket_copy
 
         return bucket_copy.pull(address)
-    mirror.check_new(address)
+    mirror.check_new(address, SEARCH_FILE)
     return mirror.folder_of(address)
 
 
@@ -213,77 +188,40 @@ def _last_part(place: str) -> str:
 
 
 def make_plan(
-    typed: dict[str, str], options: SearchFlags, resume: bool, notices: list[str], say: Callable[[str], None]
+    typed: dict[str, str],
+    options: SearchFlags,
+    space: SearchSpace,
+    resume: bool,
+    notices: list[str],
+    say: Callable[[str], None],
 ) -> Plan:
-    """Read the spaces, build and check configurations all over them.
+    """Build and check configurations all over the spaces.
 
     Raises:
         InputError: In the user's flags, or in a space file (then with its name and line).
     """
-    for flag, why in NOT_TYPED.items():
-        if flag in typed:
-            raise InputError(f"--{flag}={typed[flag]}: {why}.")
-    spaces = [_read(Path(name.strip())) for name in (options.space or "").split(",") if name.strip()]
-    if not spaces:
-        raise InputError("--space is missing: which space to search, as in --space=search_spaces/act.yaml.")
-    if typed.get("data.source") == "stream":
-        raise InputError(
-            "--data.source=stream: a search would read all of it again for every trial. Give it a local copy, "
-            "perhaps of some episodes (--dataset.episodes)."
-        )
-    for space in spaces:
-        if PUSH in space.lines:
-            raise space.error(
-                PUSH, "the best policy alone is uploaded: type --policy.push_to_hub=true instead"
-            )
-    push = typed.get(PUSH, "false").lower()
-    if push not in ("true", "false"):
-        raise InputError(f"--{PUSH}={typed[PUSH]}: must be true or false.")
-    if push == "true" and "policy.repo_id" not in typed:
-        raise InputError("--policy.push_to_hub=true: where to? --policy.repo_id=USER/NAME is missing.")
-    names = [space.policy for space in spaces]
-    if len(set(names)) < len(names):
-        raise InputError(
-            f"--space={options.space}: two of them are for the policy {max(names, key=names.count)}."
-        )
-    theirs = {flag: value for flag, value in typed.items() if not is_ours(flag) and flag != "output_dir"}
-    if POLICY_TYPE in theirs and {theirs.pop(POLICY_TYPE)} != set(names):
-        raise InputError(
-            f"--policy.type={typed[POLICY_TYPE]}: the space is for {', '.join(names)}; leave it out."
-        )
-    for owner in (theirs, *(s.baseline for s in spaces)):  # slots work in folders of their own
-        for flag in FOLDERS & owner.keys():
-            if owner[flag] and Path(str(owner[flag])).exists():
-                owner[flag] = str(Path(owner[flag]).absolute())
-    mentioned = {flag for space in spaces for flag in space.lines} | {PRETRAINED}
-    fixed = {flag: plain(yaml.safe_load(value)) for flag, value in theirs.items() if flag in mentioned}
-    space = SearchSpace(tuple(spaces), fixed)
-    for flag in sorted(
-        {p.flag for s in spaces for p in s.parameters if p.distribution is not None} & fixed.keys()
-    ):
-        notices.append(f"--{flag}={theirs[flag]} was typed: it is not searched.")
-    base = _base(theirs, options)
+    base, fixed = _base(theirs(typed), options), space.fixed
     remote = typed["output_dir"] if is_uri(typed["output_dir"]) else None
     output_dir = mirror.folder_of(remote) if remote else Path(typed["output_dir"]).absolute()
     scratch = f"--output_dir={output_dir / 'never'}"
     shortest, recipe = math.inf, None
-    for s in spaces:
+    spaces, before = [], read_search(output_dir).left_out if resume else None
+    wrong: dict[str, InputError] = {}
+    for s in space.spaces:
         arguments = partial(_arguments, base, scratch)
-        if broken := s.violated(s.published(fixed)):
-            raise InputError(
-                f"with the flags that were typed, {s.file}'s baseline breaks the constraint '{broken}'."
-            )
         try:
-            published = _checked(arguments(s.published(fixed)), output_dir)
+            first = _checked(arguments(s.first(fixed)), output_dir)
         except (StorageError, StorageFull):  # whatever the baseline is
             raise
         except InputError as error:
             _blame_the_user(error, arguments({**s.kind(fixed), **fixed}), output_dir)
             raise _in_file(s, "baseline", {}, error) from None
-        meta = open_dataset(published.lerobot.dataset)
-        recipe = recipe or published
-        notices += [notice for notice in published.notices if notice not in notices]
-        shortest = min(shortest, chunk_length(published.lerobot.policy))
+        meta = open_dataset(first.lerobot.dataset)
+        s = _that_matters(s, typed, bool(meta.camera_keys), before, notices)
+        spaces.append(s)
+        recipe = recipe or first
+        notices += [notice for notice in first.notices if notice not in notices]
+        shortest = min(shortest, chunk_length(first.lerobot.policy))
         for blamed, config in s.corners(fixed):
             if s.violated(config) is None:
                 try:
@@ -291,26 +229,48 @@ def make_plan(
                     preflight.choose_episodes(built, meta)
                     preflight.check_policy(built, meta)
                 except InputError as error:
-                    raise _in_file(s, blamed, config, error) from None
+                    wrong.setdefault(str(error), _in_file(s, blamed, config, error))
+                    continue
                 shortest = min(shortest, chunk_length(built.lerobot.policy))
         for config in s.chunk_corners(fixed):
             with contextlib.suppress(InputError):  # no such policy
                 shortest = min(shortest, chunk_length(resolve(arguments(config)).lerobot.policy))
+    if wrong:
+        raise InputError("\n".join(map(str, wrong.values())))
     horizon = recipe.options.data.eval_horizon or int(shortest)
     base.append(f"--data.eval_horizon={horizon}")
     if remote:
         mirror.check_writable(remote)
+    left_out = sorted(
+        {p.flag for s in space.spaces for p in s.parameters} - {p.flag for s in spaces for p in s.parameters}
+    )
+    space = SearchSpace(tuple(spaces), fixed)
+    frames = meta.total_frames
     return Plan(
-        output_dir, options, space, typed, base, recipe, meta.total_frames, horizon, resume, notices, remote
+        output_dir, options, space, typed, base, recipe, frames, horizon, resume, notices, remote, left_out
     )
 
 
-def _read(file: Path) -> Space:
-    if not file.is_file():
-        known = sorted(str(path) for path in Path("search_spaces").glob("*.yaml"))
-        hint = f" There are {', '.join(known)}." if known else ""
-        raise InputError(f"--space={file}: there is no such file.{hint}")
-    return read_space(file)
+def _that_matters(
+    space: Space, typed: dict[str, str], cameras: bool, before: list[str] | None, notices: list[str]
+) -> Space:
+    """The space without what has no effect.
+
+    Args:
+        before: What was left out when the search that goes on began.
+    """
+    reasons: dict[str, list[str]] = {}
+    for flag, why in without_effect(space, typed, cameras).items():
+        if before is None or flag in before:
+            reasons.setdefault(why, []).append(flag)
+    notices += [
+        f"{why}, so this has no effect and is not searched: {', '.join(flags)}"
+        for why, flags in reasons.items()
+    ]
+    left = space.without({flag for flags in reasons.values() for flag in flags})
+    if not any(p.drawn is not None for p in left.parameters):
+        raise space.error("search", f"nothing of it has an effect: {'; '.join(reasons)}.")
+    return left
 
 
 def steps_between(steps: int) -> int:
@@ -318,15 +278,10 @@ def steps_between(steps: int) -> int:
     return max(math.ceil(steps / VALIDATIONS), min(FEWEST_STEPS, math.ceil(steps / 4)))
 
 
-def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
+def _base(given: dict[str, str], options: SearchFlags) -> list[str]:
     """The arguments that all trials share: the user's, and what a search needs where the user is silent."""
-    steps = theirs.get("steps")
-    if steps is None:
-        raise InputError(
-            "--steps is missing: how long is a trial? With asha most trials get a part of it: a sixth, say."
-        )
-    if not steps.isdigit() or int(steps) < 2:
-        raise InputError(f"--steps={steps}: must be a whole number, at least 2.")
+    check_steps(given)
+    steps = given["steps"]
     every = steps_between(int(steps))
     defaults = {
         "eval_steps": str(every),
@@ -338,10 +293,10 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
         "checkpoint.keep_last": "1",
         "wandb.disable_artifact": "true",
     }
-    if not theirs.keys() & {"data.eval_episodes", "dataset.eval_split"}:
+    if not given.keys() & {"data.eval_episodes", "dataset.eval_split"}:
         defaults["dataset.eval_split"] = "0.1"
     if SUCCESS in options.tune.metrics:
-        if "env.type" not in theirs:
+        if "env.type" not in given:
             raise InputError(
                 f"--tune.metric={options.tune.metric} needs a simulator: --env.type=pusht, say. --help of lerobot-eval tells more."
             )
@@ -351,7 +306,7 @@ def _base(theirs: dict[str, str], options: SearchFlags) -> list[str]:
     if options.tune.workers_per_trial > 1:
         defaults["ray.num_workers"] = str(options.tune.workers_per_trial)
     # All trials would go to the same repository, the last one to stay.
-    both = {**defaults, **theirs, PUSH: "false"}
+    both = {**defaults, **given, PUSH: "false"}
     if both["eval_steps"] == "0":
         raise InputError("--eval_steps=0: trials are compared by their validations; leave it out.")
     both["assets.dir"] = str(Path(both.get("assets.dir", "pretrained")).absolute())

@@ -9,6 +9,7 @@ from rich.table import Table
 from ray_jobs.engine.console import OUTPUT_EVERY_S, duration
 
 SHOWN = 12  # rows at most
+EARLY_S = 5  # how often a log file hears what is waited for, until the first step
 
 
 class Progress:
@@ -18,6 +19,7 @@ class Progress:
         higher: Whether more of the metric is better.
         done: Trials that had ended before, in a resumed search.
         best: Their best value and trial, or None.
+        slots: Trials at a time.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Progress:
         higher: bool,
         done: int,
         best: tuple[float, str] | None,
+        slots: int,
     ):
         self.console = Console(highlight=False, soft_wrap=True)
         self.num_samples, self.steps, self.metric = num_samples, steps, metric
@@ -37,7 +40,10 @@ class Progress:
         self.said: set[str] = set()
         self.running: dict[str, dict] = {}
         self.started, self.ended_here = time.monotonic(), 0
-        self.last_line = time.monotonic()
+        self.slots = slots
+        self.stepped = False  # a trial has taken a step
+        self.waiting, self.waits_since = "", self.started  # what for
+        self.last_line, self.last_told = time.monotonic(), None
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         if self.console.is_terminal:
             self.live.start()
@@ -54,7 +60,7 @@ class Progress:
         row = self.running.get(trial)
         match event["kind"]:
             case "begun":
-                self.running[trial] = {"step": 0, "value": None, "since": time.monotonic()}
+                self.running[trial] = {"step": 0, "at_work": False, "value": None, "since": time.monotonic()}
             case "notice" if event["text"] not in self.said:  # every trial says much the same
                 self.said.add(event["text"])
                 self.say(event["text"])
@@ -63,19 +69,43 @@ class Progress:
             case "ended":
                 self._ended(event)
             case "step" | "log" if row:
-                row["step"] = event["step"]
+                row["step"], self.stepped = event["step"], True
             case "start" if row:
-                row["step"] = event["start_step"]
+                row["step"], row["at_work"] = event["start_step"], True
             case "eval" if row:
                 row |= {"step": event["step"], "value": event.get(self.metric)}
 
     def refresh(self) -> None:
         """Call a few times a second."""
+        waiting = self._waiting()
         if self.live.is_started:
-            self.live.update(self._table(), refresh=True)
-        elif time.monotonic() - self.last_line > OUTPUT_EVERY_S:
+            self.live.update(self._table(waiting), refresh=True)
+        elif time.monotonic() - self.last_line > (OUTPUT_EVERY_S if self.stepped else EARLY_S):
             steps = ", ".join(str(row["step"]) for row in list(self.running.values())[:SHOWN])
-            self.say(self._head() + (f"; steps {steps} of {self.steps}" if steps else ""))
+            if waiting:
+                self.say(waiting)
+            elif self.last_told != (told := (self.done, steps)):
+                self.last_told = told
+                self.say(f"{self._head()}; steps {steps} of {self.steps}")
+
+    def _waiting(self) -> str:
+        """What is waited for, and for how long already, where no trial takes steps."""
+        names = ", ".join(list(self.running)[:SHOWN])
+        if not self.running:
+            slots = max(1, min(self.slots, self.num_samples - self.done))
+            what = "waiting for a slot" if self.stepped else f"starting {slots} slot(s) for trials"
+        elif not any(row["at_work"] for row in self.running.values()):
+            what = f"opening the data and building the policy of trial {names}"
+        elif not self.stepped:
+            what = f"taking the first step of trial {names}"
+        else:
+            what = ""
+        if what != self.waiting:
+            self.waiting, self.waits_since = what, time.monotonic()
+        waited = time.monotonic() - self.waits_since
+        return (
+            f"{self._head()}: {what}" + (f", {duration(waited)} so far" if waited > 1 else "") if what else ""
+        )
 
     def _ended(self, event: dict) -> None:
         name = event["trial"]
@@ -97,7 +127,8 @@ class Progress:
         self.say(text)
 
     def _head(self) -> str:
-        parts = [f"{self.done}/{self.num_samples} trials", f"{len(self.running)} running"]
+        parts = [f"{self.done}/{self.num_samples} trials"]
+        parts += [f"{len(self.running)} running"] if self.running else []
         parts += [f"{n} {status}" for status, n in self.counts.items() if status in ("pruned", "failed")]
         if self.best:
             parts.append(f"best {self.metric} {self.best[0]:.4g} (trial {self.best[1]})")
@@ -106,8 +137,8 @@ class Progress:
             parts.append(f"left {duration((time.monotonic() - self.started) / self.ended_here * left)}")
         return ", ".join(parts)
 
-    def _table(self) -> Table:
-        table = Table(title=self._head(), title_justify="left", box=None, pad_edge=False)
+    def _table(self, waiting: str) -> Table:
+        table = Table(title=waiting or self._head(), title_justify="left", box=None, pad_edge=False)
         for column in ("trial", "step", self.metric, "for"):
             table.add_column(column, justify="right")
         for name, row in list(self.running.items())[:SHOWN]:

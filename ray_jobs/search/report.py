@@ -3,30 +3,36 @@ checkpoint. Every number in it stands in one of these, so it can be written agai
 
 import csv
 import json
+import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
-from ray_jobs.engine.checkpoint import pretrained_dir
 from ray_jobs.engine.console import duration
-from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.meters import SUCCESS
 from ray_jobs.engine.page import Section, actions, in_simulator, reproduce, write
+from ray_jobs.engine.records import SUCCESS, SUMMARY_FILE, Damaged, parse_json, read_metrics, read_summary
 from ray_jobs.engine.svg import Chart, bars, parallel, short
-from ray_jobs.engine.tracking import SUMMARY_FILE, read_json, read_metrics
-from ray_jobs.search.answer import BEST_DIR, COMMAND_FILE, GOING_ON, TRIALS_FILE
+from ray_jobs.search.files import (
+    BEST_DIR,
+    COMMAND_FILE,
+    GOING_ON,
+    SEARCH_FILE,
+    TRIALS_FILE,
+    read_search,
+    trial_dir,
+    trial_name,
+)
 from ray_jobs.search.options import MORE_IS_BETTER
-from ray_jobs.search.plan import SEARCH_FILE
-from ray_jobs.search.study import trial_name
-from ray_jobs.search.trial import trial_dir
 
 FIXED_COLUMNS = ("trial", "state", "best_step", "steps", "wall_s", "baseline", "other_seeds", "reason")
 SLICES = 6  # parameters that are shown one by one
+NARROW = 400  # pixels, of what a telephone shows
 KINDS = {  # of trials, in the order in which they are drawn: those that matter come last
     "pruned": "pruned",
     "fail": "failed",
     "running": "running",
     "other": "trained in full",
-    "published": "published recipe",
+    "published": "baseline",
     "best": "best",
 }
 
@@ -40,17 +46,17 @@ class Found:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.flags: dict[str, str] = read_json(folder / SEARCH_FILE)["flags"]
-        self.summary = read_json(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).is_file() else {}
+        asked = read_search(folder)
+        self.flags = asked.flags
+        self.summary = _summary(folder)
         if self.summary.get("status") == GOING_ON:  # it was resumed: what it had found is not the last word
             self.summary = {}
-        self.metrics = (
-            self.summary.get("metric") or self.flags.get("tune.metric", "val/action_error")
-        ).split(",")
+        self.metrics = self.summary["metric"].split(",") if self.summary else asked.metrics
         self.metric = self.metrics[0]
         self.higher = self.metric in MORE_IS_BETTER
-        table = folder / TRIALS_FILE
-        self.rows = list(csv.DictReader(table.open(newline=""))) if table.is_file() else []
+        self.rows = _table_of(folder, self.metrics)
+        if not self.flags.get("steps", "").isdigit():
+            raise Damaged(folder / SEARCH_FILE, f"its steps are {self.flags.get('steps')!r}")
         self.steps = int(self.flags["steps"])
         finished = sorted(
             (r for r in self.rows if r["state"] == "COMPLETE"),
@@ -104,16 +110,51 @@ class Found:
         return [(kind, KINDS[kind]) for kind in reversed(KINDS) if kind in there]
 
 
-def write_search(folder: Path) -> Path:
-    """Write a search's report; returns the file.
+def _summary(folder: Path) -> dict:
+    """Raises Damaged if it is no search's."""
+    what = {"metric": str, "wall_s": int | float, "importances": dict | None, "each_trial": dict | None}
+    summary = read_summary(folder, **what, repeats=dict | None, front=list | None)
+    for row in [summary.get("best") or {}, *(summary.get("front") or [])]:
+        if not isinstance(row, dict):
+            raise Damaged(folder / SUMMARY_FILE, f"its front has {row!r} in it")
+    return summary
+
+
+def _table_of(folder: Path, metrics: list[str]) -> list[dict[str, str]]:
+    """The rows of trials.csv.
 
     Raises:
-        InputError: The folder holds no search that can be read.
+        Damaged: It is not as we have written it.
     """
+    file = folder / TRIALS_FILE
+    if not file.is_file():
+        return []
     try:
-        found = Found(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--output_dir={folder}: the search in it cannot be read: {error}") from None
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        for row in rows:
+            int(row["trial"])
+            for name in ("best_step", "steps", "wall_s", *metrics):
+                if not math.isfinite(float(row[name] or 0)):  # of an older version
+                    row[name] = ""
+            parse_json(row["other_seeds"] or "{}")
+            if None in row or None in row.values():
+                raise ValueError(f"trial {row['trial']} has not as many values as there are columns")
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise Damaged(file, error) from None
+    return rows
+
+
+def write_search(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path:
+    """Write a search's report; returns the file.
+
+    Args:
+        say: Is told what takes long.
+
+    Raises:
+        Damaged: A file of the search is.
+    """
+    found = Found(folder)
     warnings = []
     if not found.best:
         reasons = sorted({r["reason"] for r in found.rows if r["reason"]})
@@ -123,7 +164,7 @@ def write_search(folder: Path) -> Path:
     sections += in_simulator(folder)
     sections += [_curves(found), _importances(found), _slices(found), _parallel(found), _front(found)]
     if found.best:
-        sections += _actions(found)
+        sections += _actions(found, say)
     sections += [_cost(found), _table(found), _reproduce(found)]
     policy = ", ".join(sorted({r["policy.type"] for r in found.rows if r.get("policy.type")}))
     status = found.summary.get("status", GOING_ON)
@@ -160,7 +201,7 @@ def _tiles(found: Found) -> list[tuple[str, str, str]]:
             change = f"{mean / theirs - 1 if theirs else 0.0:+.1%}"
             if found.higher:
                 change = f"{100 * (mean - theirs):+.1f} points"
-            tiles.insert(1, ("against the published recipe", change, f"it has {short(theirs)}"))
+            tiles.insert(1, ("against the baseline", change, f"it has {short(theirs)}"))
     if "wall_s" in found.summary:
         tiles.append(("time", duration(found.summary["wall_s"]), f"{found.steps} steps in full"))
     if saved := _saved_steps(found):
@@ -184,15 +225,15 @@ def _saved_steps(found: Found) -> int:
 
 def _against_published(found: Found) -> Section:
     best, published = found.best, found.published
-    both = [("best", best)] + ([("published", published)] if published and published is not best else [])
+    both = [("best", best)] + ([("baseline", published)] if published and published is not best else [])
     values = [v for _, row in both for v in found.seeds(row)]
-    names = [kind for kind, _ in both]
+    names = [name for name, _ in both]
     chart = Chart(
         values, names, title=found.metric, x_label=found.metric, width=480, height=70 + 44 * len(both)
     )
-    for name, (kind, row) in zip(names, both, strict=True):
+    for name, row in both:
         for value in found.seeds(row):
-            chart.dot(value, name, kind, f"trial {row['trial']}: {short(value)}", 5)
+            chart.dot(value, name, found.kind(row), f"trial {row['trial']}: {short(value)}", 5)
     seeds = max(len(found.seeds(row)) for _, row in both)
     on = (
         "in the same episodes of the simulator"
@@ -201,42 +242,48 @@ def _against_published(found: Found) -> Section:
     )
     texts = [f"Both were trained for the same number of steps and scored {on}."]
     if not published:
-        texts = ["The published recipe was not trained to its end."]
+        texts = ["The baseline (trial 0) was not trained to its end."]
     texts.append(
         f"Each dot is one of {seeds} seeds." if seeds > 1
         else "One seed each, so this says nothing about chance: --tune.seeds=3 does."
     )  # fmt: skip
     if published is best:
-        texts = ["The published recipe is the best that was found."]
+        texts = ["The baseline is the best that was found."]
     rows = [
         [c, short(_number(best[c])), *([short(_number(published[c]))] if published else [])]
         for c in found.searched
         if not published or best[c] != published[c]
     ]
-    head = ["parameter", "best", *(["published"] if published else [])]
-    return Section("Best against published", texts, figures=[chart.svg()], head=head, rows=rows)
+    head = ["parameter", "best", *(["baseline"] if published else [])]
+    return Section("Best against the baseline", texts, figures=[chart.svg()], head=head, rows=rows)
 
 
 def _curves(found: Found) -> Section | None:
     curves = {}
     for row in found.back_to_front():
         records = read_metrics(trial_dir(found.folder, trial_name(int(row["trial"]))))
-        curves[row["trial"]] = [(r["step"], r[found.metric]) for r in records if found.metric in r]
+        known = (r for r in records if isinstance(r.get(found.metric), int | float))
+        curves[row["trial"]] = [(r["step"], r[found.metric]) for r in known]
     points = [point for curve in curves.values() for point in curve]
     if not points:
         return None
-    chart = Chart([x for x, _ in points], [y for _, y in points], title=f"{found.metric} of all trials",
-                  x_label="step", y_label=found.metric, width=960, height=400)  # fmt: skip
-    for row in found.back_to_front():
-        curve, kind = curves[row["trial"]], found.kind(row)
-        if curve:
-            chart.line(*zip(*curve, strict=True), kind, found.tip(row))
-            mark = chart.cross if row["state"] == "PRUNED" else chart.dot
-            mark(*curve[-1], kind, found.tip(row))
+
+    def draw(width: int) -> str:
+        chart = Chart(*zip(*points, strict=True), title=f"{found.metric} of all trials",
+                      x_label="step", y_label=found.metric, width=width, height=400)  # fmt: skip
+        for row in found.back_to_front():
+            if curve := curves[row["trial"]]:
+                chart.line(*zip(*curve, strict=True), found.kind(row), found.tip(row))
+        for row in found.back_to_front():  # on top of all lines
+            if curve := curves[row["trial"]]:
+                mark = chart.cross if row["state"] == "PRUNED" else chart.dot
+                mark(*curve[-1], found.kind(row), found.tip(row))
+        return chart.svg()
+
     texts = [
         "A cross marks where a trial was given up. A finger or the mouse on a line tells which trial it is."
     ]
-    return Section("Learning curves", texts, found.keys(), wide=chart.svg())
+    return Section("Learning curves", texts, found.keys(), wide=draw(960), narrow=draw(NARROW))
 
 
 def _importances(found: Found) -> Section | None:
@@ -272,7 +319,9 @@ def _parallel(found: Found) -> Section | None:
     columns = {c: [_number(r[c]) if r[c] else None for r in rows] for c in chosen}
     columns[found.metric] = [found.value(r) for r in rows]
     lines = [(n, found.kind(r), found.tip(r)) for n, r in enumerate(rows)]
-    return Section("All at once", keys=found.keys(), wide=parallel(columns, lines, "Parallel coordinates"))
+    title, few = "Parallel coordinates", {c: columns[c] for c in (*chosen[:2], found.metric)}
+    wide, narrow = parallel(columns, lines, title), parallel(few, lines, title, NARROW)
+    return Section("All at once", keys=found.keys(), wide=wide, narrow=narrow)
 
 
 def _front(found: Found) -> Section | None:
@@ -301,14 +350,13 @@ def _front(found: Found) -> Section | None:
     return Section("Trade-off", [text], [("best", "on the front")], [chart.svg()])
 
 
-def _actions(found: Found) -> list[Section]:
-    try:
-        checkpoint = pretrained_dir(found.folder / BEST_DIR / "checkpoint")
-    except InputError:
+def _actions(found: Found, say: Callable[[str], None]) -> list[Section]:
+    checkpoint = found.folder / BEST_DIR / "checkpoint" / "pretrained_model"
+    if not checkpoint.is_dir():
         return [
             Section("Predicted against recorded actions", ["Not shown: the best trial left no checkpoint."])
         ]
-    return actions(checkpoint)
+    return actions(found.folder, checkpoint, say)
 
 
 def _cost(found: Found) -> Section:

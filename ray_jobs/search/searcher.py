@@ -25,6 +25,7 @@ from ray.tune.search import Searcher
 
 from ray_jobs.engine.errors import INTERRUPTED
 from ray_jobs.engine.faults import why
+from ray_jobs.search.files import trial_name
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.space import SearchSpace, flags
 from ray_jobs.search.study import (
@@ -43,7 +44,6 @@ from ray_jobs.search.study import (
     finished,
     repeats_cost,
     repeats_of,
-    trial_name,
     trials_of,
 )
 from ray_jobs.search.trial import ENDED
@@ -221,6 +221,8 @@ class StudySearch(Searcher):
         self.given_up = self.given_up or self.deaths_in_a_row >= DEATHS
         self.stopping = self.stopping or self.given_up
         values = [result.get(name) for name in self.options.metrics]
+        if status in ENDED and None in values:
+            status, reason = "failed", f"it has no {self.options.metric}"
         event = {
             "kind": "ended",
             "trial": trial_name(trial.number, repeat),
@@ -248,7 +250,7 @@ class StudySearch(Searcher):
             for name, value in noted.items():
                 if value is not None:
                     trial.set_user_attr(name, value)
-            if status == "failed" or (status in ENDED and None in values):
+            if status == "failed":
                 self.study.tell(trial, state=TrialState.FAIL)
             elif status == "pruned":
                 self.study.tell(trial, state=TrialState.PRUNED)

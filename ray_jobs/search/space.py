@@ -1,24 +1,21 @@
-"""Declared search spaces as Optuna knows them: parameters, what follows from them, and configurations.
+"""Declared search spaces: parameters, what follows from them, and configurations.
 
-`space_file` reads one from YAML.
+`space_file` reads one from YAML. Optuna, whose import takes 0.4 s, is not needed to check one.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    IntDistribution,
-)
-from optuna.trial import BaseTrial
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.search import constraints
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import BaseTrial
 
 POLICY_TYPE, PRETRAINED = "policy.type", "policy.path"  # a pretrained policy brings its type along
 CHUNK = ("policy.chunk_size", "policy.horizon", "policy.n_obs_steps")  # what the length of a chunk depends on
@@ -26,18 +23,91 @@ Config = dict[str, Any]  # flag -> value
 
 
 @dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included; whole numbers alone where all of it is `int`."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if isinstance(self.low, int) and value != int(value):
+            return False
+        # Nor must it lie on the grid: a value off it can be enqueued, and will be tried as it is.
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
 class Parameter:
-    """One entry below `search`: drawn from a distribution, or derived from another flag."""
+    """One entry below `search`: drawn from a range or from choices, or derived from another flag."""
 
     flag: str
     line: int
-    distribution: BaseDistribution | None = None
+    drawn: Range | tuple | None = None
     source: str | None = None
     """The flag it is derived from."""
     factor: float | None = None
-    """What the source is multiplied by; None takes it as it is. A whole number stays one."""
+    """What the source is multiplied by; None takes it as it is."""
+    whole: bool | None = None
+    """Whether a multiple is rounded. None: as its source is."""
     when: dict[str, list] = field(default_factory=dict)
     """Values that other flags must have for the parameter to exist."""
+
+    @property
+    def sources(self) -> list[str]:
+        """The flags that it depends on."""
+        return [*([self.source] if self.source else []), *self.when]
+
+    @property
+    def ends(self) -> list:
+        """The ends of its range, or all of its choices."""
+        return [self.drawn.low, self.drawn.high] if isinstance(self.drawn, Range) else list(self.drawn)
+
+    def allows(self, value: Any) -> bool:
+        """Whether it can be drawn."""
+        if isinstance(self.drawn, Range):
+            return value in self.drawn
+        return encoded(value) in [encoded(choice) for choice in self.drawn]
+
+    @property
+    def distribution(self) -> "BaseDistribution | None":
+        """As Optuna knows it."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.drawn is None:
+            return None
+        if not isinstance(self.drawn, Range):
+            return CategoricalDistribution([encoded(choice) for choice in self.drawn])
+        low, high, log, step = (getattr(self.drawn, name) for name in ("low", "high", "log", "step"))
+        if isinstance(low, int):
+            return IntDistribution(low, high, log=log, step=step or 1)
+        return FloatDistribution(low, high, log=log, step=step)
+
+    def suggest(self, trial: "BaseTrial", name: str) -> Any:
+        """Draw a value through an Optuna trial."""
+        if not isinstance(self.drawn, Range):
+            # Found by its place: a list goes in as JSON, but not all that looks like JSON is a list.
+            choices = [encoded(choice) for choice in self.drawn]
+            return self.drawn[choices.index(trial.suggest_categorical(name, choices))]
+        d = self.drawn
+        suggest = trial.suggest_int if isinstance(d.low, int) else trial.suggest_float
+        return suggest(name, d.low, d.high, log=d.log, **({"step": d.step} if d.step else {}))
+
+    def derived(self, value: Any) -> Any:
+        """Its value where its source has this one.
+
+        Raises:
+            TypeError: That can't be multiplied.
+        """
+        if self.factor is None:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(value)
+        whole = isinstance(value, int) if self.whole is None else self.whole
+        return round(value * self.factor) if whole else value * self.factor
 
 
 @dataclass(frozen=True)
@@ -50,6 +120,7 @@ class Space:
     parameters: tuple[Parameter, ...]
     constraints: tuple[tuple[int, str], ...]  # (line, expression)
     lines: dict[str, int]  # flag -> line, for messages
+    notices: tuple[str, ...] = ()
 
     def configure(self, choose: Callable[[Parameter], Any], fixed: Config) -> Config:
         """A configuration: `fixed` flags (typed by the user), else what `choose` says, else the baseline's.
@@ -65,27 +136,28 @@ class Space:
         for parameter in searched:
             if any(values.get(flag) not in allowed for flag, allowed in parameter.when.items()):
                 continue
-            if parameter.distribution is not None:
+            if parameter.drawn is not None:
                 values[parameter.flag] = choose(parameter)
             elif parameter.source in values:
                 value = values[parameter.source]
-                if parameter.factor is not None:
-                    if isinstance(value, bool) or not isinstance(value, int | float):
-                        raise self.error(
-                            parameter.flag, f"{parameter.flag}: {parameter.source}={value} cannot be scaled."
-                        )
-                    scaled = value * parameter.factor
-                    value = round(scaled) if isinstance(value, int) else scaled
-                values[parameter.flag] = value
+                try:
+                    values[parameter.flag] = parameter.derived(value)
+                except TypeError:
+                    told = f"{parameter.flag}: {parameter.source}={value} cannot be scaled."
+                    raise self.error(parameter.flag, told) from None
         return values
 
     def kind(self, fixed: Config) -> Config:
         """The flag that says which policy this is, where --policy.path does not."""
-        return {} if PRETRAINED in fixed else {POLICY_TYPE: self.policy}
+        return {} if PRETRAINED in fixed or PRETRAINED in self.baseline else {POLICY_TYPE: self.policy}
 
-    def published(self, fixed: Config) -> Config:
-        """The baseline: the published recipe."""
+    def first(self, fixed: Config) -> Config:
+        """The baseline, which is tried first."""
         return self.configure(lambda parameter: self.baseline[parameter.flag], fixed)
+
+    def without(self, flags: set[str]) -> "Space":
+        """The space in which some flags are not searched: they are what the baseline says."""
+        return replace(self, parameters=tuple(p for p in self.parameters if p.flag not in flags))
 
     def violated(self, config: Config) -> str | None:
         """The constraint that a configuration breaks, if there is one."""
@@ -100,8 +172,8 @@ class Space:
     def corners(self, fixed: Config) -> Iterator[tuple[str, Config]]:
         """Configurations at the ends of every range and at every choice, the rest as in the baseline; then all
         lows and all highs. Each with the flag (or the section) that is to blame if it will not do."""
-        drawn = [p for p in self.parameters if p.distribution is not None and p.flag not in fixed]
-        ends = {p.flag: _ends(p.distribution) for p in drawn}
+        drawn = [p for p in self.parameters if p.drawn is not None and p.flag not in fixed]
+        ends = {p.flag: p.ends for p in drawn}
         for parameter in drawn:
             for value in ends[parameter.flag]:
                 changed = {**self.baseline, parameter.flag: value}
@@ -114,7 +186,7 @@ class Space:
     def chunk_corners(self, fixed: Config) -> Iterator[Config]:
         """Configurations at all combinations of the ends of what the length of a policy's chunk depends on, the rest as
         in the baseline. Some may break a constraint, or be none."""
-        ends = {p.flag: _ends(p.distribution) for p in self.parameters if p.distribution is not None}
+        ends = {p.flag: p.ends for p in self.parameters if p.drawn is not None}
         drawn = [flag for flag in CHUNK if flag in ends and flag not in fixed]
         for values in itertools.product(*(ends[flag] for flag in drawn)):
             changed = {**self.baseline, **dict(zip(drawn, values, strict=True))}
@@ -136,26 +208,19 @@ class SearchSpace:
     spaces: tuple[Space, ...]
     fixed: Config
 
-    def suggest(self, trial: BaseTrial) -> tuple[Space, Config]:
+    def suggest(self, trial: "BaseTrial") -> tuple[Space, Config]:
         """Draw a configuration through an Optuna trial."""
         names = [space.policy for space in self.spaces]
         number = names.index(trial.suggest_categorical(POLICY_TYPE, names)) if len(names) > 1 else 0
         space = self.spaces[number]
-
-        def choose(parameter: Parameter) -> Any:
-            name, d = self.parameter_name(space, parameter.flag), parameter.distribution
-            if isinstance(d, CategoricalDistribution):
-                return _decoded(trial.suggest_categorical(name, d.choices))
-            suggest = trial.suggest_int if isinstance(d, IntDistribution) else trial.suggest_float
-            return suggest(name, d.low, d.high, log=d.log, **({} if d.log else {"step": d.step}))
-
+        choose = lambda p: p.suggest(trial, self.parameter_name(space, p.flag))  # noqa: E731
         return space, space.configure(choose, self.fixed)
 
     def baselines(self) -> list[dict[str, Any]]:
-        """Optuna parameters of the published recipes, to be enqueued as the first trials."""
+        """Optuna parameters of the baselines, to be enqueued as the first trials."""
         return [
             {self.parameter_name(space, p.flag): encoded(space.baseline[p.flag]) for p in space.parameters
-             if p.distribution is not None and p.flag in space.baseline and p.flag not in self.fixed}
+             if p.drawn is not None and p.flag in space.baseline and p.flag not in self.fixed}
             | ({POLICY_TYPE: space.policy} if len(self.spaces) > 1 else {})
             for space in self.spaces
         ]  # fmt: skip
@@ -211,38 +276,17 @@ def encoded(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _decoded(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
-
-
 def _from(values: Config, ends: dict[str, list]) -> Callable[[Parameter], Any]:
-    return lambda p: values[p.flag] if p.flag in values else ends.get(p.flag, _ends(p.distribution))[0]
-
-
-def _ends(distribution: BaseDistribution) -> list:
-    if isinstance(distribution, CategoricalDistribution):
-        return [_decoded(choice) for choice in distribution.choices]
-    return [distribution.low, distribution.high]
-
-
-def inside(distribution: BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution):
-        return encoded(value) in distribution.choices
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if isinstance(distribution, IntDistribution) and value != int(value):
-        return False
-    # Not Optuna's `_contains`: a value off the grid can be enqueued, and will be tried as it is.
-    return distribution.low <= value <= distribution.high
+    return lambda p: values[p.flag] if p.flag in values else ends.get(p.flag, p.ends)[0]
 
 
 def words(parameter: Parameter) -> str:
-    d = parameter.distribution
-    if isinstance(d, CategoricalDistribution):
-        text = " | ".join(flag_text(choice) for choice in d.choices)
-    elif d is not None:
-        step = f" step {d.step:g}" if d.step not in (None, 1) else ""
-        text = f"{d.low:g} to {d.high:g}{' log' if d.log else ''}{step}"
+    drawn = parameter.drawn
+    if isinstance(drawn, Range):
+        step = f" step {drawn.step:g}" if drawn.step not in (None, 1) else ""
+        text = f"{drawn.low:g} to {drawn.high:g}{' log' if drawn.log else ''}{step}"
+    elif drawn is not None:
+        text = " | ".join(flag_text(choice) for choice in drawn)
     else:
         text = parameter.source if parameter.factor is None else f"{parameter.factor:g} x {parameter.source}"
     for flag, allowed in parameter.when.items():

@@ -11,14 +11,14 @@ import os
 import platform
 import shutil
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_jobs.engine import surroundings
+from ray_jobs.engine.busy import busy
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.driver import ERROR_LOG
 from ray_jobs.engine.errors import (
     INTERRUPTED,
     PREEMPTED,
@@ -29,23 +29,16 @@ from ray_jobs.engine.errors import (
     StorageLost,
     no_room,
 )
-from ray_jobs.engine.meters import METRIC
+from ray_jobs.engine.imports import without
 from ray_jobs.engine.options import OPTIONS_FILE
+from ray_jobs.engine.records import METRIC, read_metrics, read_summary
+from ray_jobs.engine.workers import ERROR_LOG
+from ray_jobs.search.files import trial_place
 
 if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
-TRIALS_DIR = "trials"
 ENDED = ("finished", "stopped early")  # how a run ends that was trained as far as it was to be
-
-
-def trial_dir(output_dir: Path, name: str) -> Path:
-    return output_dir / TRIALS_DIR / name
-
-
-def trial_place(search: str, name: str) -> str:
-    """A trial's `--output_dir`, below that of its search: a folder or an address in a bucket."""
-    return f"{search}/{TRIALS_DIR}/{name}"
 
 
 def trial_flags(base: list[str], config: dict, search: str, begun: bool) -> list[str]:
@@ -78,6 +71,8 @@ def run_trial(
     metrics: list[str],
     each: Share,
     trials: int,
+    unneeded: tuple[str, ...],
+    paths: dict[str, str],
     line,
 ) -> None:
     """Train one configuration; reports to Ray Tune at every validation, and how it ended.
@@ -91,11 +86,14 @@ def run_trial(
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
         trials: How many will read the data: whether to keep its frames depends on it.
+        unneeded: Packages that the trials do without (see `imports`).
+        paths: Of the driver's environment (see `surroundings`).
         line: Handle of the search's `line.Line`.
     """
+    surroundings.take_over(paths)
     quiet()
     os.environ["WANDB_RUN_GROUP"] = group
-    with no_garbage_collection():
+    with no_garbage_collection(), without(unneeded):
         import ray
         import torch
         from ray import tune
@@ -104,11 +102,12 @@ def run_trial(
         from ray_jobs.engine.bucket import is_uri
         from ray_jobs.engine.driver import train_here, train_on_workers
         from ray_jobs.engine.explain import first_line
-        from ray_jobs.engine.faults import Preempted
+        from ray_jobs.engine.faults import Preempted, comes_again
         from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
-        from ray_jobs.engine.workers import listen_for_stop, teller
+        from ray_jobs.engine.workers import keep_error, listen_for_stop, teller
 
-    place, pruned, values = trial_place(search, config["trial"]), False, {}
+    tell_tune = busy("waiting for Ray Tune")(tune.report)  # which decides what comes next
+    place, pruned, values, reached = trial_place(search, config["trial"]), False, {}, None
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
     node = ray.get_runtime_context().get_node_id()
     asked_to_stop, tell, hear = listen_for_stop(line, node), teller(line), lambda event: None
@@ -116,40 +115,41 @@ def run_trial(
     times = {"slot": f"{platform.node()}:{os.getpid()}", "begun": time.time()}
 
     def report(event: dict) -> None:
-        nonlocal pruned
+        nonlocal pruned, reached
+        reached = event.get("step", reached)
         hear(event)
         if event["kind"] in ("start", "step"):
             times.setdefault(event["kind"], time.time())
         tell({**event, "trial": config["trial"]})
         if event["kind"] == "eval" and not pruned and all(name in event for name in metrics):
             values.update((key, event[key]) for key in ("step", *metrics))
-            tune.report({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
+            tell_tune({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
             pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
 
     def patient[Result](use: Callable[[], Result]) -> Result:
         passing = lambda error: storage_may_return(error) or may_pass(error)  # noqa: E731
         tell_of_storage = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
-        return patiently(use, place, tell_of_storage, doing="used", passing=passing)
+        return patiently(use, place, tell_of_storage, doing="used", passing=passing, stop=asked_to_stop)
 
     try:
         # Drawn before the search was told to end, or given up when its slot died.
         if reason := ray.get(line.why_stopped.remote(config["trial"])):
-            return tune.report({"status": reason})
+            return tell_tune({"status": reason})
         if asked_to_stop() == PREEMPTED:  # the slot is one that had waited there for a trial
             raise Preempted()
         try:
             patient(check)
         except RunError as error:  # other trials would fail here one after the other
             ray.get(line.fail.remote(error))
-            return tune.report({"status": INTERRUPTED})
+            return tell_tune({"status": INTERRUPTED})
         recipe = patient(lambda: _prepare(base, config, search, folder))
         for record in validations(folder, metrics):  # of a copy, the study may know less than this
-            tune.report({key: record[key] for key in ("step", *metrics)})
+            tell_tune({key: record[key] for key in ("step", *metrics)})
         if recipe is None:  # its slot died before it could tell
-            return tune.report({**_ended(folder), **best_values(folder, metrics)})
+            return tell_tune({**_ended(folder), **best_values(folder, metrics)})
         if reason := ray.get(line.why_stopped.remote(config["trial"])):  # by what it has just told, say
-            return tune.report({"status": reason, **best_values(folder, metrics)})
-        recipe.trainings, recipe.gpu_share = trials, min(1.0, each.gpus)
+            return tell_tune({"status": reason, **best_values(folder, metrics)})
+        recipe.trainings, recipe.gpu_share, recipe.unneeded = trials, min(1.0, each.gpus), unneeded
         recipe.run = place  # not of another run: who may search there is decided by the search's own lock
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         should_stop = lambda: PRUNED if pruned else asked_to_stop()  # noqa: E731
@@ -166,7 +166,7 @@ def run_trial(
     except (StorageFull, StorageLost) as error:
         # Nothing is wrong with the trial; it goes on when the search does.
         ray.get(line.fail.remote(error))
-        return tune.report({"status": INTERRUPTED})
+        return tell_tune({"status": INTERRUPTED})
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
     except Preempted:
@@ -174,19 +174,17 @@ def run_trial(
     except Exception as error:
         if no_room(error):
             ray.get(line.fail.remote(StorageFull(f"{place}: {first_line(error)}")))
-            return tune.report({"status": INTERRUPTED})
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ERROR_LOG).write_text(traceback.format_exc())
-        if is_uri(place):
-            mirror.send(place, ERROR_LOG, folder / ERROR_LOG)
+            return tell_tune({"status": INTERRUPTED})
+        keep_error(folder, place if is_uri(place) else None, error)
+        again = comes_again(error, reached, config["trial"], line)
         # After an error of its GPU a process can't use it any more, and storage may be back: Ray Tune tries another process.
-        if isinstance(error, torch.AcceleratorError) or may_pass(error):
+        if not again and (isinstance(error, torch.AcceleratorError) or may_pass(error)):
             raise
         result = {"status": "failed", "reason": f"{type(error).__name__}, see {place}/{ERROR_LOG}"}
     if is_uri(place) and result["status"] != "failed":
         shutil.rmtree(folder, ignore_errors=True)  # all of it is in the bucket
     _free()
-    tune.report({**result, "times": {**times, "end": time.time()}})
+    tell_tune({**result, "times": {**times, "end": time.time()}})
 
 
 def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recipe | None":
@@ -213,10 +211,8 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recip
 
 
 def validations(folder: Path, metrics: list[str]) -> list[dict]:
-    """The records of a run's metrics.jsonl that have all of `metrics`."""
-    from ray_jobs.engine.tracking import read_metrics
-
-    return [record for record in read_metrics(folder) if all(name in record for name in metrics)]
+    """The records of a run's metrics.jsonl that have numbers for all of `metrics`."""
+    return [r for r in read_metrics(folder) if all(r.get(name) is not None for name in metrics)]
 
 
 def best_values(folder: Path, metrics: list[str]) -> dict:
@@ -242,12 +238,8 @@ def ranked_links(metrics: list[str]) -> tuple[str, ...]:
 
 def _ended(folder: Path) -> dict | None:
     """How a run has ended, if it has been trained to its end."""
-    from ray_jobs.engine.tracking import SUMMARY_FILE, read_json
-
-    if not (folder / SUMMARY_FILE).is_file():
-        return None
-    summary = read_json(folder / SUMMARY_FILE)
-    return _outcome(summary) if summary["status"] in ENDED else None
+    summary = read_summary(folder)
+    return _outcome(summary) if summary.get("status") in ENDED else None
 
 
 def _outcome(summary: dict) -> dict:

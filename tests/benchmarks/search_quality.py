@@ -37,11 +37,11 @@ from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
+from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import steps_between
 from ray_jobs.search.space import SearchSpace
 from ray_jobs.search.space_file import read_space
-from ray_jobs.search.study import make_sampler
 
 HERE = Path(__file__).parent
 TABLES = {name: HERE / f"act_trials_{name}.json" for name in ("demo", "real")}
@@ -55,7 +55,7 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.rows = json.loads(path.read_text())
         self.space = SearchSpace((read_space(HERE / "table_space.yaml"),), {})
-        self.parameters = [p for p in self.space.spaces[0].parameters if p.distribution is not None]
+        self.parameters = [p for p in self.space.spaces[0].parameters if p.drawn is not None]
         self.points = [self._point(row["params"]) for row in self.rows]
         self.steps = sorted(int(step) for step in self.rows[0]["values"])
         wanted = steps_between(self.steps[-1])

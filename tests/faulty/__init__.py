@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.utils.checkpoint
 from lerobot.policies.act.modeling_act import ACTPolicy
 from torch import distributed
 
@@ -41,6 +42,21 @@ def stuck(self, batch):
     return forward(self, batch)
 
 
+def wrong(self, batch):
+    """A mistake in somebody's code, at the third batch of every process."""
+    global batches
+    batches += 1
+    if batches >= 3 and FILE.exists():
+        raise TypeError(f"unsupported operand: {object()}")
+    return forward(self, batch)
+
+
+def checkpointed(self, batch):
+    """Stuck where activations are computed again in the backward pass, as large policies do: torch does so in a file called
+    checkpoint.py, too."""
+    return torch.utils.checkpoint.checkpoint(stuck, self, batch, use_reentrant=False)
+
+
 def unreachable(descriptor: int) -> None:
     if FILE.exists():
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -51,5 +67,9 @@ if FAULT in ("gpu", "main"):
     ACTPolicy.forward = exhausted
 if FAULT == "stuck":
     ACTPolicy.forward = stuck
+if FAULT == "wrong":
+    ACTPolicy.forward = wrong
+if FAULT == "checkpointed":
+    ACTPolicy.forward = checkpointed
 if FAULT == "mount":
     os.fsync = unreachable

@@ -1,0 +1,37 @@
+"""Whether a job may begin in a folder: nothing that a user made is overwritten."""
+
+from pathlib import Path
+
+from ray_jobs.engine.errors import InputError
+
+# All that a run leaves that has ended before it began (a worker's node had no data set, say), and what an empty disk has.
+NOTHING = {".driver", ".lock", ".ray", "lost+found"}
+RUN = ("options.json", "checkpoints/[0-9]*")  # what a training leaves that can be continued
+
+
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder is not there, or empty, or nothing was begun in it: a link to such a one, or a disk, will do."""
+    return not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= NOTHING)
+
+
+def check_output_dir(folder: Path, resumable: tuple[str, ...] = ()) -> None:
+    """See that a job can begin in a folder.
+
+    Args:
+        resumable: Patterns of the files by which the job knows what it could continue.
+
+    Raises:
+        InputError: There is something in it, or it is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir={folder}: is a file, not a folder.")
+    try:
+        if holds_nothing(folder):
+            return
+    except OSError as error:
+        raise InputError(f"--output_dir={folder}: cannot be read ({error.strerror}).") from None
+    goes_on = any(next(folder.glob(name), None) for name in resumable)
+    more = ", or --resume=true to continue what is in it" if goes_on else ""
+    raise InputError(
+        f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{more}."
+    )

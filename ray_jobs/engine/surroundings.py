@@ -1,0 +1,248 @@
+"""What a process finds around it: who it is, where it may write, who hears it. Seen to before anything reads it.
+
+Containers run as users that are in no list, with a home that is not there or cannot be written; schedulers close what would be
+printed to; and paths in the environment may be relative, while Ray's workers run in folders of their own.
+"""
+
+import contextlib
+import getpass
+import io
+import os
+import re
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+
+from ray_jobs.engine.errors import InputError
+
+# All that LeRobot, and what it stands on, take for a file or a folder.
+PATHS = (
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "HF_ASSETS_CACHE",
+    "HF_DATASETS_CACHE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_LEROBOT_HOME",
+    "HF_TOKEN_PATH",
+    "HF_XET_CACHE",
+    "HOME",
+    "HUGGINGFACE_HUB_CACHE",
+    "MPLCONFIGDIR",
+    "NETRC",
+    "PGPASSFILE",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_JOBS_CACHE",
+    "RAY_TMPDIR",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_FILE",
+    "TMPDIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_HOME",
+    "TRITON_CACHE_DIR",
+    "WANDB_ARTIFACT_DIR",
+    "WANDB_CACHE_DIR",
+    "WANDB_CONFIG_DIR",
+    "WANDB_DATA_DIR",
+    "WANDB_DIR",
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+)
+# Of these, what a worker takes from the driver where its node has none of its own, and has that folder.
+HANDED_ON = (
+    "HF_DATASETS_CACHE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_LEROBOT_HOME",
+    "RAY_JOBS_CACHE",
+    "TORCH_HOME",
+)
+WRITTEN = ("HF_DATASETS_CACHE", "RAY_JOBS_CACHE")  # by every training; into the others goes what is fetched
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which `ray job submit` (2.60) sets for what it runs
+HAS_OUTPUT = (
+    "train",
+    "tune",
+    "evaluate",
+    "demo",
+)  # jobs with an --output_dir of their own, below this folder
+
+
+def settle() -> None:
+    """Give this process a name, a home and folders that it may write, and make paths in its environment absolute."""
+    for name in PATHS:
+        value = os.environ.get(name)
+        if value == "":
+            del os.environ[name]  # is no path; huggingface_hub would take this folder for it
+        elif value is not None and not os.path.isabs(value):
+            os.environ[name] = os.path.abspath(os.path.expanduser(value))
+    try:
+        getpass.getuser()  # torch names a folder after it when it is imported
+    except (KeyError, OSError):
+        os.environ["USER"] = os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(_refuge())
+    _caches()
+
+
+def _caches() -> None:
+    """Have what must be written written elsewhere, where the usual folder cannot be: else whatever is read first is blamed."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    usual = {
+        "HF_DATASETS_CACHE": hub / "datasets",
+        "RAY_JOBS_CACHE": cache / "ray_jobs",
+        "HF_HUB_CACHE": os.environ.get("HUGGINGFACE_HUB_CACHE") or hub / "hub",
+        "HF_LEROBOT_HOME": hub / "lerobot",
+        "HF_XET_CACHE": hub / "xet",
+        "TORCH_HOME": cache / "torch",
+        "TRITON_CACHE_DIR": Path.home() / ".triton" / "cache",
+        "MPLCONFIGDIR": config / "matplotlib",
+        "WANDB_CACHE_DIR": cache / "wandb",
+        "WANDB_CONFIG_DIR": config / "wandb",
+    }
+    moved = {}
+    for name, place in usual.items():
+        place = Path(os.environ.get(name) or place)
+        if not _writable(place) and (name in WRITTEN or not place.exists()):
+            moved[name] = place
+    if not moved:
+        return
+    refuge = _refuge()
+    for name in moved:
+        os.environ[name] = str(refuge / name.lower())
+    written = " and ".join(str(moved[name]) for name in WRITTEN if name in moved) or str(cache)
+    print(
+        f"{written} cannot be written: caches are in {refuge} for this time. {', '.join(moved)} in the environment move "
+        "them, or XDG_CACHE_HOME and HF_HOME as a whole.",
+        file=sys.stderr,
+    )
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _refuge() -> Path:
+    """A folder of this user's alone, the same in every process, for want of another."""
+    folder = Path(tempfile.gettempdir()) / f"ray_jobs-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if not folder.is_symlink() and folder.stat().st_uid == os.getuid():
+            return folder
+    return Path(tempfile.mkdtemp(prefix="ray_jobs-"))
+
+
+def place_token() -> None:
+    """Give Ray a token for a cluster of our own where it cannot write one (2.60 writes it to ~/.ray/auth_token, and does not
+    start without)."""
+    usual = Path.home() / ".ray" / "auth_token"
+    if (
+        {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+        or usual.exists()
+        or _writable(usual.parent)
+    ):
+        return
+    place = _refuge() / "auth_token"
+    with contextlib.suppress(FileExistsError):
+        with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(place)
+
+
+def handed_on() -> dict[str, str]:
+    """What a worker shall `take_over`."""
+    return {name: os.environ[name] for name in HANDED_ON if name in os.environ}
+
+
+def take_over(paths: dict[str, str]) -> None:
+    """On a worker: the driver's paths, where this node has none of its own. (A Ray that the driver has started has them
+    anyway; one that was joined has the environment of its `ray start`.)"""
+    for name, value in paths.items():
+        if name not in os.environ and os.path.isdir(value):
+            os.environ[name] = value
+
+
+# ---------------------------------------------------------------------- a submitted job
+
+
+def check_submitted(job: str, words: list[str]) -> None:
+    """Refuse relative places to write to in a job of `ray job submit`: it runs in a folder of Ray's own, a copy of the one
+    that was submitted, which goes with the session.
+
+    Args:
+        job: Its name, as `train`.
+        words: Its command line.
+
+    Raises:
+        InputError: There are some.
+    """
+    if SUBMITTED not in os.environ:
+        return
+    from ray_jobs.engine.options import read_flags
+
+    flags = {}
+    with contextlib.suppress(InputError):  # the job says it
+        flags, _ = read_flags(words[1:] if job == "cache" else words)
+    if {"help", "h", "dry-run", "tune.dry_run"} & set(flags) or "-h" in words:
+        return
+    places = {
+        f"--{name}": flags[name] for name in ("output_dir", "config_path", "data.cache") if name in flags
+    }
+    if places.get("--data.cache", "").lower() in ("auto", "off", "false", "no"):
+        del places["--data.cache"]
+    if re.match(r"(sqlite(\+\w+)?:///|journal://)(?!/)", flags.get("tune.storage", "")):
+        places["--tune.storage"] = flags["tune.storage"]
+    places |= {name: os.environ[name] for name in PATHS if os.environ.get(name)}
+    wrong = [f"{name}={value}" for name, value in places.items() if not _is_absolute(value)]
+    if job in HAS_OUTPUT and not {"output_dir", "config_path"} & set(flags):
+        wrong.insert(0, "no --output_dir")
+    if wrong:
+        raise InputError(
+            f"{', '.join(wrong)}: a submitted job runs in a folder of Ray's own, which goes with it. Give the whole path, "
+            "of a folder that all nodes see, or a bucket's (s3://...)."
+        )
+
+
+def _is_absolute(place: str) -> bool:
+    kind, address, rest = place.partition("://")
+    return rest.startswith("/") or kind not in ("sqlite", "journal") if address else place[:1] in ("/", "~")
+
+
+# ---------------------------------------------------------------------- who hears it
+
+
+class _Unheard(io.FileIO):
+    """Output that nobody may be there to read any more: `| head`, a terminal that was closed, a log on a full disk. What
+    takes hours does not end for it."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def be_heard() -> None:
+    """Let printing never end a job: where an output is closed, cannot be written, or has no letter for what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file to be opened would be it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        was = getattr(sys, name)
+        raw = _Unheard(number, "w", closefd=False)
+        at_once = was is not None and was.write_through
+        how = {"line_buffering": was is not None and was.line_buffering, "write_through": at_once}
+        encoding = "utf-8" if was is None else was.encoding
+        buffer = raw if at_once else io.BufferedWriter(raw)
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", **how))

@@ -1,0 +1,60 @@
+"""What can be said of a search's command line, and of its spaces, before torch, LeRobot or Ray are imported."""
+
+from collections.abc import Mapping
+
+from ray_jobs.engine.command import check_command
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.flag_table import flags_of
+from ray_jobs.engine.imports import unneeded
+from ray_jobs.engine.options import all_mistakes, asks_to_resume
+from ray_jobs.search.files import SEARCH_FILE
+from ray_jobs.search.options import SearchFlags, parse_search_flags
+from ray_jobs.search.space import Space
+from ray_jobs.search.spaces import read_spaces
+
+
+def check_search(flags: Mapping[str, str]) -> tuple[str, ...]:
+    """Look over the flags of a search, and the spaces that they name.
+
+    Returns:
+        Packages that its trials do without (see `imports`).
+
+    Raises:
+        InputError: All mistakes that show without importing anything.
+    """
+    spaces: list[Space] = []
+    with all_mistakes() as mistakes:
+        checks = [
+            lambda: check_command(
+                {"output_dir": "outputs/search", **flags},
+                flags_of(SearchFlags, ""),
+                resumable=(SEARCH_FILE,),
+                needs_policy=False,
+            ),
+            lambda: parse_search_flags(flags),
+        ]
+        if not asks_to_resume(flags):
+            checks += [lambda: check_steps(flags), lambda: spaces.extend(read_spaces(dict(flags), []).spaces)]
+        for check in checks:
+            try:
+                check()
+            except InputError as error:
+                told = {line for mistake in mistakes for line in mistake.splitlines()}
+                mistakes += [line for line in str(error).splitlines() if line not in told]
+    named = {flag: "" for space in spaces for flag in space.lines}
+    return unneeded([space.policy for space in spaces] or [""], named | flags)
+
+
+def check_steps(flags: Mapping[str, str]) -> None:
+    """See that it is said how long a trial is.
+
+    Raises:
+        InputError: It is not, or no number.
+    """
+    steps = flags.get("steps")
+    if steps is None:
+        raise InputError(
+            "--steps is missing: how long is a trial? With asha most trials get a part of it: a sixth, say."
+        )
+    if not steps.isdigit() or int(steps) < 2:
+        raise InputError(f"--steps={steps}: must be a whole number, at least 2.")

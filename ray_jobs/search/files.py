@@ -1,0 +1,66 @@
+"""Where things lie in a search's folder, and `search.json`, which says what was asked for. Imports nothing large."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_jobs.engine.records import METRIC, Damaged, parse_json
+
+SEARCH_FILE = "search.json"  # the command line of a search, for --resume
+LEFT_OUT = "left_out"  # part of that file
+SPACES_DIR = "search_spaces"  # copies of the space files, for --resume and for the record
+STUDY_FILE, TRIALS_FILE, TRIALS_DIR = "study.db", "trials.csv", "trials"
+BEST_DIR, COMMAND_FILE = "best", "command.sh"
+A_TRIAL = re.compile(r"(\d{4,})(?:-seed(\d+))?")  # the name of its folder: number, and seed of a repetition
+# How a search has ended; a resumed one has not. (It may also have failed, or been interrupted.)
+DONE, TIME_IS_UP, GOING_ON = "done", "time is up", "still going on"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What search.json holds: the flags of a search as they were typed, and the policies of its spaces."""
+
+    flags: dict[str, str]
+    policies: list[str]
+    left_out: list[str]
+    """What the spaces would search for nothing. A search that began before there was this has left out nothing."""
+
+    @property
+    def metrics(self) -> list[str]:
+        return self.flags.get("tune.metric", METRIC).split(",")
+
+
+def read_search(place: Path | str, text: bytes | None = None) -> Asked:
+    """What was asked for in a search.
+
+    Args:
+        place: Its folder, or its address in a bucket.
+        text: Of its search.json, if that is not a file here.
+
+    Raises:
+        Damaged: It is not a search's.
+    """
+    try:
+        text = (Path(place) / SEARCH_FILE).read_bytes() if text is None else text
+        content = parse_json(text, flags=dict, policies=list, left_out=list | None)
+        left_out = content.get(LEFT_OUT) or []
+        for value in (*content["flags"].values(), *content["policies"], *left_out):
+            if not isinstance(value, str):
+                raise ValueError(f"{value!r} is no text")
+    except ValueError as error:
+        raise Damaged(f"{place}/{SEARCH_FILE}", error) from None
+    return Asked(content["flags"], content["policies"], left_out)
+
+
+def trial_name(number: int, repeat: str | None = None) -> str:
+    """What a trial is called in folders and tables; `repeat` is the seed of a finalist's repetition."""
+    return f"{number:04d}-seed{repeat}" if repeat else f"{number:04d}"
+
+
+def trial_dir(output_dir: Path, name: str) -> Path:
+    return output_dir / TRIALS_DIR / name
+
+
+def trial_place(search: str, name: str) -> str:
+    """A trial's `--output_dir`, below that of its search: a folder or an address in a bucket."""
+    return f"{search}/{TRIALS_DIR}/{name}"

@@ -1,0 +1,463 @@
+"""What the program advises is there: every flag, command, package and file in its texts, and what a refusal names is not
+refused itself."""
+
+import ast
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, tiny_act, train_in_process
+from packaging.requirements import Requirement
+from vla import tiny
+
+from ray_jobs import cache, demo, doctor, evaluate, export, train
+from ray_jobs.engine import assets, cluster, flag_table, preflight
+from ray_jobs.engine.command import check_command
+from ray_jobs.engine.console import Display
+from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.flag_table import Flag, flags_of
+from ray_jobs.engine.flags import PLUGINS, check_flags
+from ray_jobs.engine.memory import Memory
+from ray_jobs.engine.options import Options, build, read_flags
+from ray_jobs.engine.output_dir import RUN, check_output_dir
+from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.translations import TRANSLATIONS
+from ray_jobs.search.command import check_search
+from ray_jobs.search.options import SearchFlags, TuneOptions
+
+BUILT = "\0"  # stands for what a text gets while the program runs
+FLAG = re.compile(r"(?<![\w-])--([a-z][\w.\0-]*)(?:=('[^']*'|\[[^\]]*\]|[^\s`'\",;:)|\]]*))?")
+TOOL = re.compile(r"(?<![\w./-])((?:hf|wandb|ray) [a-z][^`\n;]*)")
+JOB = re.compile(r"python -m (ray_jobs[\w.]*)((?:[^\n`\0]|\\\n)*)")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "search_spaces").glob("*.yaml"))]
+OF_OTHERS = {  # flags of other programs, which the test of their commands parses
+    "local-dir": "hf download",
+    "head": "ray start",
+    "dashboard-host": "ray start",
+    "address": "ray start",
+    "node-ip-address": "ray start",
+    "no-wait": "ray job submit",
+    "working-dir": "ray job submit",
+    "logdir": "TensorBoard",
+    "amp": "a benchmark in tests/benchmarks",
+    "generate": "ray get-auth-token",
+    "repo-id": "LeRobot's converter, whose command `test_bad_input` looks up",
+    "root": "LeRobot's converter",
+    "push-to-hub": "LeRobot's converter",
+}
+
+
+def texts_of(file: Path) -> list[tuple[str, str]]:
+    """All texts in a file, with their places. Of Python, the strings without those that describe a function; what is put
+    into one while the program runs is `BUILT`."""
+    if file.suffix != ".py":
+        return [(f"{file.name}:{n}", line) for n, line in enumerate(file.read_text().splitlines(), 1)]
+    found = []
+
+    def visit(node: ast.AST) -> None:
+        where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else BUILT for part in node.values]
+            found.append((where, "".join(parts)))
+            nodes = [part for part in node.values if not isinstance(part, ast.Constant)]
+        else:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append((where, node.value))
+            nodes = list(ast.iter_child_nodes(node))
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+                nodes.remove(node.body[0])
+        for inner in nodes:
+            visit(inner)
+
+    visit(ast.parse(file.read_text()))
+    return found
+
+
+TEXTS = [text for file in sorted((ROOT / "ray_jobs").rglob("*.py")) for text in texts_of(file)]
+TEXTS += [text for file in DOCUMENTS for text in texts_of(file)]
+
+
+def own_flags() -> dict[str, Flag]:
+    """The few that single jobs have beside those of a training."""
+    few = {"help", "dry-run", "json", "measure", "new-space", *export.FLAGS, "checkpoint"}
+    return {
+        **{name: Flag(name, "str") for name in few},
+        **flags_of(demo.DemoOptions, ""),
+        **flags_of(cache.ListOptions, ""),
+        **{rule.flag: Flag(rule.flag, "str") for rule in TRANSLATIONS},
+    }
+
+
+def mistake(name: str, value: str | None, known: dict[str, Flag]) -> str | None:
+    """What is wrong with a flag in a text, as far as it is there before the program runs."""
+    if (name in OF_OTHERS or name.endswith(PLUGINS)) and name not in known:
+        return None
+    if BUILT in name or name not in known:
+        pattern = re.escape(name).replace(BUILT, ".+")
+        group = rf"{pattern}(\..+)?"  # `--peft.*`, `--dataset`
+        return None if any(re.fullmatch(group, flag) for flag in known) else "there is no such flag"
+    value = (value or "").strip("'").rstrip(".")
+    if not value or BUILT in value or value.startswith("\\") or value.strip("[],/").isupper():
+        return None
+    try:
+        known[name].read(value)
+        for config in (Options, SearchFlags):
+            if name in flags_of(config, ""):
+                build(config, {name: value})
+    except (ValueError, InputError) as error:
+        return str(error)
+    return None
+
+
+def test_flags():
+    known = own_flags() | flags_of(Options, "") | flags_of(SearchFlags, "") | flag_table.load().flags()
+    wrong, seen = [], 0
+    for where, text in TEXTS:
+        for found in FLAG.finditer(text):
+            seen += 1
+            if why := mistake(found[1].rstrip(f".-{BUILT}"), found[2], known):
+                wrong.append(f"{where}: {found[0]}: {why}")
+    assert not wrong, "\n".join(wrong)
+    assert seen > 400  # or they are not found any more
+    for text in ("--data.source=lerobot", "--data.cahce=off", "--policy.\0_x=1", "--steps=x"):
+        found = FLAG.search(text)
+        assert mistake(found[1], found[2], known), text
+
+
+# Each job's own look at its command line, before anything is imported.
+LOOKS = {
+    "train": lambda words: check_command(read_flags(words)[0]),
+    "tune": lambda words: check_search(read_flags([word for word in words if word != "--dry-run"])[0]),
+    "doctor": lambda words: check_command(
+        {k: v for k, v in read_flags(words)[0].items() if k not in ("json", "measure")}
+    ),
+    "evaluate": lambda words: _evaluate(read_flags(words)[0]),
+    "cache": lambda words: check_flags(
+        read_flags([word for word in words if word.startswith("--")])[0],
+        flags_of(cache.ListOptions, ""),
+        alone="build" not in words,
+    ),
+    "demo": demo._parse,
+    "report": lambda words: check_flags(
+        read_flags(words)[0], {"output_dir": Flag("output_dir", "str")}, alone=True
+    ),
+    "export": lambda words: check_flags(
+        read_flags(words)[0], {name: Flag(name, "str") for name in export.FLAGS}, alone=True
+    ),
+}
+# What may be wrong with a command out of a text: it names data that are not here, or leaves out what is typed before.
+MEANT = re.compile(r"there is no (such folder|checkpoint)|is missing|already exists|^It can be")
+
+
+def _evaluate(flags: dict[str, str]) -> None:
+    found, output_dir = flags.pop("checkpoint", None), flags.pop("output_dir", None)
+    evaluate._check(found, output_dir, flags, any(name.startswith("env.") for name in flags))
+
+
+def words_of(command: str) -> list[str]:
+    """A command's words, with what it has in brackets, without dots that stand for more."""
+    command = re.sub(r"\\(\n|$)", " ", command).replace("[--", "--").partition(" | ")[0]
+    words = [
+        word.rstrip(",:.)") if word.startswith("--") else word for word in shlex.split(command, comments=True)
+    ]
+    words = [w[:-1] if w.endswith("]") and w.count("[") < w.count("]") else w for w in words]
+    return [word for word in words if word.strip(".]\\") and word[-1] != "="]
+
+
+def test_commands_of_the_jobs():
+    text = (ROOT / "README.md").read_text()
+    commands = [("README.md", found) for found in JOB.finditer(text)]
+    commands += [(where, found) for where, text in TEXTS if ".py" in where for found in JOB.finditer(text)]
+    wrong = []
+    for where, (module, rest) in ((where, found.groups()) for where, found in commands):
+        module = module.rstrip(".")
+        if importlib.util.find_spec(module) is None:
+            wrong.append(f"{where}: there is no {module}")
+        job = module.rpartition(".")[2]
+        if job not in LOOKS or not rest.strip():
+            continue
+        words = words_of(rest)
+        if "--help" in words:
+            continue
+        try:
+            LOOKS[job]([word for word in words if word.startswith("--") or job == "cache"])
+        except InputError as error:
+            wrong += [f"{where}: {line}" for line in str(error).splitlines() if not MEANT.search(line)]
+    assert not wrong, "\n".join(wrong)
+    assert len(commands) > 30
+
+
+def other_programs() -> dict:
+    import ray.scripts.scripts
+    import wandb.cli.cli
+    from huggingface_hub.cli import hf
+
+    return {
+        "hf": hf.app,
+        "wandb": wandb.cli.cli.cli,
+        "ray": ray.scripts.scripts.cli,
+    }
+
+
+def parse_other(programs: dict, command: str) -> None:
+    """Raises what the program's own parser says. One that is only named has no arguments."""
+    import click
+
+    name, *words = shlex.split(command.replace(BUILT, "x"), comments=True)
+    parser = programs[name]
+    while isinstance(parser, click.Group):
+        with parser.make_context(name, words, resilient_parsing=True) as context:
+            name, parser, words = parser.resolve_command(context, words)
+    with contextlib.suppress(click.MissingParameter):
+        parser.make_context(name, words) if words else None
+
+
+def test_commands_of_other_programs():
+    programs, seen = other_programs(), 0
+    for where, text in TEXTS:
+        for found in TOOL.finditer(text):
+            seen += 1
+            try:
+                parse_other(programs, found[1].rstrip("\\ "))
+            except Exception as error:
+                raise AssertionError(f"{where}: {found[1]}: {error}") from error
+    assert seen > 15
+    for command, why in (("hf dowload a/b", "dowload"), ("ray start --haed", "haed")):
+        with pytest.raises(Exception, match=why):
+            parse_other(programs, command)
+
+
+def test_programs_and_modules_of_lerobot():
+    scripts = {e.name for e in importlib.metadata.entry_points(group="console_scripts")}
+    for where, text in TEXTS:
+        for name in re.findall(r"(?<![\w/.-])lerobot-[a-z]+(?:-[a-z]+)*", text):
+            assert name in scripts, f"{where}: {name}"
+        for module in re.findall(r"python -m (lerobot[\w.]*)", text):
+            assert importlib.util.find_spec(module.rstrip(".")), f"{where}: {module}"
+
+
+def test_packages():
+    """Those with a version are the ones that are installed, or that pyproject.toml or cluster.yaml names."""
+    pinned = (ROOT / "pyproject.toml").read_text() + (ROOT / "cluster.yaml").read_text()
+    seen = 0
+    for where, text in TEXTS:
+        for found in re.finditer(r"pip install ((?:'[^'\n]+'|[\w.\[\]=-]+)(?: [\w.-]+==[\w.]+)*)", text):
+            for word in shlex.split(found[1]):
+                if BUILT in word or word.startswith("-") or word == "uv":
+                    continue  # from metadata and sources, see below
+                seen += 1
+                requirement = Requirement(word)
+                if requirement.url:
+                    assert word == shlex.split(export.FORK)[2]  # no registry has it
+                    continue
+                if str(requirement) in pinned:
+                    continue
+                installed = importlib.metadata.distribution(requirement.name)
+                assert requirement.specifier.contains(installed.version), f"{where}: {word}"
+                extras = installed.metadata.get_all("Provides-Extra") or []
+                assert requirement.extras <= set(extras), f"{where}: {word}"
+    assert seen >= 5
+
+
+def test_extras_of_policies():
+    """Those that are advised where a policy's packages are missing are found in LeRobot's sources."""
+    from lerobot.configs.policies import PreTrainedConfig
+
+    from ray_jobs.engine import preflight_policy
+
+    extras = importlib.metadata.metadata("lerobot").get_all("Provides-Extra")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight_policy, "is_package_available", lambda *names: False)
+        for kind in PreTrainedConfig.get_known_choices().values():
+            if kind.__module__.startswith("lerobot."):
+                advised = preflight_policy.missing_packages(kind.__new__(kind))
+                assert set(advised.values()) <= set(extras), (kind, advised)
+
+
+def test_files():
+    for where, text in TEXTS:
+        for name in re.findall(r"search_spaces/\w+\.yaml", text):
+            assert (ROOT / name).is_file(), f"{where}: {name}"
+
+
+# ---------------------------------------------------------------------- what a refusal names is not refused
+
+
+def check(*flags: str) -> None:
+    preflight.check(resolve(flags))
+
+
+def refusal(*flags: str) -> str:
+    with pytest.raises(InputError) as refused:
+        check(*flags)
+    return str(refused.value)
+
+
+def advised_in(message: str, typed: list[str]) -> list[str]:
+    """The flags with values that a refusal names, beside those that it repeats."""
+    words = shlex.split(re.sub(r"(?<=\w)'(?=\w)", "’", message))
+    words = [word.rstrip(".,;:)") for word in words if word.startswith("--") and "=" in word]
+    repeated = {f"--{name}={value}" for name, value in read_flags(typed)[0].items()}
+    return [word for word in words if word not in repeated]
+
+
+REFUSED = {
+    "upload": ["--policy.push_to_hub=true"],
+    "validation without episodes": ["--eval_steps=1"],
+    "patience without validation": ["--ray.early_stopping=2"],
+    "W&B without a login": ["--wandb.enable=true"],
+    "a simulator beside shares": ["--ray.parallelism=fsdp", "--env.type=part_sorting", "--env_eval_freq=1"],
+    "a backbone without a network": ["--policy.pretrained_backbone_weights=ResNet18_Weights.IMAGENET1K_V1"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_flags_that_a_refusal_names(parts, tmp_path, no_network, monkeypatch, case):
+    """Each of them alone is taken."""
+    monkeypatch.setattr(preflight, "_wandb_login", lambda: False)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    typed = [*tiny_act(parts, tmp_path / "run", f"--assets.dir={tmp_path}"), *REFUSED[case]]
+    advised = advised_in(refusal(*typed), typed)
+    assert advised
+    for flag in advised:
+        check(*typed, flag)
+
+
+def test_cameras_without_statistics(parts, tmp_path):
+    root = shutil.copytree(parts, tmp_path / "set")
+    stats = json.loads((root / "meta/stats.json").read_text())
+    del stats["observation.images.top"]
+    (root / "meta/stats.json").write_text(json.dumps(stats))
+    typed = tiny_act(root, tmp_path / "run")
+    (flag,) = advised_in(refusal(*typed), typed)
+    check(*typed, flag)
+
+
+SAVED = {
+    "act": [],
+    "act with an average": ["--ray.ema=true"],
+    "act on two to three workers": ["--ray.num_workers=2:3"],
+    "act in a simulator": ["--env.type=part_sorting", "--env_eval_freq=1", "--eval.use_async_envs=false"],
+    "smolvla": [],
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_what_makes_memory_less(parts, models, tmp_path, case):
+    flags = tiny(case.split()[0], parts, tmp_path / "run", models, *SAVED[case])
+    recipe = resolve(flags)
+    told = (
+        Memory(weights=10, gradients=10, optimizer=20, activations=0, building=0).savings(recipe).split("; ")
+    )
+    assert ("--ray.parallelism=fsdp --ray.num_workers=2" in told) == (case in ("act", "smolvla"))
+    for change in told:
+        check(*flags, *change.split())
+
+
+def test_adapters_are_advised_where_lerobot_knows_where_to_put_them(run, parts, tmp_path):
+    """Of ACT it does not."""
+    saved = run / "checkpoints/000002/pretrained_model"
+    flags = [f for f in tiny_act(parts, tmp_path / "run") if not f.startswith("--policy.type")]
+    flags.append(f"--policy.path={saved}")
+    told = Memory(weights=10, gradients=10, optimizer=20, activations=0, building=0).savings(resolve(flags))
+    assert "--peft" not in told and "target_modules" in refusal(*flags, "--peft.method_type=LORA")
+
+
+def test_commands_with_a_folder_of_an_odd_name(parts, tmp_path, capsys):
+    """The last screen's command continues the run, and the one that fetches a model puts it where it is looked for."""
+    folder = tmp_path / "second try #2"
+    summary, _ = train_in_process(tiny_act(parts, folder, "--steps=1"))
+    train._last_screen(summary, Display(), 1.0, None)
+    (command,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("continue"))
+    words = shlex.split(command)
+    assert words[1:4] == ["python", "-m", "ray_jobs.train"]
+    summary, _ = train_in_process(words[4:])
+    assert (summary["step"], summary["output_dir"]) == (2, str(folder))
+
+    programs = other_programs()
+    parse_other(programs, assets._command(folder, "google/paligemma-3b-pt-224"))
+    _, _, name, _, place = shlex.split(assets._command(folder, "google/paligemma-3b-pt-224"))
+    Path(place).mkdir(parents=True)
+    assert assets.find(folder, name) == Path(place)
+
+
+def test_what_can_be_continued(run, tmp_path):
+    with pytest.raises(InputError, match="--resume=true"):
+        check_output_dir(run, RUN)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError) as refused:
+        check_output_dir(tmp_path, RUN)
+    assert "--resume" not in str(refused.value)
+    assert "nothing to resume" in refusal("--resume=true", f"--output_dir={tmp_path}")
+
+
+def test_cpus_that_are_left_to_decode(monkeypatch):
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"CPU": 4.0}])
+    monkeypatch.setattr(cluster, "may_grow", lambda: False)
+    for cpus in (1, 2, 4):
+        with pytest.raises(InputError, match="Leave --ray.cpus_per_worker out"):
+            cluster.share(4 // cpus, cpus, 0, "cpu", decoders=True)
+        cluster.share(4 // cpus, None, 0, "cpu", decoders=True)
+    with pytest.raises(InputError, match="Fewer workers"):
+        cluster.share(7, None, 0, "cpu", decoders=True)
+    cluster.share(6, None, 0, "cpu", decoders=True)
+
+
+def test_driver_of_a_database(monkeypatch):
+    """It is advised where it is missing, not where the server is."""
+    from ray_jobs.search.begin import open_study
+
+    storage = "postgresql://me@127.0.0.1:1/studies"
+    plan = SimpleNamespace(
+        options=SimpleNamespace(tune=TuneOptions(storage=storage)), study_name="s", output_dir=Path("s")
+    )
+    with pytest.raises(InputError) as refused:
+        open_study(plan, 0)
+    assert "pip install" not in str(refused.value)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(InputError, match=r"pip install 'psycopg\[binary\]'"):
+        open_study(plan, 0)
+
+
+@pytest.mark.parametrize("shape", [(480, 640), (640, 480), (720, 1280), (300, 280), (1080, 300)])
+def test_size_that_doctor_advises(shape):
+    """It keeps an image's proportions, and is not larger, which is refused."""
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+
+    camera = {"observation.images.top": {"shape": [*shape, 3]}}
+    (text,) = doctor._advice({"cameras": camera}, None, ACTConfig())
+    height, width = json.loads(re.search(r"--data.resize='(.*?)'", text)[1])
+    assert height < shape[0] and width < shape[1]
+    assert height / width == pytest.approx(shape[0] / shape[1], rel=0.01)
+    wide = DiffusionConfig(resize_shape=(96, 2000))
+    assert "2000" not in "".join(doctor._advice({"cameras": camera}, None, wide))
+    depth = {"observation.images.top": {"shape": [*shape, 1], "depth": True}}
+    assert doctor._advice({"cameras": depth}, None, ACTConfig()) == []
+
+
+def test_renaming_is_advised_where_lerobot_renames():
+    """For a policy that is new it refuses to."""
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.envs.configs import EnvConfig
+    from lerobot.policies.act.configuration_act import ACTConfig
+
+    import ray_jobs.part_sorting  # noqa: F401
+    from ray_jobs.engine import simulator
+
+    env = EnvConfig.get_choice_class("part_sorting")()
+    options = simulator.SimulatorOptions(env)
+    other = {"observation.images.other": PolicyFeature(FeatureType.VISUAL, (3, 64, 64))}
+    for start, helps in ((None, False), (Path("base"), True)):
+        policy = ACTConfig(input_features=other, pretrained_path=start)
+        with pytest.raises(InputError) as refused:
+            simulator.check(options, policy, {})
+        assert ("--rename_map" in str(refused.value)) == helps

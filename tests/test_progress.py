@@ -1,0 +1,62 @@
+"""What a search says while it runs, in a log file: something, and nothing twice."""
+
+from ray_jobs.search import progress
+from ray_jobs.search.progress import Progress
+
+
+def lines_of(monkeypatch, capsys, events: dict[int, list[dict]], seconds: int) -> list[str]:
+    """What is printed while a search runs for so long, with events by the second in which they come."""
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    shown = Progress(
+        num_samples=6, steps=100, metric="val/action_error", higher=False, done=0, best=None, slots=2
+    )
+    for _ in range(10 * seconds):
+        for event in events.pop(int(clock.now), []):
+            shown.show(event)
+        shown.refresh()
+        clock.now += 0.1
+    shown.close()
+    return capsys.readouterr().out.splitlines()
+
+
+def begun(trial: str) -> dict:
+    return {"kind": "begun", "trial": trial}
+
+
+def test_until_the_first_step(monkeypatch, capsys):
+    """Every five seconds what is waited for, and for how long already."""
+    events = {
+        21: [begun("0000")],
+        33: [{"kind": "start", "trial": "0000", "start_step": 0}],
+        45: [{"kind": "step", "trial": "0000", "step": 1}],
+    }
+    lines = lines_of(monkeypatch, capsys, events, 45)
+    assert lines[0] == "0/6 trials: starting 2 slot(s) for trials, 5 s so far"
+    assert sum("starting 2 slot(s)" in line for line in lines) == 4
+    assert (
+        "0/6 trials, 1 running: opening the data and building the policy of trial 0000, 9 s so far" in lines
+    )
+    assert "taking the first step of trial 0000" in lines[-1] and len(lines) == 8
+
+
+def test_nothing_is_said_twice(monkeypatch, capsys):
+    """Between two steps that take minutes, nothing; between two trials, what is waited for."""
+    step = [{"kind": "step", "trial": "0000", "step": 1}]
+    ended = {"kind": "ended", "trial": "0000", "status": "pruned", "value": 0.5, "step": 2, "reason": None}
+    events = {
+        1: [begun("0000"), {"kind": "start", "trial": "0000", "start_step": 0}, *step],
+        400: [{"kind": "step", "trial": "0000", "step": 2}],
+        500: [{**ended, "repeat": None}],
+    }
+    lines = lines_of(monkeypatch, capsys, events, 561)
+    assert lines[:2] == ["0/6 trials, 1 running; steps 1 of 100", "0/6 trials, 1 running; steps 2 of 100"]
+    assert lines[2].startswith("trial 0000 pruned: val/action_error 0.5 at step 2")
+    assert all("waiting for a slot, " in line for line in lines[3:]) and len(lines) == 5
