@@ -422,7 +422,9 @@ def test_submitted_jobs(machine, folder, parts, tmp_path):
     state, log = wait(machine, folder, mistaken)
     assert state == "FAILED" and "did you mean --batch_size?" in log and "Traceback" not in log, log
     state, log = wait(machine, folder, lost)
-    assert state == "FAILED" and "--output_dir=outputs/run: a submitted job runs in a folder of Ray's own" in log, log
+    assert (
+        state == "FAILED" and "--output_dir=outputs/run: a submitted job runs in a folder of Ray's own" in log
+    ), log
 
 
 @pytest.mark.slow

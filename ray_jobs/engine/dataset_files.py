@@ -110,9 +110,10 @@ def _read_as_a_pattern(root: Path) -> list[str]:
     tables = [
         str(path) for part in ("meta/episodes", "data") for path in sorted(root.glob(f"{part}/*/*.parquet"))
     ]
-    signs = [sign for sign in ("::", "**", "[", "?", "*", "$") if sign in str(root)]
-    read = all(glob.glob(os.path.expandvars(path)) == [path] for path in tables[:1])
-    if read and not {"::", "**"} & {*signs}:
+    signs = [sign for sign in ("::", "**", "[", "?", "*") if sign in str(root)]
+    if os.path.expandvars(root) != str(root):
+        signs.append("$")
+    if all(glob.glob(path) == [path] for path in tables[:1]) and not {"::", "**", "$"} & {*signs}:
         return []
     place = next(folder for folder in root.parents if not any(sign in str(folder) for sign in signs))
     name = re.sub(r"[^\w.-]+", "_", root.name).strip("_") + "_link"

@@ -24,6 +24,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.opened import own_metadata
 from ray_jobs.engine.preflight import COUNTED, check_features
+from ray_jobs.engine.preflight_columns import check_tables
 from ray_jobs.engine.preflight_data import (
     check_episodes,
     choose_episodes,
@@ -99,6 +100,11 @@ def diagnose(asked: DatasetOptions, recipe: Recipe, *, named: bool = True) -> Di
     found.facts["cameras"] = {
         key: camera(meta, key, columns, with_table, asked.tolerance_s, found) for key in meta.camera_keys
     }
+    if root is not None and not found.faults:  # what has been told would be told again
+        try:
+            check_tables(name, meta)
+        except InputError as error:
+            found.faults.append(str(error))
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_in_process
+from conftest import job, train_in_process
 from drawn import data_sets
 from hypothesis import given, settings
 from make import RECORDINGS, write
@@ -126,3 +126,18 @@ def test_every_job(tmp_path, capsys, name):
     scored = [f"--checkpoint={run}", f"--output_dir={tmp_path / 'scores'}", "--data.eval_episodes=[0]"]
     status, told = said_by(evaluate, scored, capsys)
     assert (status == 0) != bool(properties.unscored) and re.search(properties.unscored, told), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows in another order", "NaN", "one camera of two sizes"])
+def test_what_shows_in_a_worker_only_is_told_as_here(tmp_path, name):
+    """In a line, and once: no worker is started again for it."""
+    root = made(TABLE[name], tmp_path)
+    result = job(
+        "ray_jobs.train", *flags_for(TABLE[name], root, tmp_path / "run"), "--ray.num_workers=1", timeout=600
+    )
+    told = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
+    assert result.returncode == 1 and len(told) == 1 and re.search(TABLE[name].refused, told[0]), (
+        result.stderr
+    )
+    assert "Traceback" not in result.stdout + result.stderr and "goes on" not in result.stdout
