@@ -56,6 +56,7 @@ class DataSet:
     folder: str = "set"
     recording: str = ""  # one that people made, instead of all of this
     link: str = ""
+    beside: str = ""  # a folder with half of such a set
     flags: tuple[str, ...] = ()
 
     refused: str = ""
@@ -164,7 +165,7 @@ TABLE: dict[str, DataSet] = {
         refused="size|shape",
     ),
     "a camera named after nothing": filmed(
-        cameras={"top": Camera()}, refused=r"the camera top never reaches the policy"
+        cameras={"top": Camera()}, refused="no policy reads top: LeRobot goes by names"
     ),
     "observation.image": filmed(cameras={"observation.image": Camera()}, slow=True),
     "videos that begin later": filmed(cameras=seen_by(top=Camera(begins_s=0.5)), slow=True),
@@ -222,7 +223,7 @@ TABLE: dict[str, DataSet] = {
         columns={"state": ("float32", 3), "actions": ("float32", 3)}, refused="no 'action'"
     ),
     "NaN": DataSet(
-        values=(("observation.state", 5, float("nan")),),
+        values=tuple(("observation.state", row, float("nan")) for row in range(0, 34, 3)),
         refused="the loss is nan",
     ),
     "infinity": DataSet(values=(("action", 5, float("inf")),), refused="the loss is (nan|inf)"),
@@ -359,7 +360,6 @@ TABLE: dict[str, DataSet] = {
         f"in a folder called {folder}": DataSet(folder=folder, like="plain")
         for folder in (
             "my data",
-            "g1 [v2]",
             "state #2",
             "what?",
             "a=b",
@@ -367,18 +367,21 @@ TABLE: dict[str, DataSet] = {
             "a*b",
             "50%20",
             "a,b",
-            "a::b",
             "{x}",
             "it's",
             "a: b",
-            "2026_11_30",
-            "a'b\"c",
-            "$HOME",
-            "~",
-            "deep/er [1]/set",
         )
+        + ("2026_11_30", "a'b\"c", "~", "deep/er/set")
     },
-    "a camera in a folder of an odd name": filmed(folder="g1 [v2] #3 ü?", like="h264"),
+    **{
+        f"in a folder called {folder}": DataSet(folder=folder, refused="Another name will do, or a link")
+        for folder in ("g1 [v2]", "deep/er [1]/set", "a::b", "$HOME")
+    },
+    "in a folder whose name is a pattern for another": DataSet(
+        folder="a*b", beside="a1b", refused="Another name will do, or a link"
+    ),
+    "in a folder whose name goes on behind another's": DataSet(folder="a #b", beside="a", like="plain"),
+    "a camera in a folder of an odd name": filmed(folder="g1 {v2} #3 ü?", like="h264"),
     "a link": DataSet(folder="set", link="a link"),
     # ------------------------------------------------------------------ recordings that people made
     "PushT": DataSet(recording="pusht_lowdim"),
