@@ -110,10 +110,6 @@ def check_kinds(name: str, policy: PreTrainedConfig, meta: LeRobotDatasetMetadat
                 f"{name}: {key} holds strings; whatever is called 'observation.' or 'action' LeRobot takes for numbers."
             )
         if key in meta.camera_keys and known:
-            if not key.startswith("observation.") and not hasattr(policy, "empty_cameras"):
-                raise InputError(
-                    f"{name}: the camera {key} never reaches the policy: LeRobot hands on what is called 'observation.'."
-                )
             if (channels := frame_shape(meta, key)[0]) not in (1, 3) and not _unsure(meta, key):
                 raise InputError(f"{name}: {key} has {channels} channels; {policy.type} takes 3 (or 1).")
         if key not in READ or not known:

@@ -119,7 +119,9 @@ def misnamed(meta: LeRobotDatasetMetadata) -> str | None:
     cameras = [key for key in meta.camera_keys if not key.startswith(OBS_PREFIX)]
     if ACTION in features and not cameras:
         return None
-    others = [key for key in meta.features if key not in DEFAULT_FEATURES and not key.startswith(OBS_PREFIX)]
+    others = [
+        k for k in meta.features if k not in (*DEFAULT_FEATURES, ACTION) and not k.startswith(OBS_PREFIX)
+    ]
     better = {key: f"{OBS_IMAGES}.{key.rpartition('.')[2]}" for key in cameras}
     if ACTION not in features:
         guess = next((key for key in others if key.startswith(ACTION) and key not in better), None)

@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -40,6 +41,10 @@ def write(properties: DataSet, parent: Path) -> Path:
     """Returns the data set's folder; as a user would name it, if it has a link."""
     if properties.recording:
         return RECORDINGS / properties.recording
+    if properties.beside:
+        write(
+            replace(properties, folder=properties.beside, beside="", lengths=properties.lengths[:1]), parent
+        )
     root = parent / properties.folder
     root.mkdir(parents=True)
     new = properties.version.startswith("v3")

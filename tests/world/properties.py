@@ -56,6 +56,7 @@ class DataSet:
     folder: str = "set"
     recording: str = ""  # one that people made, instead of all of this
     link: str = ""
+    beside: str = ""  # a folder with half of such a set
     flags: tuple[str, ...] = ()
 
     refused: str = ""
@@ -164,8 +165,7 @@ TABLE: dict[str, DataSet] = {
         refused="size|shape",
     ),
     "a camera named after nothing": filmed(
-        cameras={"top": Camera()},
-        refused=r"no policy reads top, action: .*Rename top to observation.images.top",
+        cameras={"top": Camera()}, refused="no policy reads top: LeRobot goes by names"
     ),
     "observation.image": filmed(cameras={"observation.image": Camera()}, slow=True),
     "videos that begin later": filmed(cameras=seen_by(top=Camera(begins_s=0.5)), slow=True),
@@ -223,8 +223,8 @@ TABLE: dict[str, DataSet] = {
         columns={"state": ("float32", 3), "actions": ("float32", 3)}, refused="no 'action'"
     ),
     "NaN": DataSet(
-        values=(("observation.state", 5, float("nan")),),
-        fault="NaN",
+        values=tuple(("observation.state", row, float("nan")) for row in range(0, 34, 3)),
+        refused="the loss is nan",
     ),
     "infinity": DataSet(values=(("action", 5, float("inf")),), refused="the loss is (nan|inf)"),
     "more states": DataSet(
@@ -370,18 +370,18 @@ TABLE: dict[str, DataSet] = {
             "{x}",
             "it's",
             "a: b",
-            "2026_11_30",
-            "a'b\"c",
-            "~",
         )
+        + ("2026_11_30", "a'b\"c", "~", "deep/er/set")
     },
     **{
-        f"in a folder called {folder}": DataSet(
-            folder=folder, refused="in the folder's name for a pattern.*ln -sT"
-        )
-        for folder in ("g1 [v2]", "a::b", "$HOME", "deep/er [1]/set")
+        f"in a folder called {folder}": DataSet(folder=folder, refused="Another name will do, or a link")
+        for folder in ("g1 [v2]", "deep/er [1]/set", "a::b", "$HOME")
     },
-    "a camera in a folder of an odd name": filmed(folder="v2 #3 ü?", like="h264"),
+    "in a folder whose name is a pattern for another": DataSet(
+        folder="a*b", beside="a1b", refused="Another name will do, or a link"
+    ),
+    "in a folder whose name goes on behind another's": DataSet(folder="a #b", beside="a", like="plain"),
+    "a camera in a folder of an odd name": filmed(folder="g1 {v2} #3 ü?", like="h264"),
     "a link": DataSet(folder="set", link="a link"),
     # ------------------------------------------------------------------ recordings that people made
     "PushT": DataSet(recording="pusht_lowdim"),
