@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import quiet
+from ray_jobs.engine.console import doing, quiet
 
 quiet()
 # Before torch is imported. Threads that wait for others by spinning keep a core from them, where several processes train on
@@ -51,6 +51,13 @@ def ray_of_the_module():
     yield
     cluster.leave()
     cluster._ready = None
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """What a job that a test has refused was about to do is not told on: a job's process would have ended."""
+    yield
+    doing("")
 
 
 @pytest.fixture(scope="session")
