@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
         return _help(argv)
     flags, _ = read_flags(argv)
-    check_command(flags)
     refuse_busy(flags)
+    check_command(flags)
     on_ray = _start_ray(flags)
     doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
     resumed = asks_to_resume(flags)
@@ -61,8 +61,7 @@ def main(argv: list[str]) -> int:
             cluster.start(recipe.options.ray.address).result()  # before there is a folder
         doing("starting the worker(s)" if on_ray else "building the policy")
         train = _train_on_ray if on_ray else _train_here
-        with only_driver(recipe.output_dir):
-            summary = train(recipe, display)
+        summary = train(recipe, display)
     finally:
         display.close()
     _last_screen(summary, display, time.monotonic() - started, recipe.remote)
@@ -88,7 +87,7 @@ def _train_here(recipe: "Recipe", display: Display) -> dict:
     from ray_jobs.engine.driver import train_here
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # it has a handler of its own
-    with _interrupts(display) as asked:
+    with only_driver(recipe.output_dir), _interrupts(display) as asked:
         return train_here(recipe, display.show, asked)
 
 
@@ -112,7 +111,7 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
             display.waits_since = time.monotonic()
         return asked()
 
-    with _interrupts(display) as asked:
+    with only_driver(recipe.output_dir), _interrupts(display) as asked:
         return train_on_workers(recipe, each, display.show, should_stop)
 
 

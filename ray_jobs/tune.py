@@ -53,8 +53,8 @@ def main(argv: list[str]) -> int:
         print(new_space.write(*wanted))
         return 0
     flags, _ = read_flags(in_full(argv))
-    not_needed = check_search(flags)
     refuse_busy({"output_dir": "outputs/search", **flags})
+    not_needed = check_search(flags)
     on_ray = not asks_to_resume(flags)
     if on_ray:
         cluster.start(flags.get("ray.address"))
