@@ -98,6 +98,7 @@ JOBS = {
     "told once": ("tune", "--cost_per_hour", "its value is missing", "must be a number"),
     "unknown, told once": ("tune", "--tune.trails=4", "unknown flag --tune.trails;", "unknown flag --tune.trails."),
     "capitals of a policy": ("tune", "--new-space=ACT", "did you mean act?", ""),
+    "in another folder": ("tune", "--space=search_spaces/act.yaml", "/search_spaces/act.yaml, /", ""),
     "no folder": ("report", "--output_dir", "its value is missing", "metrics.jsonl"),
     "hyphen of a flag": ("report", "--output-dir=x", "did you mean --output_dir?", ""),
     "report of a bucket": ("report", "--output_dir=s3://bucket/run", "must be a folder", "s3:/bucket"),
