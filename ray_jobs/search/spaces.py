@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from ray_jobs.engine.errors import InputError
-from ray_jobs.search.options import is_ours
 from ray_jobs.search.new_space import SHIPPED
+from ray_jobs.search.options import is_ours
 from ray_jobs.search.space import POLICY_TYPE, PRETRAINED, SearchSpace, Space
 from ray_jobs.search.space_file import NOT_TYPED, PUSH, read_space
 from ray_jobs.search.space_values import known_flags, typed
@@ -87,7 +87,9 @@ def _read(files: list[Path], words: dict[str, str]) -> list[Space]:
         try:
             if not file.exists():
                 here = SHIPPED.parent == Path.cwd()
-                known = sorted(f"{SHIPPED.name if here else SHIPPED}/{p.name}" for p in SHIPPED.glob("*.yaml"))
+                known = sorted(
+                    f"{SHIPPED.name if here else SHIPPED}/{p.name}" for p in SHIPPED.glob("*.yaml")
+                )
                 hint = f" There are {', '.join(known)}." if known else ""
                 raise InputError(f"--space={file}: there is no such file.{hint}")
             spaces.append(read_space(file, words))
