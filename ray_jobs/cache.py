@@ -92,7 +92,7 @@ def _build_on_node(words: list[str], name: str, line) -> str | None:
 
 def _build_here(words: list[str], say: Callable[[str], None]) -> None:
     from ray_jobs.engine import dataset_options
-    from ray_jobs.engine.frame_cache import FrameCache, default_folder, gigabytes
+    from ray_jobs.engine.frame_cache import FrameCache, gigabytes
     from ray_jobs.engine.frame_reader import FrameReader
     from ray_jobs.engine.frames import FrameSource
 
@@ -103,7 +103,7 @@ def _build_here(words: list[str], say: Callable[[str], None]) -> None:
         raise InputError(
             f"{asked.name}: nothing to cache, it has no cameras, or depth or language, which LeRobot reads."
         )
-    folder = default_folder() if asked.data.cache == "auto" else Path(asked.data.cache)
+    folder = _folder(asked.data)
     try:
         cache = FrameCache(FrameSource(dataset, asked.data.resize), folder)
         say(f"decoding {gigabytes(cache.missing_bytes())} of {gigabytes(cache.bytes())} into {folder}")
@@ -111,6 +111,14 @@ def _build_here(words: list[str], say: Callable[[str], None]) -> None:
     except OSError as error:
         raise RunError(f"{folder} cannot be used: {error.strerror or error}") from error
     say(f"all frames are there ({duration(time.monotonic() - begin)})")
+
+
+def _folder(data: DataOptions) -> Path:
+    from ray_jobs.engine.frame_store import default_folder
+
+    if data.cache == "off":
+        raise InputError("--data.cache=off: no frames are kept there; name a folder, or leave it out.")
+    return default_folder() if data.cache == "auto" else Path(data.cache)
 
 
 # ---------------------------------------------------------------------- list, verify, remove
@@ -127,14 +135,16 @@ class ListOptions:
 
 def _entries(words: list[str]) -> tuple[ListOptions, dict]:
     """The options, and the entries that the names among the words stand for, by name."""
-    from ray_jobs.engine.frame_store import default_folder, entries
+    from ray_jobs.engine.frame_store import entries
 
     names = [word for word in words if not word.startswith("--")]
     flags, _ = read_flags([word for word in words if word not in names])
     flags = {name: value or "true" for name, value in flags.items()}
     check_flags(flags, flags_of(ListOptions, ""), alone=True)
     options = build(ListOptions, flags)
-    folder = default_folder() if options.data.cache == "auto" else Path(options.data.cache)
+    folder = _folder(options.data)
+    if "data.cache" in flags and not folder.is_dir():
+        raise InputError(f"--data.cache={flags['data.cache']}: there is no such folder.")
     found = entries(folder)
     for name in names:
         if not any(name in other for other in found):

@@ -16,7 +16,7 @@ from ray_jobs.engine.console import OUTPUT_EVERY_S, doing, duration, quiet, run_
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flag_table import flags_of
 from ray_jobs.engine.flags import check_flags
-from ray_jobs.engine.options import build, read_flags
+from ray_jobs.engine.options import build, not_an_address, read_flags
 
 IMAGE_SIZE = 64  # pixels
 SPACE = Path(__file__).parent.parent / "search_spaces" / "act_demo.yaml"
@@ -74,6 +74,8 @@ def _parse(argv: list[str]) -> DemoOptions:
     flags, _ = read_flags(argv)
     check_flags(flags, flags_of(DemoOptions, ""), alone=True)
     options = build(DemoOptions, flags)
+    if mistakes := not_an_address("output_dir", options.output_dir):
+        raise InputError(mistakes[0])
     if options.episodes < 2 or options.steps < 2 or min(options.trials, options.rollouts) < 1:
         raise InputError("--episodes and --steps must be at least 2, --trials and --rollouts at least 1.")
     return options

@@ -15,7 +15,7 @@ from ray_jobs.engine.command import check_command
 from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.dataset_files import metadata_faults
 from ray_jobs.engine.errors import InputError, RunError
-from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.options import is_on, read_flags
 from ray_jobs.engine.records import json_text
 
 DEFAULT_POLICY = "act"  # that is measured if none is named
@@ -29,10 +29,10 @@ def main(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    flags, _ = read_flags([word for word in argv if word != "--json"])
-    measuring = flags.pop("measure", "true").lower() != "false"
+    flags, _ = read_flags(["--json=true" if word == "--json" else word for word in argv])
+    measuring, as_json = is_on(flags, "measure", "true"), is_on(flags, "json")
+    flags = {name: value for name, value in flags.items() if name not in ("measure", "json")}
     cost_per_hour = _price(flags.pop("cost_per_hour", None))
-    as_json = "--json" in argv
     root = flags.get("dataset.root", "")
     check_command({"policy.type": DEFAULT_POLICY, **flags})
     if root and "://" not in root:  # before LeRobot is imported

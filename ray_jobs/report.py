@@ -11,9 +11,13 @@ from pathlib import Path
 from ray_jobs.engine import page
 from ray_jobs.engine.console import quiet, run_job
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.options import read_flags
+from ray_jobs.engine.flag_table import Flag
+from ray_jobs.engine.flags import check_flags, plugins_of
+from ray_jobs.engine.options import not_an_address, read_flags
 from ray_jobs.search import report
 from ray_jobs.search.files import SEARCH_FILE
+
+PLACE = Flag("output_dir", "path")
 
 
 def main(argv: list[str]) -> int:
@@ -22,15 +26,16 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     flags, _ = read_flags(argv)
-    plugins = {name: value for name, value in flags.items() if "discover_packages_path" in name}
-    if set(flags) - set(plugins) != {"output_dir"}:
+    plugins = plugins_of(flags)
+    check_flags({k: v for k, v in flags.items() if k not in plugins}, {PLACE.name: PLACE}, alone=True)
+    if "output_dir" not in flags:
         raise InputError("one flag is wanted, --output_dir: the folder of a search or of a training.")
     folder = Path(flags["output_dir"])
+    if mistakes := not_an_address("output_dir", flags["output_dir"]):
+        raise InputError(mistakes[0])
     if not folder.is_dir():
         raise InputError(f"--output_dir={folder}: there is no such folder.")
     if plugins:
-        from ray_jobs.engine.flags import check_flags
-
         check_flags(plugins)
     write = report.write_search if (folder / SEARCH_FILE).is_file() else page.write_run
     print(f"report      {write(folder.absolute(), print)}")

@@ -124,7 +124,9 @@ def _convert(type_: str, value: Any) -> Any:
                 return int(value)
         case "float":
             if isinstance(value, int | float | str) and not isinstance(value, bool):
-                return float(value)
+                number = float(value)
+                if number == number:  # NaN passes every check of what is too small
+                    return number
         case "str" | "path":
             if isinstance(value, str | int | float | bool):
                 return str(value)

@@ -30,6 +30,13 @@ LEAST = dict.fromkeys(("steps", "batch_size", "prefetch_factor"), 1) | dict.from
     ("num_workers", "log_freq", "eval_steps", "max_eval_samples", "tolerance_s", "seed"), 0
 )
 
+# Groups of LeRobot's flags, of which a file may tell all, and the flag of each that is meant as a rule.
+GROUPS = dict.fromkeys(("policy", "env", "optimizer", "scheduler"), "type") | {
+    "dataset": "repo_id",
+    "wandb": "enable",
+}
+MOST = {"seed": 2**32 - 1}  # NumPy's
+
 
 def check_flags(
     flags: Mapping[str, str], more: Mapping[str, Flag] | None = None, *, alone: bool = False
@@ -99,10 +106,15 @@ def _mistake(name: str, value: str, known: Mapping[str, Flag], policy: str | Non
     if name == "policy.device" and not re.fullmatch(r"cpu|cuda(:\d+)?|mps|xpu|null", value):
         return [f"--{name}={value}: must be cpu, cuda, mps or xpu (or cuda:1 and so on)."]
     if flag.choices and value not in (*flag.choices, *(["null"] if flag.optional else [])):
-        guess = _closest(value, flag.choices)
+        guess = closest(value, flag.choices)
         meant = f"; did you mean {guess}?" if guess else "."
         return [
             f"--{name}={value}: there is none of that name{meant}\nIt can be {', '.join(sorted(flag.choices))}."
+        ]
+    if name in GROUPS and value != "null" and not Path(value).is_file():
+        return [
+            f"--{name}={value}: would be a file with all of --{name}.*, and there is none; "
+            f"did you mean --{name}.{GROUPS[name]}={value}?"
         ]
     try:
         read = flag.read(value)
@@ -114,6 +126,8 @@ def _mistake(name: str, value: str, known: Mapping[str, Flag], policy: str | Non
                 f"--{name}={value}: cannot be read. Every bracket and quote must be closed, as in '[1,2]'."
             ]
         return [f"--{name}={value}: must be {flag.expected}."]
+    if name in MOST and read is not None and read > MOST[name]:
+        return [f"--{name}={value}: must be at most {MOST[name]}."]
     return at_least(name, read, LEAST[name]) if name in LEAST else []
 
 
@@ -122,18 +136,42 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     group, _, leaf = name.rpartition(".")
     # What the optimizer groups say is overruled by the policy's preset: never the flag to recommend.
     known = [k for k in known if not k.startswith(("optimizer.", "scheduler."))]
+    # Nor is the name of a group, which wants a config file.
+    groups = {k.rpartition(".")[0] for k in known}
+    known = [k for k in known if k not in groups]
+    alike = sorted(
+        (k for k in known if _plain(k) == _plain(name) or not group and k.endswith(f".{name}")), key=_rank
+    )
+    if alike:
+        return alike[0]
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == group}
     for close in difflib.get_close_matches(leaf, siblings, n=1):
         return siblings[close]
     # The right name in the wrong group; without a group also its last part.
     before = r"(^|\.)" if group else r"(^|[._])"
     elsewhere = [k for k in known if re.search(f"{before}{re.escape(leaf)}$", k)]
-    typo, close = (_closest(name, known, cutoff) for cutoff in (0.9, 0.8))
-    return typo or next(iter(sorted(elsewhere, key=len)), None) or close
+    longer = [k for k in siblings.values() if group and k.endswith(f"_{leaf}")]
+    typo, close = (closest(name, known, cutoff) for cutoff in (0.9, 0.8))
+    return typo or next(iter(sorted(longer or elsewhere, key=len)), None) or close
 
 
-def _closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
+def _plain(name: str) -> str:
+    """A flag's name without what people spell differently: `--policy-type`, `--dataset_root`, `--STEPS`."""
+    return re.sub(r"[-_.]", "", name).lower()
+
+
+def _rank(name: str) -> tuple[int, int]:
+    """The data set's and the policy's flags are meant more often than an environment's of the same name."""
+    groups = ("dataset", "policy")
+    group = name.partition(".")[0]
+    return groups.index(group) if group in groups else len(groups), len(name)
+
+
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known word that a typed one was probably meant to be, whatever its case, if there is one."""
+    by_lower = {k.lower(): k for k in known}
+    found = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=cutoff)
+    return by_lower[found[0]] if found else None
 
 
 def check_sources(flags: Mapping[str, str], *, needs_policy: bool = True) -> None:

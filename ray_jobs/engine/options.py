@@ -7,20 +7,25 @@ Imports neither torch nor LeRobot: a job knows what it asks of Ray while those a
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from draccus.wrappers.docstring import get_attribute_docstring
 
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.flag_table import PATHS, flags_of
+from ray_jobs.engine.flag_table import PATHS, Flag, flags_of
 from ray_jobs.engine.translations import translate
 
 OPTIONS_FILE = "options.json"  # a run's options, beside LeRobot's checkpoints in the output folder
+NO_CACHE, SOME_CACHE = ("off", "false", "no", "none", "null"), ("auto", "on", "true", "yes")  # no folders
 ASKED = "asked"  # part of that file: what was asked for in LeRobot's flags and train_config.json cannot tell
 # Flags that name files or folders here, some of them several with commas.
 OUR_PATHS = ("output_dir", "data.cache", "assets.dir", "checkpoint", "space")
+FOLDERS = ("data.cache", "assets.dir")  # of them those that are in no bucket
+LONGEST_NAME = 255  # bytes, of a file or a folder on Linux
 
 
 @contextlib.contextmanager
@@ -35,6 +40,17 @@ def all_mistakes() -> Iterator[list[str]]:
 def at_least(name: str, value: float | None, least: int) -> list[str]:
     """What is wrong with a number that is too small: one mistake, or none."""
     return [f"--{name}={value}: must be at least {least}."] if value is not None and value < least else []
+
+
+def not_an_address(name: str, value: str) -> list[str]:
+    """What is wrong with an address where only a folder will do: one mistake, or none. As a path it would be a folder
+    called `s3:` here."""
+    return [f"--{name}={_shown(value)}: must be a folder, no address."] if "://" in value else []
+
+
+def _shown(address: str) -> str:
+    """An address without the keys that may be in it."""
+    return re.sub(r"(:/+).*@", r"\1...@", address)
 
 
 @dataclass
@@ -124,9 +140,11 @@ class DataOptions:
                 mistakes.append(
                     f"--data.resize={self.resize}: must be height and width in pixels, as in '[120,160]'."
                 )
-        if self.cache.lower() in ("off", "false", "no"):
+        if self.cache.lower() in NO_CACHE:
             self.cache = "off"
-        elif self.cache != "auto":
+        elif self.cache.lower() in SOME_CACHE:
+            self.cache = "auto"
+        else:
             self.cache = str(Path(self.cache).absolute())  # workers run in folders of their own
 
 
@@ -176,20 +194,57 @@ def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         while words:
             word = words.pop(0)
             if not word.startswith("--"):
-                mistakes.append(
-                    f"'{word}' is not a flag. They look like --steps=1000; a value with spaces needs quotes."
-                )
+                mistakes.append(_no_flag(word))
                 continue
             name, equals, value = word[2:].partition("=")
-            if not equals and words and not words[0].startswith("--"):
+            followed = bool(words) and not words[0].startswith("--")
+            if equals and not value and followed or not equals and followed and words[0][:1] == "=":
+                first = words.pop(0)
+                if first == "=" and words and not words[0].startswith("--"):
+                    first = words.pop(0)
+                mistakes.append(f"--{name}: no spaces around the =, as in --{name}={first.lstrip('=')}")
+                continue
+            if not equals and followed:
                 value = words.pop(0)
             flags.pop(name, None)
             if name == "ray.num_workers" and ":" in value:
+                if not re.fullmatch(r"-?\d+:-?\d+", value):
+                    mistakes.append(
+                        f"--{name}={value}: must be a whole number, or the fewest and the most, as in 2:8."
+                    )
+                    continue
                 flags["ray.min_workers"], _, value = value.partition(":")
             if name in (*PATHS, *OUR_PATHS):  # no shell does it behind a `=`
                 value = ",".join(str(Path(p).expanduser()) if p[:1] == "~" else p for p in value.split(","))
+                mistakes += _no_path(name, value)
             flags[name] = value
     return translate(flags)
+
+
+def _no_flag(word: str) -> str:
+    """What to say of a word that does not begin with two hyphens."""
+    bare = word.strip().lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")  # what editors make of them
+    if re.match(r"[A-Za-z_.]+=", bare) or bare and bare != word and not bare[0].isdigit():
+        return (
+            f"'{word}' is not a flag, which begins with two hyphens like --steps=1000; did you mean --{bare}?"
+        )
+    return f"'{word}' is not a flag. They look like --steps=1000; a value with spaces needs quotes."
+
+
+def _no_path(name: str, value: str) -> list[str]:
+    """What is wrong with a path before it is looked for: one mistake, or none."""
+    if (slip := re.match(r"(?i)(s3|gs|gcs|az|abfss?):/+", value)) and not re.match(r"[a-z0-9]+://", value):
+        kind = slip[1].lower()
+        meant = f"{kind}://{value[slip.end() :]}"
+        return [f"--{name}={_shown(value)}: did you mean {_shown(meant)}?"]
+    if name in FOLDERS and (mistakes := not_an_address(name, value)):
+        return mistakes
+    for part in value.replace(",", "/").split("/"):
+        if len(os.fsencode(part)) > LONGEST_NAME:
+            return [
+                f"--{name}={value[:40]}...: a name of {len(os.fsencode(part))} bytes; {LONGEST_NAME} is the most."
+            ]
+    return []
 
 
 def split_flags(flags: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -260,8 +315,23 @@ def asked_device(flags: dict[str, str]) -> str | None:
     return None if flags.get("policy.device") == "null" else flags.get("policy.device")
 
 
-def asks_to_resume(flags: dict[str, str]) -> bool:
-    return flags.get("resume", "false").lower() in ("true", "yes", "1")
+def is_on(flags: Mapping[str, str], name: str, default: str = "false") -> bool:
+    """Whether a switch is on, for all that YAML, and so LeRobot, takes for true or false.
+
+    Raises:
+        InputError: It is neither.
+    """
+    value = flags.get(name, default)
+    try:
+        return Flag(name, "bool").read(value)
+    except ValueError:
+        raise InputError(f"--{name}={value}: must be true or false.") from None
+
+
+def asks_to_resume(flags: Mapping[str, str]) -> bool:
+    with contextlib.suppress(InputError):  # which the look over all flags tells
+        return is_on(flags, "resume")
+    return False
 
 
 def help_text() -> str:

@@ -23,9 +23,15 @@ def check_output_dir(folder: Path, resumable: tuple[str, ...] = ()) -> None:
     Raises:
         InputError: There is something in it, or it is no folder.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir={folder}: is a file, not a folder.")
     try:
+        for place in (folder, *folder.parents):
+            if place.is_symlink() and not place.exists():
+                raise InputError(f"--output_dir={folder}: {place} is a link that leads nowhere.")
+            if place.exists():
+                if not place.is_dir():
+                    which = "" if place == folder else f"{place} "
+                    raise InputError(f"--output_dir={folder}: {which}is a file, not a folder.")
+                break
         if holds_nothing(folder):
             return
     except OSError as error:

@@ -190,17 +190,17 @@ def check_submitted(job: str, words: list[str]) -> None:
     """
     if SUBMITTED not in os.environ:
         return
-    from ray_jobs.engine.options import read_flags
+    from ray_jobs.engine.options import NO_CACHE, SOME_CACHE, read_flags
 
     flags = {}
     with contextlib.suppress(InputError):  # the job says it
         flags, _ = read_flags(words[1:] if job == "cache" else words)
-    if {"help", "h", "dry-run", "tune.dry_run"} & set(flags) or "-h" in words:
+    if {"help", "h", "dry-run", "dry_run", "tune.dry_run"} & set(flags) or "-h" in words:
         return
     places = {
         f"--{name}": flags[name] for name in ("output_dir", "config_path", "data.cache") if name in flags
     }
-    if places.get("--data.cache", "").lower() in ("auto", "off", "false", "no"):
+    if places.get("--data.cache", "").lower() in (*NO_CACHE, *SOME_CACHE):
         del places["--data.cache"]
     places |= {name: os.environ[name] for name in PATHS if name in os.environ}
     wrong = [f"{name}={value}" for name, value in places.items() if RELATIVE.match(value)]

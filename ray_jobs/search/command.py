@@ -23,15 +23,17 @@ def check_search(flags: Mapping[str, str]) -> tuple[str, ...]:
         InputError: All mistakes that show without importing anything.
     """
     spaces: list[Space] = []
+    ours = flags_of(SearchFlags, "")
     with all_mistakes() as mistakes:
         checks = [
             lambda: check_command(
                 {"output_dir": "outputs/search", **flags},
-                flags_of(SearchFlags, ""),
+                ours,
                 resumable=(SEARCH_FILE,),
                 needs_policy=False,
             ),
-            lambda: parse_search_flags(flags),
+            # What is unknown or has no value has been told.
+            lambda: parse_search_flags({k: v for k, v in flags.items() if v and k in ours}),
         ]
         if not asks_to_resume(flags):
             checks += [lambda: check_steps(flags), lambda: spaces.extend(read_spaces(dict(flags), []).spaces)]

@@ -1,10 +1,11 @@
 """The tuner's own flags, `--space` and `--tune.*`; all others are those of `ray_jobs.train`."""
 
-import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
+from ray_jobs.engine.flags import closest
 from ray_jobs.engine.options import all_mistakes, at_least, build
 
 METRICS = ("val/action_error", "val/loss", "val/inference_ms", "env/success_rate")  # what trials report
@@ -105,7 +106,8 @@ class SearchFlags:
 
 def in_full(argv: Sequence[str]) -> list[str]:
     """The command line, with the flags in full that have a short name."""
-    full = ["--tune.dry_run=true" if word == "--dry-run" else word for word in argv]
+    full = ["--tune.dry_run=true" if word in ("--dry-run", "--dry_run") else word for word in argv]
+    full = [re.sub(r"^--dry[-_]run=", "--tune.dry_run=", word) for word in full]
     return [f"--tune.{word[2:]}" if word.partition("=")[0] == "--cost_per_hour" else word for word in full]
 
 
@@ -125,6 +127,6 @@ def parse_search_flags(flags: dict[str, str]) -> SearchFlags:
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> list[str]:
     if value in choices:
         return []
-    guess = difflib.get_close_matches(value, choices, n=1)
-    meant = f"did you mean {guess[0]}? " if guess else ""
+    guess = closest(value, choices, cutoff=0.7)
+    meant = f"did you mean {guess}? " if guess else ""
     return [f"--tune.{name}={value}: {meant}It can be {', '.join(choices)}."]

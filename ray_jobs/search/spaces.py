@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ray_jobs.engine.errors import InputError
+from ray_jobs.search.new_space import SHIPPED
 from ray_jobs.search.options import is_ours
 from ray_jobs.search.space import POLICY_TYPE, PRETRAINED, SearchSpace, Space
 from ray_jobs.search.space_file import NOT_TYPED, PUSH, read_space
@@ -85,7 +86,10 @@ def _read(files: list[Path], words: dict[str, str]) -> list[Space]:
     for file in files:
         try:
             if not file.exists():
-                known = sorted(str(path) for path in Path("search_spaces").glob("*.yaml"))
+                here = SHIPPED.parent == Path.cwd()
+                known = sorted(
+                    f"{SHIPPED.name if here else SHIPPED}/{p.name}" for p in SHIPPED.glob("*.yaml")
+                )
                 hint = f" There are {', '.join(known)}." if known else ""
                 raise InputError(f"--space={file}: there is no such file.{hint}")
             spaces.append(read_space(file, words))
