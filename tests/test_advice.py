@@ -79,7 +79,17 @@ TEXTS += [text for file in DOCUMENTS for text in texts_of(file)]
 
 def own_flags() -> dict[str, Flag]:
     """The few that single jobs have beside those of a training."""
-    few = {"help", "dry-run", "json", "measure", "cost_per_hour", "new-space", *export.FLAGS, "checkpoint"}
+    few = {
+        "help",
+        "dry-run",
+        "dry_run",
+        "json",
+        "measure",
+        "cost_per_hour",
+        "new-space",
+        *export.FLAGS,
+        "checkpoint",
+    }
     return {
         **{name: Flag(name, "str") for name in few},
         **flags_of(demo.DemoOptions, ""),

@@ -307,7 +307,7 @@ def test_output_dir(parts, run, tmp_path):
     (tmp_path / "file").touch()
     assert "--resume" not in refusal(*tiny_act(parts, tmp_path))  # there is no run in it
     assert "is a file" in refusal(*tiny_act(parts, tmp_path / "file"))
-    assert "file is not a folder" in refusal(*tiny_act(parts, tmp_path / "file/run"))
+    assert "file is a file, not a folder" in refusal(*tiny_act(parts, tmp_path / "file/run"))
     assert "cannot be written" in refusal(*tiny_act(parts, Path("/proc/run")))
 
 

@@ -106,8 +106,8 @@ class SearchFlags:
 
 def in_full(argv: Sequence[str]) -> list[str]:
     """The command line, with the flags in full that have a short name."""
-    full = ["--tune.dry_run=true" if word in ("--dry-run", "--dry_run") else word for word in argv]
-    full = [re.sub(r"^--dry[-_]run=", "--tune.dry_run=", word) for word in full]
+    full = [re.sub("^--dry-run|^--dry_run", "--tune.dry_run", word) for word in argv]
+    full = ["--tune.dry_run=true" if word == "--tune.dry_run" else word for word in full]
     return [f"--tune.{word[2:]}" if word.partition("=")[0] == "--cost_per_hour" else word for word in full]
 
 
