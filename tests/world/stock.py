@@ -1,6 +1,7 @@
 """What `lerobot-train` does with each data set of the table, and with those drawn: five steps, or its error.
 
-python tests/world/stock.py [NAME ...]      # records into stock.json: all, or these
+python tests/world/stock.py [NAME ...]        # records into stock.json: all, or these
+python tests/world/stock.py --into=FILE       # all, into another file
 """
 
 import contextlib
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from conftest import tiny_act  # noqa: E402  (sets what must be set before torch is imported)
-from make import write  # noqa: E402
+from make import RECORDINGS, write  # noqa: E402
 from properties import TABLE, DataSet  # noqa: E402
 
 RECORD = HERE / "stock.json"
@@ -92,9 +93,12 @@ def record(names: list[str]) -> dict[str, dict]:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    known = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-    known |= record(sys.argv[1:] or list(TABLE))
-    RECORD.write_text(
-        json.dumps({name: known[name] for name in TABLE if name in known}, indent=1, ensure_ascii=False)
-        + "\n"
-    )
+    into = [word.removeprefix("--into=") for word in sys.argv[1:] if word.startswith("--into=")]
+    names, file = [word for word in sys.argv[1:] if not word.startswith("--")], Path(*into or [RECORD])
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    there = [
+        name for name, line in TABLE.items() if (RECORDINGS / line.recording).is_dir() or not line.recording
+    ]
+    known |= record(names or there)
+    kept = {name: known[name] for name in TABLE if name in known}
+    file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")

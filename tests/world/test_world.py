@@ -5,6 +5,8 @@ The table is in `properties.py`, what LeRobot makes of each set in `stock.json`,
 
 import json
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -53,6 +55,20 @@ def test_trains_as_lerobot_or_says_why_not(tmp_path, name):
         assert re.search(properties.refused, ours, re.DOTALL) and len(ours.splitlines()) <= 3, ours
     else:
         assert len(theirs) == STEPS and ours == pytest.approx(theirs, rel=1e-4), ours
+
+
+@pytest.mark.slow
+def test_lerobot_does_what_is_recorded(tmp_path):
+    """In a process of its own, as it was recorded."""
+    command = [sys.executable, str(Path(__file__).with_name("stock.py")), f"--into={tmp_path / 'again.json'}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=3600)
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert TABLE.keys() == STOCK.keys()
+    for name, now in again.items():
+        if isinstance(now, str):
+            assert isinstance(STOCK[name], str) and now.split(":")[0] == STOCK[name].split(":")[0], name
+        else:
+            assert now == pytest.approx(STOCK[name], rel=1e-4), name
 
 
 @pytest.mark.slow
