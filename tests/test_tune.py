@@ -208,7 +208,7 @@ def test_what_a_search_writes_is_what_its_trials_used(asha):
         for checkpoint in trial.glob("checkpoints/0*"):
             kept += 1
             config = read_json(checkpoint / "pretrained_model/train_config.json")
-            group = read_json(checkpoint / "training_state/optimizer_param_groups.json")[0]
+            group = read_json(checkpoint / "training_state/optimizer_param_groups.json", list)[0]
             shape = load_file(checkpoint / "pretrained_model/model.safetensors")[
                 "model.decoder_pos_embed.weight"
             ].shape
