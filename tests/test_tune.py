@@ -419,7 +419,7 @@ def test_time_budget(common, tmp_path, capsys):
     """The time is up: a clean end with status 0, and a longer budget goes on."""
     output = tmp_path / "run"
     flags = (f"--space={space_file(tmp_path)}", f"--output_dir={output}", "--tune.num_samples=300")
-    assert search(*common, *flags, "--tune.time_budget_s=12") == 0
+    assert search(*common, *flags, "--tune.time_budget_s=30") == 0  # enough for a trial
     printed = capsys.readouterr().out
     assert "the time is up" in printed and "time is up: " in printed
     before = len(study_of(output).trials)
@@ -715,7 +715,7 @@ WRONG = {
     "--space=nowhere.yaml": "--space=nowhere.yaml: there is no such file. There are search_spaces/act.yaml",
     "--steps=0": "--steps=0",
     "--data.eval_horizon=7": "with policy.chunk_size=6: --data.eval_horizon=7: the policy predicts 6 actions",
-    "--policy.chunksize=9": "unknown flag --policy.chunksize for act; did you mean --policy.chunk_size?",
+    "--policy.chunksize=9": "unknown flag --policy.chunksize; did you mean --policy.chunk_size?",
     "--output_dir=/proc/run": "--output_dir=/proc/run: /proc cannot be written",
     "--resume=true": "nothing to resume, there is no search in",
 }
@@ -732,7 +732,7 @@ def test_wrong_flag(common, tmp_path, flag):
 @pytest.mark.parametrize(
     ("flag", "entry", "told"),
     [
-        ("policy.chunk_sise", {"low": 6, "high": 10}, "unknown flag --policy.chunk_sise for act; did you mean --policy.chunk_size?"),
+        ("policy.chunk_sise", {"low": 6, "high": 10}, "policy.chunk_sise: no such flag; did you mean policy.chunk_size?"),
         ("policy.dropout", {"low": 0.0, "high": 2.0}, "with policy.dropout=2.0"),
         ("policy.n_heads", {"choices": [2, 3]}, "with policy.n_heads=3"),
         ("policy.n_action_steps", {"low": 4, "high": 9}, "--policy.n_action_steps=9 must not exceed --policy.chunk_size=8"),
