@@ -11,9 +11,9 @@ import math
 import tempfile
 from pathlib import Path
 
-from ray_jobs.engine.command import check_command
-from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.dataset_files import metadata_faults
+from ray_jobs.engine.command import LOOKED_INTO, check_command, episodes_read, folder_of_data
+from ray_jobs.engine.console import doing, duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.dataset_files import metadata_faults, missing_files
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.options import is_on, read_flags
 from ray_jobs.engine.records import json_text
@@ -33,33 +33,39 @@ def main(argv: list[str]) -> int:
     measuring, as_json = is_on(flags, "measure", "true"), is_on(flags, "json")
     flags = {name: value for name, value in flags.items() if name not in ("measure", "json")}
     cost_per_hour = _price(flags.pop("cost_per_hour", None))
-    root = flags.get("dataset.root", "")
-    check_command({"policy.type": DEFAULT_POLICY, **flags})
-    if root and "://" not in root:  # before LeRobot is imported
-        faults = metadata_faults(Path(root), flags["dataset.repo_id"])
-        if faults:
-            faults = [f"--dataset.root={root}: {fault}" for fault in faults]
-            nothing = {"facts": {}, "faults": faults, "warnings": [], "advice": []}
-            print(json_text(nothing, indent=2) if as_json else "\n".join(f"FAULT       {f}" for f in faults))
+    check_command({"policy.type": DEFAULT_POLICY, **flags}, looks_into_data=False)
+
+    def say(*lines: str) -> None:
+        if lines and not as_json:
+            doing("")
+            print("\n".join(lines), flush=True)  # at once, into a file as well
+
+    told: list[str] = []
+    if root := folder_of_data(flags):  # before LeRobot is imported
+        if faults := [f"--dataset.root={root}: {f}" for f in metadata_faults(root, flags["dataset.repo_id"])]:
+            say(*_faults(faults))
+            if as_json:
+                print(json_text({"facts": {}, "faults": faults, "warnings": [], "advice": []}, indent=2))
             return 1
+        told = missing_files(root, episodes_read(flags), LOOKED_INTO)
+        say(*_faults(told))
+    if not as_json:
+        doing("importing LeRobot")
     with no_garbage_collection():
         from ray_jobs.engine import costs, dataset_options, preflight
         from ray_jobs.engine.diagnosis import diagnose
         from ray_jobs.engine.recipe import resolve
 
-    def say(*lines: str) -> None:
-        if not as_json:
-            print("\n".join(lines), flush=True)  # at once, into a file as well
-
     named = {"policy.type", "policy.path", "config_path"} & set(flags)
     asked = dataset_options.read(
         [f"--{k}={v}" for k, v in flags.items() if k.startswith(OF_THE_DATA) and "eval" not in k]
     )
+    if not as_json:
+        doing("looking over the data set")
     recipe = resolve(_recipe(flags))
     steps = recipe.lerobot.steps
-    say("looking over the data set")
     found = diagnose(asked, recipe, named=bool(named))
-    say(*_diagnosis(found))
+    say(*_diagnosis(found, told))
     if measuring and not found.faults:
         try:
             preflight.check(recipe)
@@ -166,8 +172,12 @@ def _own_size(policy, height: int, width: int) -> list[int] | None:
     return scale and [int(height * scale), int(width * scale)]
 
 
-def _diagnosis(found) -> list[str]:
-    """What the data set is, and what is wrong with it."""
+def _faults(faults: list[str]) -> list[str]:
+    return [f"FAULT       {text}" for text in faults]
+
+
+def _diagnosis(found, told: list[str]) -> list[str]:
+    """What the data set is, and what is wrong with it beside what has been told."""
     facts = found.facts
     lines = []
     if "episodes" in facts:
@@ -190,7 +200,7 @@ def _diagnosis(found) -> list[str]:
             lines.append(
                 f"numbers     {key}: {number['dimensions']} dimensions, {min(number['min']):.3g} to {max(number['max']):.3g}"
             )
-    lines += [f"FAULT       {text}" for text in found.faults]
+    lines += _faults([text for text in found.faults if text not in told])
     return lines + [f"warning     {text}" for text in found.warnings]
 
 

@@ -104,19 +104,12 @@ def _check(checkpoint: str | None, output_dir: str | None, flags: dict[str, str]
                 mistakes.append(f"--checkpoint={word.strip()}: there is no checkpoint, nor such a folder.")
         if not in_simulator and (idle := [n for n in flags if n == "seed" or n.startswith("eval.")]):
             mistakes.append(f"--{idle[0]} is of a simulator, which --env.type names.")
-        try:
-            check_flags(flags)
-        except InputError as error:
-            mistakes.append(str(error))
-        else:
+        if mistakes.of(lambda: check_flags(flags)):
             for name in flags:
                 if not name.startswith(GROUPS) and name not in FLAGS and "discover_packages_path" not in name:
                     mistakes.append(f"--{name} has no effect on a trained policy; --help lists what has.")
         if output_dir and "://" not in output_dir:
-            try:
-                check_output_dir(Path(output_dir))
-            except InputError as error:
-                mistakes.append(str(error))
+            mistakes.of(lambda: check_output_dir(Path(output_dir)))
 
 
 def _simulator(flags: dict[str, str]) -> "SimulatorOptions":

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,10 +28,24 @@ FOLDERS = ("data.cache", "assets.dir")  # of them those that are in no bucket
 LONGEST_NAME = 255  # bytes, of a file or a folder on Linux
 
 
+class Mistakes(list[str]):
+    """What is wrong with a command, a line or two each."""
+
+    def of(self, check: Callable[[], object]) -> bool:
+        """Collect what a check refuses, unless it has been told; whether it refused nothing."""
+        try:
+            check()
+        except InputError as error:
+            told = {line for mistake in self for line in mistake.splitlines()}
+            self.extend(line for line in str(error).splitlines() if line not in told)
+            return False
+        return True
+
+
 @contextlib.contextmanager
-def all_mistakes() -> Iterator[list[str]]:
+def all_mistakes() -> Iterator[Mistakes]:
     """Within, mistakes are collected in the list; at its end they are raised together."""
-    mistakes: list[str] = []
+    mistakes = Mistakes()
     yield mistakes
     if mistakes:
         raise InputError("\n".join(mistakes))
@@ -301,10 +315,7 @@ def _made[T](config: type[T], values: dict, prefix: str) -> T:
         for part in dataclasses.fields(config):
             name = f"{prefix}{part.name}"
             if dataclasses.is_dataclass(part.type):
-                try:
-                    given[part.name] = _made(part.type, values, f"{name}.")
-                except InputError as error:
-                    mistakes.append(str(error))
+                mistakes.of(lambda: given.update({part.name: _made(part.type, values, f"{name}.")}))  # noqa: B023
             elif name in values:
                 given[part.name] = Path(values[name]) if part.type is Path else values[name]
     return config(**given)

@@ -21,7 +21,7 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.engine import bucket
-from ray_jobs.engine.dataset_files import faults_of, metadata_faults, refuse
+from ray_jobs.engine.dataset_files import metadata_faults, missing_files, refuse
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.frames import frame_shape, set_frame_size
@@ -182,20 +182,7 @@ def file_faults(
         there = bucket.listing(dataset.root, "data", "videos")
         needed = {file: e for e in sorted(wanted, reverse=True) for file in bucket.files_of(meta, (e,))}
         return [f"{f} (episode {e} is in it) is missing." for f, e in needed.items() if f not in there]
-    # LeRobot opens all tables that lie there, whatever episodes are asked for.
-    files = {path: "" for path in sorted((meta.root / "data").glob("*/*.parquet"))}
-    columns = [("data", meta.data_path, None)]
-    columns += [(f"videos/{camera}", meta.video_path, camera) for camera in meta.video_keys]
-    for column, pattern, camera in columns:  # a row of meta.episodes takes a hundred times as long
-        chunks, numbers = (list(meta.episodes[f"{column}/{index}_index"]) for index in ("chunk", "file"))
-        for episode in sorted(wanted):
-            place = {"chunk_index": chunks[episode], "file_index": numbers[episode], "video_key": camera}
-            try:
-                path = meta.root / pattern.format(**place)
-            except ValueError as error:
-                return [f"meta/episodes: {column} of episode {episode}: {error}."]
-            files[path] = files.get(path) or f" (episode {episode} is in it)"
-    return faults_of(meta.root, files.items())
+    return missing_files(meta.root, wanted)
 
 
 def check_resize(

@@ -25,24 +25,13 @@ def check_search(flags: Mapping[str, str]) -> tuple[str, ...]:
     spaces: list[Space] = []
     ours = flags_of(SearchFlags, "")
     with all_mistakes() as mistakes:
-        checks = [
-            lambda: check_command(
-                {"output_dir": "outputs/search", **flags},
-                ours,
-                resumable=(SEARCH_FILE,),
-                needs_policy=False,
-            ),
-            # What is unknown or has no value has been told.
-            lambda: parse_search_flags({k: v for k, v in flags.items() if v and k in ours}),
-        ]
+        given = {"output_dir": "outputs/search", **flags}
+        mistakes.of(lambda: check_command(given, ours, resumable=(SEARCH_FILE,), needs_policy=False))
+        # What is unknown or has no value has been told.
+        mistakes.of(lambda: parse_search_flags({k: v for k, v in flags.items() if v and k in ours}))
         if not asks_to_resume(flags):
-            checks += [lambda: check_steps(flags), lambda: spaces.extend(read_spaces(dict(flags), []).spaces)]
-        for check in checks:
-            try:
-                check()
-            except InputError as error:
-                told = {line for mistake in mistakes for line in mistake.splitlines()}
-                mistakes += [line for line in str(error).splitlines() if line not in told]
+            mistakes.of(lambda: check_steps(flags))
+            mistakes.of(lambda: spaces.extend(read_spaces(dict(flags), []).spaces))
     named = {flag: "" for space in spaces for flag in space.lines}
     return unneeded([space.policy for space in spaces] or [""], named | flags)
 
