@@ -14,7 +14,7 @@ from test_advice import other_programs, parse_other
 from vla import tiny
 
 from ray_jobs import doctor, train
-from ray_jobs.engine import assets, cluster, mirror, preflight
+from ray_jobs.engine import assets, cluster, mirror, preflight, tracking
 from ray_jobs.engine.console import Display
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.memory import Memory
@@ -55,7 +55,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_flags_that_a_refusal_names(parts, tmp_path, no_network, monkeypatch, case):
     """Each of them alone is taken."""
-    monkeypatch.setattr(preflight, "_wandb_login", lambda: False)
+    monkeypatch.setattr(tracking, "_wandb_login", lambda: False)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     typed = [*tiny_act(parts, tmp_path / "run", f"--assets.dir={tmp_path}"), *REFUSED[case]]
     advised = advised_in(refusal(*typed), typed)

@@ -222,6 +222,7 @@ def _flag(name: str, type_: str, default: Any = None, choices: list[str] | None 
     )
 
 
+@functools.cache  # a space has them looked up for each of its corners
 def flags_of(config: type, prefix: str) -> dict[str, Flag]:
     """The flags of one of our own dataclasses."""
     entries = _entries(config, prefix, {})

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
 import shlex
 import shutil
 import tempfile
-import uuid
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -53,6 +51,7 @@ from ray_jobs.engine.preflight_policy import check_rewards, check_type
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
+from ray_jobs.engine.tracking import check_wandb
 from ray_jobs.engine.trust import check_processor, read_json
 
 COUNTED = ("act", "diffusion", "pi0", "pi05", "smolvla")  # policies that can be built without memory
@@ -88,7 +87,7 @@ def check(recipe: Recipe) -> None:
     resume.check(recipe)
     recipe.notices += idle.notices(recipe, meta)
     _output_dir(recipe, network)
-    _wandb(recipe)
+    check_wandb(recipe.lerobot.wandb)
 
 
 def check_policy(
@@ -429,24 +428,3 @@ def _output_dir(recipe: Recipe, network: torch.nn.Module | None) -> None:
 
 
 # ---------------------------------------------------------------------- Weights & Biases
-
-
-def _wandb(recipe: Recipe) -> None:
-    wandb_cfg = recipe.lerobot.wandb
-    if not wandb_cfg.enable:
-        return
-    if wandb_cfg.mode not in (None, "online", "offline", "disabled"):
-        raise InputError(f"--wandb.mode={wandb_cfg.mode}: must be online, offline or disabled.")
-    if wandb_cfg.mode in (None, "online") and not _wandb_login():
-        raise InputError(
-            "--wandb.enable=true: there is no W&B login here. Run `wandb login`, set WANDB_API_KEY, "
-            "or add --wandb.mode=offline."
-        )
-    if wandb_cfg.run_id is None:
-        wandb_cfg.run_id = uuid.uuid4().hex[:8]
-
-
-def _wandb_login() -> bool:
-    import wandb
-
-    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key)

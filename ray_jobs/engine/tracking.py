@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from lerobot.common.wandb_utils import cfg_to_group, get_safe_wandb_artifact_name
+from lerobot.configs.default import WandBConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from tensorboardX.event_file_writer import EventsWriter
@@ -24,6 +26,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from ray_jobs.engine.busy import busy
+from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.patience import patiently
 from ray_jobs.engine.records import METRICS_FILE, SUMMARY_FILE, json_text, read_metrics, write_json
 
@@ -38,6 +41,31 @@ def read_progress(output_dir: Path) -> tuple[int | None, int, int, float]:
         return int(reached), int(lost), int(restarts), float(seconds[0]) if seconds else 0.0
     except (OSError, ValueError):
         return None, 0, 0, 0.0
+
+
+def check_wandb(wandb_cfg: WandBConfig) -> None:
+    """See that W&B can be reached as asked, and give a run that is to be tracked its id.
+
+    Raises:
+        InputError: The mode is none, or there is no login for it.
+    """
+    if not wandb_cfg.enable:
+        return
+    if wandb_cfg.mode not in (None, "online", "offline", "disabled"):
+        raise InputError(f"--wandb.mode={wandb_cfg.mode}: must be online, offline or disabled.")
+    if wandb_cfg.mode in (None, "online") and not _wandb_login():
+        raise InputError(
+            "--wandb.enable=true: there is no W&B login here. Run `wandb login`, set WANDB_API_KEY, "
+            "or add --wandb.mode=offline."
+        )
+    if wandb_cfg.run_id is None:
+        wandb_cfg.run_id = uuid.uuid4().hex[:8]
+
+
+def _wandb_login() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key)
 
 
 class Board:
