@@ -5,6 +5,9 @@ need the real recording look for it at `../shared/datasets` and are skipped wher
 
 On a machine with a GPU, `RAY_JOBS_TEST_DEVICE=cuda NVIDIA_TF32_OVERRIDE=0` compares the bare loop with LeRobot there:
 `pytest tests/test_parity.py tests/test_policies.py -k "not two and not sharded and not sharding"`.
+
+On a machine that is busy with other things, `RAY_JOBS_TEST_PATIENCE=4` waits four times as long before a process is taken to
+hang. What a test says of seconds stays as it is.
 """
 
 import contextlib
@@ -43,6 +46,7 @@ os.environ["PYTHONPATH"] = str(
 )  # where Ray's workers and other processes find the tests' plugins
 REAL = ROOT.parent / "shared" / "datasets" / "g1_yellow_bottle"
 DEVICE = os.environ.get("RAY_JOBS_TEST_DEVICE", "cpu")  # of the bare loop
+PATIENCE = float(os.environ.get("RAY_JOBS_TEST_PATIENCE", "1"))  # with other processes
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -177,7 +181,7 @@ def job(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedPro
         [sys.executable, "-m", *args],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=timeout * PATIENCE,
         cwd=ROOT,
         env={**os.environ, **env},
     )

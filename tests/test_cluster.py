@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, free_port, job, tiny_act
+from conftest import PATIENCE, ROOT, free_port, job, tiny_act
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.providers import _get_node_provider
@@ -161,7 +161,9 @@ class Nodes:
     def launch(self, command: str, env: dict) -> None:
         """Run a command as Ray's launcher does over ssh."""
         shell = " ".join(_with_interactive(*with_envs([command], env)))
-        result = subprocess.run(shell, shell=True, env=self.env, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(
+            shell, shell=True, env=self.env, capture_output=True, text=True, timeout=120 * PATIENCE
+        )
         assert result.returncode == 0, result.stdout + result.stderr
 
     def ray(self, *args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
@@ -171,7 +173,7 @@ class Nodes:
         env = self.env | address | env
         for _ in range(10):
             result = subprocess.run(
-                [ray, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+                [ray, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300 * PATIENCE
             )
             if "No available agent" not in result.stderr:  # the head takes a moment
                 break
@@ -341,7 +343,7 @@ def log_of(machine, folder: Path, name: str) -> str:
 
 def wait(machine, folder: Path, name: str, until=lambda log: False) -> tuple[str, str]:
     """State and log of a job, once it is over or its log says enough."""
-    give_up = time.monotonic() + 240
+    give_up = time.monotonic() + 240 * PATIENCE
     while True:
         log, state = log_of(machine, folder, name), state_of(machine, folder, name)
         if state not in ("PENDING", "RUNNING") or until(log):

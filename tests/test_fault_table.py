@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import small_disk, tiny_act
+from conftest import PATIENCE, small_disk, tiny_act
 from test_faults import Run
 from test_storage import Bucket, fsspec
 from test_tune import space_file
@@ -74,7 +74,7 @@ class Victim(Run):
 
     def wait_for_step(self, step: int) -> Path:
         """Returns the run that has come so far first."""
-        give_up = time.monotonic() + 180
+        give_up = time.monotonic() + 180 * PATIENCE
         while time.monotonic() < give_up and self.process.poll() is None:
             for run in self.runs():
                 reached = (run / ".progress").read_text().split() if (run / ".progress").exists() else []
@@ -111,10 +111,7 @@ class Victim(Run):
 def nothing_is_left_running():
     yield
     while Victim.begun:
-        run = Victim.begun.pop()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in (*run.family(), psutil.Process(run.process.pid)):
-                process.kill()
+        Victim.begun.pop().kill_all()
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "search"])
@@ -122,7 +119,7 @@ def test_killed_while_saving(parts, tmp_path, kind):
     """SIGKILL in the middle of writing a checkpoint: the one before it is gone back to, no torn one is ever visible."""
     run = Victim(kind, parts, tmp_path / "run", tmp_path)
     training = run.wait_for_step(EVERY + 1)
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 60 * PATIENCE
     workers = run.of(*WORKERS)
     while not (torn := list((training / "checkpoints").glob(".0*.tmp"))):
         assert time.monotonic() < give_up and run.process.poll() is None, "no checkpoint was begun"
@@ -352,7 +349,7 @@ def test_bucket_away(parts, tmp_path, bucket, kind, for_ever):
     more += ["--eval_steps=100"] if kind == "search" else []
     patience = {"PATIENCE": "6"} if for_ever else {}
     run = Victim(kind, parts, bucket.run, tmp_path, *more, FAULTY, **patience)
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + 120 * PATIENCE
     while not bucket.whole():
         assert time.monotonic() < give_up and run.process.poll() is None, "nothing has come into the bucket"
         time.sleep(0.1)

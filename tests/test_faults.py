@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import psutil
 import pytest
-from conftest import ROOT, free_port, job, tiny_act
+from conftest import PATIENCE, ROOT, free_port, job, tiny_act
 
 from ray_jobs import train, tune
 from ray_jobs.engine import checkpoint
@@ -49,7 +49,7 @@ def nothing_is_left(variable: str, value: str) -> None:
                 if process.environ().get(variable) == value:
                     yield process
 
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 30 * PATIENCE
     while found := list(left()):
         if time.monotonic() > give_up:
             for process in found:
@@ -83,7 +83,7 @@ class Run:
 
     def wait_for(self, text: str, timeout: float = 240) -> None:
         """Return once a line with this text was printed, after those that were waited for before."""
-        give_up = time.monotonic() + timeout
+        give_up = time.monotonic() + timeout * PATIENCE
         while time.monotonic() < give_up and (self.reader.is_alive() or self.seen < len(self.lines)):
             if self.seen == len(self.lines):
                 time.sleep(0.01)
@@ -91,19 +91,25 @@ class Run:
             self.seen += 1
             if text in self.lines[self.seen - 1]:
                 return
+        self.kill_all()  # else it would train on beside all other tests
         raise AssertionError(f"{text!r} was not printed:\n{self.printed}")
 
     def end(self, timeout: float = 120) -> int:
         try:
-            self.process.wait(timeout)
+            self.process.wait(timeout * PATIENCE)
         except subprocess.TimeoutExpired:
             print(self.printed)
-            for process in (*self.family(), self.process):  # Ray's have sessions of their own
-                process.kill()
+            self.kill_all()
             raise
         self.reader.join(10)
         nothing_is_left("RAY_JOBS_TEST_RUN", self.id)
         return self.process.returncode
+
+    def kill_all(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in (*self.family(), psutil.Process(self.process.pid)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()  # one by one: Ray's have sessions of their own
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -220,7 +226,7 @@ def test_ctrl_c_leaves_a_checkpoint(parts, tmp_path, sent, workers):
     send(run.process.pid, sent)
     time.sleep(0.2)
     run.process.send_signal(sent)
-    run.process.wait(60)
+    run.process.wait(60 * PATIENCE)
     assert time.monotonic() - begin < 15
     assert run.end() == 130, run.printed
     saved = checkpoint.last_checkpoint(output_dir)
@@ -385,7 +391,7 @@ def test_ctrl_c_again_while_ray_starts(parts, tmp_path):
     time.sleep(ONE_S + 0.5)
     run.process.send_signal(signal.SIGINT)
     begin = time.monotonic()
-    run.process.wait(60)
+    run.process.wait(60 * PATIENCE)
     assert time.monotonic() - begin < 10
     assert run.end() == 130 and run.printed.endswith("interrupted.\n"), run.printed
     assert "Traceback" not in run.printed

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import tiny_act, train_in_process
+from conftest import PATIENCE, tiny_act, train_in_process
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
@@ -110,7 +110,7 @@ def step_of(run: Path) -> int:
 
 
 def wait_for_step(run: Path, step: int, timeout: float = 180) -> None:
-    give_up = time.monotonic() + timeout
+    give_up = time.monotonic() + timeout * PATIENCE
     while not (run / ".progress").exists() or step_of(run) < step:
         assert time.monotonic() < give_up, f"step {step} was not reached"
         time.sleep(0.05)
@@ -187,7 +187,7 @@ def test_workers_that_always_die_while_starting(cluster, parts, tmp_path):
     """Ray Train does not count that, and would start them for ever."""
     flags = ("--steps=40", "--ray.num_workers=2", "--ray.max_failures=2")
     process = train(cluster, parts, tmp_path / "run", *flags)
-    give_up = time.monotonic() + 180
+    give_up = time.monotonic() + 180 * PATIENCE
     while process.process.poll() is None:
         assert time.monotonic() < give_up, process.printed
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -395,7 +395,7 @@ def test_node_runs_out_of_memory(head, parts, tmp_path, kind):
     workers = workers_of(node, name)
     hog = subprocess.Popen([sys.executable, "-c", HOG, str(100 * limit + 1)])
     try:
-        gone, _ = psutil.wait_procs(workers, timeout=60)
+        gone, _ = psutil.wait_procs(workers, timeout=60 * PATIENCE)
     finally:
         hog.kill()
     assert gone and process.end(300) == 0, process.printed

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 import optuna
 import pytest
-from conftest import job, tiny_act
+from conftest import PATIENCE, job, tiny_act
 from lerobot.policies.act.modeling_act import ACTPolicy
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
@@ -364,7 +364,7 @@ def test_run_goes_on_on_another_cluster(parts, s3, tmp_path, monkeypatch, count)
     first, second = tmp_path / "first", tmp_path / "second"
     monkeypatch.setenv("RAY_JOBS_CACHE", str(first))
     run = Run(given)
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + 120 * PATIENCE
     while "checkpoints/000010.json" not in s3.find():
         assert time.monotonic() < give_up and run.process.poll() is None, run.printed
         time.sleep(0.1)

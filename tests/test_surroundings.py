@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from conftest import ROOT, job, tiny_act
+from conftest import PATIENCE, ROOT, job, tiny_act
 
 from ray_jobs.engine import cluster, surroundings
 
@@ -113,7 +113,13 @@ def train_as(
     }
     around = kept | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)} | env
     result = subprocess.run(
-        f"{command} {shell}", shell=True, cwd=folder, env=around, capture_output=True, text=True, timeout=600
+        f"{command} {shell}",
+        shell=True,
+        cwd=folder,
+        env=around,
+        capture_output=True,
+        text=True,
+        timeout=600 * PATIENCE,
     )
     assert (folder / "run/checkpoints/000002").is_dir(), result.stdout + result.stderr
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
@@ -167,7 +173,7 @@ def test_a_relative_home_of_data_sets_is_the_workers_too(parts, tmp_path):
         [sys.executable, "-m", "ray_jobs.train", *flags],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=300 * PATIENCE,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_LEROBOT_HOME": "lh"},
     )
@@ -275,7 +281,7 @@ def test_ray_is_started_once_more(monkeypatch):
         return init(*args, **kwargs)
 
     monkeypatch.setattr(ray, "init", busy_at_first)
-    assert cluster.start("local").result(timeout=180) is None
+    assert cluster.start("local").result(timeout=180 * PATIENCE) is None
     assert ray.is_initialized() and failed
 
 

@@ -25,7 +25,7 @@ import optuna
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, free_port, job, small_disk
+from conftest import PATIENCE, ROOT, free_port, job, small_disk
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -185,7 +185,7 @@ def test_answer(asha, tmp_path):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=200,
+        timeout=200 * PATIENCE,
     )
     assert result.returncode == 0, result.stderr
     value = read_json(again / "summary.json")["best"]["val/action_error"]
