@@ -29,6 +29,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flags import as_arguments, check_flags
 from ray_jobs.engine.options import all_mistakes, parse_options, read_flags
 from ray_jobs.engine.output_dir import check_output_dir
+from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
 
 if TYPE_CHECKING:
     from ray_jobs.engine.simulator import SimulatorOptions
@@ -99,9 +100,16 @@ def _check(checkpoint: str | None, output_dir: str | None, flags: dict[str, str]
     with all_mistakes() as mistakes:
         if not checkpoint:
             mistakes.append("--checkpoint is missing: what to evaluate, as in --checkpoint=outputs/act.")
-        for word in (checkpoint or "").split(","):
-            if word.strip() and "://" not in word and not Path(word.strip()).exists():
-                mistakes.append(f"--checkpoint={word.strip()}: there is no checkpoint, nor such a folder.")
+        for word in (word.strip() for word in (checkpoint or "").split(",")):
+            if not word or "://" in word:
+                continue
+            if not Path(word).exists():
+                mistakes.append(f"--checkpoint={word}: there is no checkpoint, nor such a folder.")
+            elif (Path(word) / SEARCH_FILE).is_file():
+                try:
+                    read_search(word)
+                except InputError as error:
+                    mistakes.append(str(error))
         if not in_simulator and (idle := [n for n in flags if n == "seed" or n.startswith("eval.")]):
             mistakes.append(f"--{idle[0]} is of a simulator, which --env.type names.")
         try:
@@ -145,7 +153,6 @@ def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
     from ray_jobs.engine.bucket import is_uri
     from ray_jobs.engine.checkpoint import pretrained_dir
     from ray_jobs.search.bucket_copy import bring
-    from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
     from ray_jobs.search.trial import ranked_checkpoint
 
     found = {}

@@ -87,6 +87,7 @@ REFUSED = {  # what is told of a command without importing anything
     "train --policy.type=act --help": "--policy.chunk_size",
     "tune --space=/none.yaml --steps=5 --dataset.repo_id=a/b": "/none.yaml",
     "tune --stepz=3": "--steps?",
+    "tune --resume=true --output_dir=/none": "nothing to resume",
     "tune --help": "--tune.num_samples",
     "evaluate --checkpoint=/none --foo=1": "/none",
     "evaluate --help": "--checkpoint",

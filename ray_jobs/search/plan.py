@@ -23,7 +23,7 @@ from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.records import SUCCESS, write_json
 from ray_jobs.engine.trust import check_links
 from ray_jobs.search.command import check_steps
-from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_search
+from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_begun, read_search
 from ray_jobs.search.idle import without_effect
 from ray_jobs.search.options import SearchFlags, in_full, parse_search_flags
 from ray_jobs.search.space import Config, SearchSpace, Space, flags
@@ -153,12 +153,9 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
     typed.pop("resume", None)
     place = typed.get("output_dir", "outputs/search").rstrip("/")
     folder = _folder_for(place, resume) if is_uri(place) else Path(place)
-    saved = folder / SEARCH_FILE
     if resume:
-        if not saved.is_file():
-            raise InputError(f"--resume=true: nothing to resume, there is no search in {folder}.")
+        before = read_begun(folder)
         check_links(folder)
-        before = read_search(folder)
         # As they were when the search began, whatever has become of the files since.
         copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in before.policies]
         given = [Path(name.strip()) for name in typed.pop("space", "").split(",")]
