@@ -290,6 +290,25 @@ def test_quantiles_that_cannot_be_computed(without_quantiles, models, tmp_path):
 # ---------------------------------------------------------------------- language
 
 
+def test_texts_are_prepared_as_they_were(base, command, tmp_path):
+    """By the processors that a policy was saved with, whatever the flags say: in LeRobot, too. A start tells so, and a resume
+    refuses them."""
+    other = "--policy.tokenizer_max_length=7"
+    recipe = resolve(command(None, other, "--policy.n_action_steps=4", start=base("pi05")))
+    preflight.check(recipe)
+    (told,) = (line for line in recipe.notices if line.startswith("--policy.tokenizer_max_length: no effect"))
+    assert "n_action_steps" not in told
+    loop.train(recipe, device="cpu")
+    saved = tmp_path / "run/checkpoints/000002/pretrained_model"
+    steps = read_json(saved / "policy_preprocessor.json")["steps"]
+    assert [s["config"]["max_length"] for s in steps if "tokenizer_name" in s["config"]] == [24]
+    assert read_json(saved / "train_config.json")["policy"]["tokenizer_max_length"] == 24
+    assert read_json(saved / "config.json")["tokenizer_max_length"] == 24
+    resumed = [flag for flag in command(None, start=base("pi05")) if "policy.path" not in flag]
+    with pytest.raises(InputError, match="tokenizer_max_length=9 .the checkpoint has 24"):
+        resolve([*resumed, "--resume=true", "--steps=4", "--policy.tokenizer_max_length=9"])
+
+
 @pytest.mark.parametrize("policy", ["pi0", "pi05", "smolvla"])
 def test_every_frames_own_task_reaches_the_tokenizer(policy, parts, models, tmp_path):
     """A data set of two tasks: the tokens of a batch spell each frame's."""
