@@ -27,7 +27,7 @@ from ray_jobs.engine import cluster
 from ray_jobs.engine.console import OUTPUT_EVERY_S, doing, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flags import as_arguments, check_flags
-from ray_jobs.engine.options import all_mistakes, parse_options, read_flags
+from ray_jobs.engine.options import all_mistakes, listed, parse_options, read_flags
 from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
 
@@ -100,8 +100,8 @@ def _check(checkpoint: str | None, output_dir: str | None, flags: dict[str, str]
     with all_mistakes() as mistakes:
         if not checkpoint:
             mistakes.append("--checkpoint is missing: what to evaluate, as in --checkpoint=outputs/act.")
-        for word in (word.strip() for word in (checkpoint or "").split(",")):
-            if not word or "://" in word:
+        for word in listed(checkpoint or ""):
+            if "://" in word:
                 continue
             if not Path(word).exists():
                 mistakes.append(f"--checkpoint={word}: there is no checkpoint, nor such a folder.")
@@ -156,7 +156,7 @@ def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
     from ray_jobs.search.trial import ranked_checkpoint
 
     found = {}
-    words = [word.strip() for word in checkpoint.split(",")]
+    words = listed(checkpoint)
     for word in words:
         fetch = partial(bring, word) if is_uri(word) else None
         path = fetch() if fetch else Path(word)

@@ -16,7 +16,7 @@ from ray_jobs.engine import mirror, preflight
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull
 from ray_jobs.engine.objective import chunk_length
-from ray_jobs.engine.options import asks_to_resume, read_flags
+from ray_jobs.engine.options import asks_to_resume, listed, read_flags
 from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
@@ -158,7 +158,7 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
         check_links(folder)
         # As they were when the search began, whatever has become of the files since.
         copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in before.policies]
-        given = [Path(name.strip()) for name in typed.pop("space", "").split(",")]
+        given = [Path(name) for name in listed(typed.pop("space", ""))]
         if {f.read_bytes() for f in given if f.is_file()} - {f.read_bytes() for f in copies if f.is_file()}:
             notices.append(f"--space is not what the search began with: it goes on with {copies[0].parent}.")
         typed = {**before.flags, **typed, "space": ",".join(map(str, copies))}
