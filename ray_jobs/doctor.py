@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ray_jobs.engine.command import check_command
-from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.console import doing, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.dataset_files import metadata_faults
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.options import is_on, read_flags
@@ -42,30 +42,39 @@ def main(argv: list[str]) -> int:
             nothing = {"facts": {}, "faults": faults, "warnings": [], "advice": []}
             print(json_text(nothing, indent=2) if as_json else "\n".join(f"FAULT       {f}" for f in faults))
             return 1
-    with no_garbage_collection():
-        from ray_jobs.engine import costs, dataset_options, preflight
-        from ray_jobs.engine.diagnosis import diagnose
-        from ray_jobs.engine.recipe import resolve
 
     def say(*lines: str) -> None:
         if not as_json:
             print("\n".join(lines), flush=True)  # at once, into a file as well
 
+    def now(what: str) -> None:
+        if not as_json:
+            doing(what)
+
+    now("importing LeRobot")
+    with no_garbage_collection():
+        from ray_jobs.engine import costs, dataset_options, preflight
+        from ray_jobs.engine.diagnosis import diagnose
+        from ray_jobs.engine.recipe import resolve
+
+    now("looking over the data set")
     named = {"policy.type", "policy.path", "config_path"} & set(flags)
     asked = dataset_options.read(
         [f"--{k}={v}" for k, v in flags.items() if k.startswith(OF_THE_DATA) and "eval" not in k]
     )
     recipe = resolve(_recipe(flags))
     steps = recipe.lerobot.steps
-    say("looking over the data set")
     found = diagnose(asked, recipe, named=bool(named))
+    now("")
     say(*_diagnosis(found))
     if measuring and not found.faults:
         try:
             preflight.check(recipe)
-            found.facts["costs"] = costs.measure(asked, recipe, steps, cost_per_hour, say)
+            found.facts["costs"] = costs.measure(asked, recipe, steps, cost_per_hour, now)
+            now("")
             say(*_costs(found.facts["costs"]))
         except (InputError, RunError) as error:
+            now("")
             if named or isinstance(error, RunError):  # a damage may show only when frames are decoded
                 found.faults.append(str(error))
                 say(f"FAULT       {error}")

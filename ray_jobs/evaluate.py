@@ -89,6 +89,7 @@ def main(argv: list[str]) -> int:
         for one in policies:
             _evaluate(one, flags, simulator, target, results)
     finally:
+        doing("")
         if results:  # what is done stays, whatever became of the next
             _write(target, results, argv)
     _last_screen(target, results)
@@ -186,6 +187,7 @@ def _evaluate(
     folder = target / name.replace("://", "_").replace(" ", "-").strip("/").replace("/", "_")
     result: dict = {"checkpoint": str(one.folder), "policy": one.recipe.lerobot.policy.type, "step": one.step}
     if one.recipe.lerobot.dataset.repo_id:
+        doing("scoring it on recorded episodes")
         try:
             result, drawn = score(one, say=print)
         except InputError as error:
@@ -219,12 +221,14 @@ def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", fol
 
     def show(done: list[dict]) -> None:
         nonlocal told
+        doing("")
         if time.monotonic() - told > OUTPUT_EVERY_S:
             told = time.monotonic()
             print(
                 f"  {len(done)}/{options.eval.n_episodes} episodes, {success(done)['success_rate']:.0%} so far"
             )
 
+    doing("acting in the simulator")
     plugins = [value for name, value in flags.items() if "discover_packages_path" in name]
     episodes = rollouts.run(one, options, num_workers=workers, plugins=plugins, videos=VIDEOS, show=show)
     for episode in episodes:

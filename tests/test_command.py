@@ -130,6 +130,34 @@ for command, right in {REFUSED!r}.items():
     assert done.returncode == 0, done.stderr
 
 
+def test_what_takes_long_is_said_before_it_begins(parts, run, tmp_path):
+    """Ten seconds of imports, on a busy machine a minute. Here they fail, which ends each job."""
+    (tmp_path / "search.json").write_text('{"flags": {"steps": "4"}, "policies": ["act"]}')
+    data = ["--dataset.repo_id=local/parts", f"--dataset.root={parts}"]
+    commands = {
+        "train": [*tiny_act(parts, tmp_path / "new"), "--ray.num_workers=0"],
+        "tune": [f"--output_dir={tmp_path}", "--resume=true"],
+        "evaluate": [f"--checkpoint={run}"],
+        "export": [f"--checkpoint={run}", "--lerobot=0.4", f"--output_dir={tmp_path / 'new'}"],
+        "doctor": data,
+        "cache": ["build", *data],
+    }
+    code = f"""
+import contextlib, importlib, io, sys
+from ray_jobs.engine.console import doing
+sys.modules["torch"] = sys.modules["lerobot"] = None
+for name, argv in {commands!r}.items():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(ImportError):
+        importlib.import_module("ray_jobs." + name).main(argv)
+    with contextlib.redirect_stdout(io.StringIO()):
+        doing("")
+    assert said.getvalue().startswith("importing LeRobot"), (name, said.getvalue())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_exit_status_and_no_traceback():
     done = job("ray_jobs.train", "--steps=foo", "--dataset.root=/none")
     assert (
