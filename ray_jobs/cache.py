@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import duration, quiet, run_job
+from ray_jobs.engine.console import doing, duration, quiet, run_job
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.flag_table import flags_of
 from ray_jobs.engine.flags import check_flags
@@ -42,6 +42,7 @@ def _build(words: list[str]) -> int:
     flags, _ = read_flags(words)
     check_flags(flags)
     address = flags.get("ray.address") or os.environ.get("RAY_ADDRESS")
+    doing("importing LeRobot")
     if not address:
         _build_here(words, print)
         return 0
@@ -63,11 +64,13 @@ def _build(words: list[str]) -> int:
             name, here = node["NodeManagerAddress"], {"ray.io/node-id": node["NodeID"]}
             task = ray.remote(num_cpus=0, label_selector=here)(_build_on_node)
             names[task.remote(words, name, line)] = name
+    doing("the nodes import LeRobot")
     waiting = list(names)
     with if_helper_dies("this command's helper process", "What is decoded stays; the same command goes on."):
         while waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
             for event in ray.get(line.hear.remote(0)):
+                doing("")
                 print(event["text"], flush=True)
     failed = []
     for task, name in names.items():
@@ -106,6 +109,7 @@ def _build_here(words: list[str], say: Callable[[str], None]) -> None:
     folder = _folder(asked.data)
     try:
         cache = FrameCache(FrameSource(dataset, asked.data.resize), folder)
+        doing("")
         say(f"decoding {gigabytes(cache.missing_bytes())} of {gigabytes(cache.bytes())} into {folder}")
         cache.fill(say)
     except OSError as error:

@@ -27,8 +27,9 @@ from ray_jobs.engine import cluster
 from ray_jobs.engine.console import OUTPUT_EVERY_S, doing, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flags import as_arguments, check_flags
-from ray_jobs.engine.options import all_mistakes, parse_options, read_flags
+from ray_jobs.engine.options import all_mistakes, listed, parse_options, read_flags
 from ray_jobs.engine.output_dir import check_output_dir
+from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
 
 if TYPE_CHECKING:
     from ray_jobs.engine.simulator import SimulatorOptions
@@ -88,6 +89,7 @@ def main(argv: list[str]) -> int:
         for one in policies:
             _evaluate(one, flags, simulator, target, results)
     finally:
+        doing("")
         if results:  # what is done stays, whatever became of the next
             _write(target, results, argv)
     _last_screen(target, results)
@@ -99,9 +101,16 @@ def _check(checkpoint: str | None, output_dir: str | None, flags: dict[str, str]
     with all_mistakes() as mistakes:
         if not checkpoint:
             mistakes.append("--checkpoint is missing: what to evaluate, as in --checkpoint=outputs/act.")
-        for word in (checkpoint or "").split(","):
-            if word.strip() and "://" not in word and not Path(word.strip()).exists():
-                mistakes.append(f"--checkpoint={word.strip()}: there is no checkpoint, nor such a folder.")
+        for word in listed(checkpoint or ""):
+            if "://" in word:
+                continue
+            if not Path(word).exists():
+                mistakes.append(f"--checkpoint={word}: there is no checkpoint, nor such a folder.")
+            elif (Path(word) / SEARCH_FILE).is_file():
+                try:
+                    read_search(word)
+                except InputError as error:
+                    mistakes.append(str(error))
         if not in_simulator and (idle := [n for n in flags if n == "seed" or n.startswith("eval.")]):
             mistakes.append(f"--{idle[0]} is of a simulator, which --env.type names.")
         if mistakes.of(lambda: check_flags(flags)):
@@ -138,11 +147,10 @@ def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
     from ray_jobs.engine.bucket import is_uri
     from ray_jobs.engine.checkpoint import pretrained_dir
     from ray_jobs.search.bucket_copy import bring
-    from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
     from ray_jobs.search.trial import ranked_checkpoint
 
     found = {}
-    words = [word.strip() for word in checkpoint.split(",")]
+    words = listed(checkpoint)
     for word in words:
         fetch = partial(bring, word) if is_uri(word) else None
         path = fetch() if fetch else Path(word)
@@ -172,6 +180,7 @@ def _evaluate(
     folder = target / name.replace("://", "_").replace(" ", "-").strip("/").replace("/", "_")
     result: dict = {"checkpoint": str(one.folder), "policy": one.recipe.lerobot.policy.type, "step": one.step}
     if one.recipe.lerobot.dataset.repo_id:
+        doing("scoring it on recorded episodes")
         try:
             result, drawn = score(one, say=print)
         except InputError as error:
@@ -205,12 +214,14 @@ def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", fol
 
     def show(done: list[dict]) -> None:
         nonlocal told
+        doing("")
         if time.monotonic() - told > OUTPUT_EVERY_S:
             told = time.monotonic()
             print(
                 f"  {len(done)}/{options.eval.n_episodes} episodes, {success(done)['success_rate']:.0%} so far"
             )
 
+    doing("acting in the simulator")
     plugins = [value for name, value in flags.items() if "discover_packages_path" in name]
     episodes = rollouts.run(one, options, num_workers=workers, plugins=plugins, videos=VIDEOS, show=show)
     for episode in episodes:

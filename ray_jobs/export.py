@@ -64,7 +64,9 @@ def main(argv: list[str]) -> int:
 
     source, target = (local_folder(flags[name], name) for name in ("checkpoint", "output_dir"))
     source = pretrained_dir(source)
+    doing("writing the copy")
     kind = export(source, target, assets_dir=Path(flags.get("assets.dir") or "pretrained"))
+    doing("")
     print(f"exported    {source}\nto          {target}, for LeRobot 0.4")
     if kind in ("pi0", "pi05"):
         print(

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster, surroundings
@@ -25,6 +26,7 @@ from ray_jobs.engine.options import asks_to_resume, read_flags
 from ray_jobs.engine.workers import only_driver, refuse_busy
 from ray_jobs.search import new_space
 from ray_jobs.search.command import check_search
+from ray_jobs.search.files import read_begun
 from ray_jobs.search.options import in_full
 
 if TYPE_CHECKING:
@@ -53,11 +55,14 @@ def main(argv: list[str]) -> int:
         print(new_space.write(*wanted))
         return 0
     flags, _ = read_flags(in_full(argv))
-    refuse_busy({"output_dir": "outputs/search", **flags})
+    place = flags.get("output_dir", "outputs/search")
+    refuse_busy({**flags, "output_dir": place})
     not_needed = check_search(flags)
     on_ray = not asks_to_resume(flags)
     if on_ray:
         cluster.start(flags.get("ray.address"))
+    elif "://" not in place:
+        read_begun(Path(place))
     doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
     with no_garbage_collection(), without(not_needed):
         from sqlalchemy.exc import SQLAlchemyError

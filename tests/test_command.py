@@ -87,6 +87,7 @@ REFUSED = {  # what is told of a command without importing anything
     "train --policy.type=act --help": "--policy.chunk_size",
     "tune --space=/none.yaml --steps=5 --dataset.repo_id=a/b": "/none.yaml",
     "tune --stepz=3": "--steps?",
+    "tune --resume=true --output_dir=/none": "nothing to resume",
     "tune --help": "--tune.num_samples",
     "evaluate --checkpoint=/none --foo=1": "/none",
     "evaluate --help": "--checkpoint",
@@ -126,6 +127,34 @@ for command, right in {REFUSED!r}.items():
         cwd=ROOT,
         env={**os.environ, **env},
     )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_takes_long_is_said_before_it_begins(parts, run, tmp_path):
+    """Ten seconds of imports, on a busy machine a minute. Here they fail, which ends each job."""
+    (tmp_path / "search.json").write_text('{"flags": {"steps": "4"}, "policies": ["act"]}')
+    data = ["--dataset.repo_id=local/parts", f"--dataset.root={parts}"]
+    commands = {
+        "train": [*tiny_act(parts, tmp_path / "new"), "--ray.num_workers=0"],
+        "tune": [f"--output_dir={tmp_path}", "--resume=true"],
+        "evaluate": [f"--checkpoint={run}"],
+        "export": [f"--checkpoint={run}", "--lerobot=0.4", f"--output_dir={tmp_path / 'new'}"],
+        "doctor": data,
+        "cache": ["build", *data],
+    }
+    code = f"""
+import contextlib, importlib, io, sys
+from ray_jobs.engine.console import doing
+sys.modules["torch"] = sys.modules["lerobot"] = None
+for name, argv in {commands!r}.items():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(ImportError):
+        importlib.import_module("ray_jobs." + name).main(argv)
+    with contextlib.redirect_stdout(io.StringIO()):
+        doing("")
+    assert said.getvalue().startswith("importing LeRobot"), (name, said.getvalue())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import tiny_act
 
-from ray_jobs import evaluate, report
+from ray_jobs import evaluate, report, tune
 from ray_jobs.engine import preflight
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.recipe import resolve
-from ray_jobs.search import plan
 
 TABLE = "trial,state,val/action_error,best_step,steps,wall_s,baseline,other_seeds,reason,policy.type\n"
 ROW = "0,COMPLETE,0.5,2,2,1.5,True,{},,act\n"
@@ -75,8 +74,8 @@ def test_report_of_a_search_whose_files_are_of_another_shape(searched, name, tex
 def test_resuming_and_evaluating_a_search(searched, text):
     (searched / "search.json").write_text(text, encoding="latin-1")
     damaged = f"{searched / 'search.json'} is damaged"
-    assert damaged in told(plan.typed_flags, [f"--output_dir={searched}", "--resume=true"])
-    assert damaged in told(evaluate._find, str(searched))
+    assert damaged in told(tune.main, [f"--output_dir={searched}", "--resume=true"])
+    assert damaged in told(evaluate.main, [f"--checkpoint={searched}"])
 
 
 @pytest.mark.parametrize("text", [*WRONG, '{"step": 2, "steps": "2", "status": "finished"}'])

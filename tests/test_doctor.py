@@ -259,7 +259,8 @@ def test_measures_and_fits_on_a_screen(healthy, capsys):
     step = re.search(r"step +([\d.e+]+) samples/s \(act, batch 4\); the (step|loader) is the limit", printed)
     assert float(loader[1]) > float(loader[2]) > 0 and float(step[1]) > 0
     assert re.search(r"cache +0.000399 GB, \d+ s to decode", printed)
-    assert len(printed.splitlines()) <= 24 and "nothing would stop a training." in printed
+    lines = [line for line in printed.splitlines() if not line.endswith(" ...")]  # what goes on
+    assert len(lines) <= 24 and "nothing would stop a training." in printed
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_weights_that_turn_out_not_to_fit(base, command, tmp_path):
 @pytest.fixture
 def without_quantiles(parts, tmp_path, monkeypatch) -> Path:
     """The recorded data set as older LeRobots left them."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAY_JOBS_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "older"
     shutil.copytree(parts, root)
     file = root / "meta" / "stats.json"
@@ -259,8 +259,17 @@ def test_quantiles_are_computed_as_lerobot_does(without_quantiles, parts, models
             np.testing.assert_allclose(ours.stats[key][name], recorded[key][name], rtol=1e-5, atol=1e-6)
     a, b = (read_metrics(tmp_path / name)[-1]["train/loss"] for name in ("has", "has not"))
     assert a == pytest.approx(b, rel=1e-4)
-    (cached,) = (tmp_path / "cache" / "ray_jobs" / "quantiles").glob("*.json")
+    (cached,) = (tmp_path / "cache" / "quantiles").glob("*.json")
     assert set(json.loads(cached.read_text())) == {"action", "observation.state"}
+
+
+def test_quantiles_that_cannot_be_kept(without_quantiles, models, tmp_path, monkeypatch):
+    """In a container whose caches are elsewhere, or on a full disk, they are computed again."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAY_JOBS_CACHE", str(tmp_path / "file" / "cache"))
+    meta = LeRobotDatasetMetadata("local/parts", root=without_quantiles)
+    quantiles.complete(resolve(tiny("pi05", without_quantiles, tmp_path / "x", models)).lerobot.policy, meta)
+    assert "q99" in meta.stats["action"]
 
 
 def test_quantiles_that_cannot_be_computed(without_quantiles, models, tmp_path):
@@ -279,6 +288,25 @@ def test_quantiles_that_cannot_be_computed(without_quantiles, models, tmp_path):
 
 
 # ---------------------------------------------------------------------- language
+
+
+def test_texts_are_prepared_as_they_were(base, command, tmp_path):
+    """By the processors that a policy was saved with, whatever the flags say: in LeRobot, too. A start tells so, and a resume
+    refuses them."""
+    other = "--policy.tokenizer_max_length=7"
+    recipe = resolve(command(None, other, "--policy.n_action_steps=4", start=base("pi05")))
+    preflight.check(recipe)
+    (told,) = (line for line in recipe.notices if line.startswith("--policy.tokenizer_max_length: no effect"))
+    assert "n_action_steps" not in told
+    loop.train(recipe, device="cpu")
+    saved = tmp_path / "run/checkpoints/000002/pretrained_model"
+    steps = read_json(saved / "policy_preprocessor.json")["steps"]
+    assert [s["config"]["max_length"] for s in steps if "tokenizer_name" in s["config"]] == [24]
+    assert read_json(saved / "train_config.json")["policy"]["tokenizer_max_length"] == 24
+    assert read_json(saved / "config.json")["tokenizer_max_length"] == 24
+    resumed = [flag for flag in command(None, start=base("pi05")) if "policy.path" not in flag]
+    with pytest.raises(InputError, match="tokenizer_max_length=9 .the checkpoint has 24"):
+        resolve([*resumed, "--resume=true", "--steps=4", "--policy.tokenizer_max_length=9"])
 
 
 @pytest.mark.parametrize("policy", ["pi0", "pi05", "smolvla"])

@@ -9,7 +9,7 @@ import pytest
 
 from ray_jobs.engine.command import check_command
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.options import DataOptions, asks_to_resume, read_flags
+from ray_jobs.engine.options import DataOptions, asks_to_resume, listed, read_flags
 
 TRAIN = ("--dataset.repo_id=me/parts", "--policy.type=act")
 LONG = "a" * 300
@@ -120,3 +120,14 @@ def test_slip_of_another_job(slip, tmp_path, monkeypatch):
         importlib.import_module(f"ray_jobs.{job}").main(typed.split(" "))
     assert right in str(refused.value) and (not wrong or wrong not in str(refused.value)), refused.value
     assert not list(tmp_path.iterdir())
+
+
+def test_a_comma_may_be_part_of_a_name(tmp_path):
+    """Of a search's folder, say, whose spaces it goes on with."""
+    for name in ("a,b", "c", "a,b,c"):
+        (tmp_path / name).touch()
+    place = str(tmp_path)
+    assert listed(f"{place}/a,b, {place}/c") == [f"{place}/a,b", f"{place}/c"]
+    assert listed(f"{place}/a,b,c") == [f"{place}/a,b,c"]
+    assert listed(f"{place}/c,{place}/a,b,s3://x/y") == [f"{place}/c", f"{place}/a,b", "s3://x/y"]
+    assert listed("none, such,") == ["none", "such"] and listed("") == []

@@ -125,6 +125,7 @@ def test_sections(searched):
         page.text.count('class="line baseline"') == 4
     )  # of the curves and of the coordinates, wide and narrow
     assert "best/command.sh" in page.text
+    assert "published" not in page.text, "the baseline is the user's own"
     again = unescape(re.search("python -m ray_jobs.tune .*?(?=</)", page.text, re.DOTALL)[0])
     flags, _ = read_flags(shlex.split(again.replace("\\\n", ""))[3:])
     check_search(flags)
@@ -150,6 +151,7 @@ def test_the_best_policy(searched, tmp_path):
     assert (
         "12 episodes" in card.text and "episodes [10, 11]" in card.text and "policy.optimizer_lr" in card.text
     )
+    assert "baseline" in card.text and "published" not in card.text
     assert not list((searched / "trials").rglob("README.md")), "the trial's own checkpoint is left as it was"
 
 
@@ -243,6 +245,29 @@ def test_mistakes(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             report.main(flags)
+
+
+def test_crosses_can_be_seen(searched):
+    """Where trials were given up: by day and by night they are in a colour that is told from the paper (WCAG: 3 to 1)."""
+    text = (searched / "report.html").read_text()
+    (rule,) = re.findall(r"\.cross \{(.*?)\}", text)
+    name, width = re.search(r"stroke: var\((.+?)\)", rule)[1], re.search(r"stroke-width: ([\d.]+)", rule)[1]
+    assert 'class="cross' in text and float(width) >= 2
+    colours = re.findall(rf"--paper: #(\w+);.*?{name}: #(\w+);", text, re.DOTALL)
+    assert len(colours) == 2 and all(contrast(*pair) >= 3 for pair in colours), colours
+
+
+def contrast(*colours: str) -> float:
+    """Of two colours, as WCAG 2 has it."""
+
+    def luminance(colour: str) -> float:
+        digits = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
+        parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted(map(luminance, colours))
+    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

@@ -20,7 +20,7 @@ from test_tune import ACT, search, space_file
 
 from ray_jobs.engine.errors import RunError
 
-ODD = "a b#c? 100%41 [v2] {x} ü"  # legal in a name, and something else in an address or a pattern
+ODD = "a b#c? 100%41 [v2] {x}, ü"  # legal in a name, and something else in an address or a pattern
 DIVERGE = {
     **ACT,
     "baseline": {**ACT["baseline"], "policy.optimizer_lr": 1e30},

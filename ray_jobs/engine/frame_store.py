@@ -18,6 +18,7 @@ instead of a SIGBUS.
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -51,7 +52,7 @@ def fingerprint(
     root: Path, key: str, is_video: bool, size: list[int] | None, tolerance_s: float, folder: Path
 ) -> str:
     """Of all that decides what a camera's frames look like, and which frame belongs to which row."""
-    videos = f"videos/{key}/**/*.mp4" if is_video else None
+    videos = f"videos/{glob.escape(key)}/**/*.mp4" if is_video else None
     patterns = ("meta/info.json", "meta/episodes/**/*.parquet", "data/**/*.parquet", videos)
     how = (FORMAT, key, size, RESIZE_KERNEL if size else "", tolerance_s, version("lerobot"), version("av"))
     return fingerprint_of(*how, file_hashes(root, patterns, folder))

@@ -36,6 +36,11 @@ RULES: tuple[Rule, ...] = (
         "all weights come from the policy that the training begins from",
     ),
     (
+        ("policy.tokenizer_", "policy.pad_language_to"),
+        lambda recipe, meta: recipe.lerobot.policy.pretrained_path is not None and not recipe.lerobot.resume,
+        "texts are prepared as for the policy that the training begins from",
+    ),
+    (
         ("prefetch_factor", "dataloader_multiprocessing_context"),
         lambda recipe, meta: _reads_ahead_without_processes(recipe, meta),
         "batches are not read by processes of torch's here",

@@ -3,6 +3,7 @@
 The converter finds out at its end what it lacks: a traceback, and a half-made folder. So what it reads is looked at first.
 """
 
+import glob
 import json
 import shlex
 from pathlib import Path
@@ -81,7 +82,7 @@ def _lacking(root: Path, info: dict) -> list[str]:
                 f"{table.relative_to(root)} has {about.num_rows} rows, meta/episodes.jsonl says {length}."
             )
     for camera in (key for key, feature in features.items() if feature["dtype"] == "video"):
-        videos = len(list((root / "videos").glob(f"*/{camera}/*.mp4")))
+        videos = len(list((root / "videos").glob(f"*/{glob.escape(camera)}/*.mp4")))
         if videos != len(numbers):
             found.append(f"{camera} has {videos} videos, meta/episodes.jsonl {len(numbers)} episodes.")
     return found

@@ -235,6 +235,17 @@ def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return translate(flags)
 
 
+def listed(text: str) -> list[str]:
+    """Files and folders, with commas in between; a comma may also be part of the name of one that is there."""
+    found, parts = [], text.split(",")
+    while parts:
+        names = {n: ",".join(parts[:n]).strip() for n in range(len(parts), 0, -1)}
+        first = next((n for n, name in names.items() if name and os.path.exists(name)), 1)
+        found.append(names[first])
+        parts = parts[first:]
+    return [name for name in found if name]
+
+
 def _no_flag(word: str) -> str:
     """What to say of a word that does not begin with two hyphens."""
     bare = word.strip().lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")  # what editors make of them

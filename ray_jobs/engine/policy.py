@@ -14,6 +14,7 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies import get_policy_class, make_policy, make_pre_post_processors
+from lerobot.processor import TokenizerProcessorStep
 from lerobot.utils.constants import (
     ACTION,
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
@@ -162,7 +163,7 @@ def make_processors(cfg: TrainPipelineConfig, policy, stats: dict, device: torch
         }
         after["absolute_actions_processor"] = {"enabled": True}
     try:
-        return make_pre_post_processors(
+        preprocessor, postprocessor = make_pre_post_processors(
             cfg.policy,
             pretrained_path=pretrained,
             pretrained_revision=cfg.policy.pretrained_revision,
@@ -172,3 +173,10 @@ def make_processors(cfg: TrainPipelineConfig, policy, stats: dict, device: torch
         )
     except ImportError as error:  # a step that LeRobot does not have
         raise InputError(f"cannot start from {pretrained}: {first_line(error)[:300]}") from None
+    for step in (
+        preprocessor.steps
+    ):  # which goes on as it is, whatever the flags say: so that is what is written down
+        for name, used in (("tokenizer_max_length", "max_length"), ("pad_language_to", "padding")):
+            if isinstance(step, TokenizerProcessorStep) and hasattr(cfg.policy, name):
+                setattr(cfg.policy, name, getattr(step, used))
+    return preprocessor, postprocessor

@@ -1,7 +1,7 @@
 """Quantiles of states and actions, for policies that normalize by them (pi0.5) and data sets that have none.
 
-They are computed as LeRobot's `augment_dataset_quantile_stats` does (per episode, averaged by length), kept in the
-user's cache folder, and never written into the data set.
+They are computed as LeRobot's `augment_dataset_quantile_stats` does (per episode, averaged by length), kept beside the
+decoded frames, and never written into the data set.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from lerobot.datasets import LeRobotDatasetMetadata, aggregate_stats, get_featur
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.frame_store import default_folder
 from ray_jobs.engine.records import read_json
 
 NAMES = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90")}
@@ -56,17 +57,18 @@ def complete(policy: PreTrainedConfig, meta: LeRobotDatasetMetadata) -> None:
         return
     files = sorted({meta.root / meta.get_data_file_path(episode) for episode in range(meta.total_episodes)})
     identity = [sorted(missing), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_jobs" / "quantiles"
+    cache = default_folder() / "quantiles"
     cached = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.json"
     quantiles = None
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         quantiles = read_json(cached, **dict.fromkeys(missing, dict))
     if quantiles is None:
         quantiles = _compute(files, list(missing))
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = cached.with_suffix(f".{os.getpid()}.tmp")  # several workers may compute at once
-        scratch.write_text(json.dumps(quantiles))
-        scratch.replace(cached)
+        with contextlib.suppress(OSError):  # a full disk: the next one computes them again
+            cache.mkdir(parents=True, exist_ok=True)
+            scratch = cached.with_suffix(f".{os.getpid()}.tmp")  # several workers may compute at once
+            scratch.write_text(json.dumps(quantiles))
+            scratch.replace(cached)
     for key, values in quantiles.items():
         meta.stats[key] = {**meta.stats[key], **{name: np.array(value) for name, value in values.items()}}
 

@@ -1,6 +1,6 @@
 """Going on from a checkpoint: what it overrules of the command line, and what becomes of the learning rate.
 
-LeRobot parses all flags again on resume, and writes them down. But optimizer, adapters, statistics and random state come
+LeRobot parses all flags again on resume, and writes them down. But optimizer, adapters, processors and random state come
 out of the checkpoint, whatever the command line says of them. Such a flag is refused, unless it says what the run was begun with.
 """
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from ray_jobs.engine.recipe import Recipe
 
 STARTS = {"policy.path", "policy.pretrained_path"}  # what a run begins from
-# Clipping and a schedule's other numbers are read in every step.
+# Clipping and a schedule's other numbers are read in every step. Texts and relative actions are the saved processors'.
 OVERRULED = re.compile(
     r"optimizer\.(?!grad_clip_norm).*|scheduler\.(type|peak_lr)|use_policy_training_preset|seed"
-    r"|policy\.(optimizer_|scheduler_|\w*_lr_|use_peft|pretrained_).*|peft\..*"
-    r"|dataset\.use_imagenet_stats"
+    r"|policy\.(optimizer_|scheduler_|\w*_lr_|use_peft|pretrained_|tokenizer_|pad_language_to|use_relative_actions).*"
+    r"|peft\..*|dataset\.use_imagenet_stats"
 )
 IDLE_AGAIN = ("optimizer.", "scheduler.")  # without effect at the start of most runs: LeRobot says nothing
 

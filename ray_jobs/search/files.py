@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.records import METRIC, Damaged, parse_json
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
@@ -50,6 +51,17 @@ def read_search(place: Path | str, text: bytes | None = None) -> Asked:
     except ValueError as error:
         raise Damaged(f"{place}/{SEARCH_FILE}", error) from None
     return Asked(content["flags"], content["policies"], left_out)
+
+
+def read_begun(folder: Path) -> Asked:
+    """What was asked for in a search that is to go on.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not (folder / SEARCH_FILE).is_file():
+        raise InputError(f"--resume=true: nothing to resume, there is no search in {folder}.")
+    return read_search(folder)
 
 
 def trial_name(number: int, repeat: str | None = None) -> str:

@@ -16,14 +16,14 @@ from ray_jobs.engine import mirror, preflight
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.errors import InputError, StorageError, StorageFull
 from ray_jobs.engine.objective import chunk_length
-from ray_jobs.engine.options import asks_to_resume, read_flags
+from ray_jobs.engine.options import asks_to_resume, listed, read_flags
 from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.recipe import Recipe, resolve
 from ray_jobs.engine.records import SUCCESS, write_json
 from ray_jobs.engine.trust import check_links
 from ray_jobs.search.command import check_steps
-from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_search
+from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_begun, read_search
 from ray_jobs.search.idle import without_effect
 from ray_jobs.search.options import SearchFlags, in_full, parse_search_flags
 from ray_jobs.search.space import Config, SearchSpace, Space, flags
@@ -153,15 +153,12 @@ def typed_flags(argv: list[str]) -> tuple[dict[str, str], bool, list[str]]:
     typed.pop("resume", None)
     place = typed.get("output_dir", "outputs/search").rstrip("/")
     folder = _folder_for(place, resume) if is_uri(place) else Path(place)
-    saved = folder / SEARCH_FILE
     if resume:
-        if not saved.is_file():
-            raise InputError(f"--resume=true: nothing to resume, there is no search in {folder}.")
+        before = read_begun(folder)
         check_links(folder)
-        before = read_search(folder)
         # As they were when the search began, whatever has become of the files since.
         copies = [folder / SPACES_DIR / f"{policy}.yaml" for policy in before.policies]
-        given = [Path(name.strip()) for name in typed.pop("space", "").split(",")]
+        given = [Path(name) for name in listed(typed.pop("space", ""))]
         if {f.read_bytes() for f in given if f.is_file()} - {f.read_bytes() for f in copies if f.is_file()}:
             notices.append(f"--space is not what the search began with: it goes on with {copies[0].parent}.")
         typed = {**before.flags, **typed, "space": ",".join(map(str, copies))}

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.options import listed
 from ray_jobs.search.new_space import SHIPPED
 from ray_jobs.search.options import is_ours
 from ray_jobs.search.space import POLICY_TYPE, PRETRAINED, SearchSpace, Space
@@ -42,7 +43,7 @@ def read_spaces(words: dict[str, str], notices: list[str]) -> SearchSpace:
     for flag, why in NOT_TYPED.items():
         if flag in words:
             raise InputError(f"--{flag}={words[flag]}: {why}.")
-    files = [Path(name.strip()) for name in words.get("space", "").split(",") if name.strip()]
+    files = [Path(name) for name in listed(words.get("space", ""))]
     if not files:
         raise InputError("--space is missing: which space to search, as in --space=search_spaces/act.yaml.")
     if words.get("data.source") == "stream":
