@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_jobs.engine import cluster
+from ray_jobs.engine.command import check_data
 from ray_jobs.engine.console import doing, duration, quiet, run_job
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.flag_table import flags_of
-from ray_jobs.engine.flags import check_flags
-from ray_jobs.engine.options import DataOptions, build, read_flags
+from ray_jobs.engine.flags import NO_DATA_SET, check_flags
+from ray_jobs.engine.options import DataOptions, all_mistakes, build, read_flags
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +41,11 @@ def main(argv: list[str]) -> int:
 
 def _build(words: list[str]) -> int:
     flags, _ = read_flags(words)
-    check_flags(flags)
+    with all_mistakes() as mistakes:
+        readable = mistakes.of(lambda: check_flags(flags))
+        if "dataset.repo_id" not in flags:
+            mistakes.append(NO_DATA_SET)
+        mistakes.of(lambda: check_data(flags, episodes=readable))
     address = flags.get("ray.address") or os.environ.get("RAY_ADDRESS")
     doing("importing LeRobot")
     if not address:

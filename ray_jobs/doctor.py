@@ -11,7 +11,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from ray_jobs.engine.command import LOOKED_INTO, check_command, episodes_read, folder_of_data
+from ray_jobs.engine.command import LOOKED_INTO, check_command, check_episodes_of, folder_of_data
 from ray_jobs.engine.console import doing, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.dataset_files import metadata_faults, missing_files
 from ray_jobs.engine.errors import InputError, RunError
@@ -40,6 +40,10 @@ def main(argv: list[str]) -> int:
             doing("")
             print("\n".join(lines), flush=True)  # at once, into a file as well
 
+    def now(what: str) -> None:
+        if not as_json:
+            doing(what)
+
     told: list[str] = []
     if root := folder_of_data(flags):  # before LeRobot is imported
         if faults := [f"--dataset.root={root}: {f}" for f in metadata_faults(root, flags["dataset.repo_id"])]:
@@ -47,10 +51,9 @@ def main(argv: list[str]) -> int:
             if as_json:
                 print(json_text({"facts": {}, "faults": faults, "warnings": [], "advice": []}, indent=2))
             return 1
-        told = missing_files(root, episodes_read(flags), LOOKED_INTO)
+        told = missing_files(root, check_episodes_of(root, flags), LOOKED_INTO)
         say(*_faults(told))
-    if not as_json:
-        doing("importing LeRobot")
+    now("importing LeRobot")
     with no_garbage_collection():
         from ray_jobs.engine import costs, dataset_options, preflight
         from ray_jobs.engine.diagnosis import diagnose
@@ -60,8 +63,7 @@ def main(argv: list[str]) -> int:
     asked = dataset_options.read(
         [f"--{k}={v}" for k, v in flags.items() if k.startswith(OF_THE_DATA) and "eval" not in k]
     )
-    if not as_json:
-        doing("looking over the data set")
+    now("looking over the data set")
     recipe = resolve(_recipe(flags))
     steps = recipe.lerobot.steps
     found = diagnose(asked, recipe, named=bool(named))
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> int:
     if measuring and not found.faults:
         try:
             preflight.check(recipe)
-            found.facts["costs"] = costs.measure(asked, recipe, steps, cost_per_hour, say)
+            found.facts["costs"] = costs.measure(asked, recipe, steps, cost_per_hour, now)
             say(*_costs(found.facts["costs"]))
         except (InputError, RunError) as error:
             if named or isinstance(error, RunError):  # a damage may show only when frames are decoded

@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 
 GROUPS = ("dataset.", "data.", "env.", "eval.", "ray.", "assets.")
 FLAGS = ("rename_map", "max_eval_samples", "seed", "policy.device", "tolerance_s", "num_workers")
+MADE_OF = (
+    "config.json",
+    "pretrained_model",
+    "checkpoints",
+    "best",
+)  # what is in a folder that means a checkpoint
 VIDEOS = 4  # of the first episodes in a simulator
 RESULTS = "evaluation.json"
 OTHERWISE_SCORED = ("data.eval_episodes", "data.eval_horizon", "dataset.eval_split", "max_eval_samples")
@@ -99,7 +105,7 @@ def main(argv: list[str]) -> int:
 def _check(checkpoint: str | None, output_dir: str | None, flags: dict[str, str], in_simulator: bool) -> None:
     """Find the command line's mistakes before anything is imported."""
     with all_mistakes() as mistakes:
-        if not checkpoint:
+        if not listed(checkpoint or ""):
             mistakes.append("--checkpoint is missing: what to evaluate, as in --checkpoint=outputs/act.")
         for word in listed(checkpoint or ""):
             if "://" in word:
@@ -107,10 +113,9 @@ def _check(checkpoint: str | None, output_dir: str | None, flags: dict[str, str]
             if not Path(word).exists():
                 mistakes.append(f"--checkpoint={word}: there is no checkpoint, nor such a folder.")
             elif (Path(word) / SEARCH_FILE).is_file():
-                try:
-                    read_search(word)
-                except InputError as error:
-                    mistakes.append(str(error))
+                mistakes.of(partial(read_search, word))
+            elif not any((Path(word) / name).exists() for name in MADE_OF):
+                mistakes.append(f"--checkpoint={word}: there is no checkpoint in it.")
         if not in_simulator and (idle := [n for n in flags if n == "seed" or n.startswith("eval.")]):
             mistakes.append(f"--{idle[0]} is of a simulator, which --env.type names.")
         if mistakes.of(lambda: check_flags(flags)):

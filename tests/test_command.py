@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,15 +100,36 @@ REFUSED = {  # what is told of a command without importing anything
     "export --lerobot=0.4 --checkpoint=/none --output_dir=/tmp/new": "/none",
     "report --output_dir=/none": "/none",
     "demo --episods=3": "--episodes?",
+    # of a data set that is there, {parts}, one without its table, {torn}, and an {empty} folder
+    "train --dataset.repo_id=a/b --dataset.root={torn} --policy.type=act": "(episode 0 is in it) is missing",
+    "tune --dataset.repo_id=a/b --dataset.root={torn} --steps=5": "(episode 0 is in it) is missing",
+    "cache build --dataset.repo_id=a/b --dataset.root={torn}": "(episode 0 is in it) is missing",
+    "cache build": "--dataset.repo_id is missing",
+    "train --dataset.repo_id=a/b --dataset.root={parts} --policy.type=act --data.eval_episodes=[4,4]": "twice",
+    "doctor --dataset.repo_id=a/b --dataset.root={parts} --dataset.episodes=[99]": "no episode 99",
+    "train --resume=true --output_dir={empty}": "nothing to resume",
+    "evaluate --checkpoint={empty}": "no checkpoint in it",
+    "evaluate --checkpoint=,": "--checkpoint is missing",
+    "train --config_path=README.md": "not JSON",
+    "train --policy.type=act --dataset.repo_id=https://huggingface.co/datasets/lerobot/pusht": "mean lerobot/pusht?",
 }
 
 
-def test_answers_without_torch_lerobot_or_ray(tmp_path):
+def test_answers_without_torch_lerobot_or_ray(parts, tmp_path):
     """All in one process, where an import would be seen: each of these is 3 to 12 s away from an answer."""
+    torn, empty = shutil.copytree(parts, tmp_path / "torn"), tmp_path / "empty"
+    (torn / "data/chunk-000/file-000.parquet").unlink()
+    empty.mkdir()
+    places = {"{torn}": torn, "{parts}": parts, "{empty}": empty}
+    commands = {}
+    for command, right in REFUSED.items():
+        for name, place in places.items():
+            command = command.replace(name, str(place))
+        commands[command] = right
     code = f"""
 import contextlib, importlib, io, sys
 from ray_jobs.engine.errors import InputError
-for command, right in {REFUSED!r}.items():
+for command, right in {commands!r}.items():
     name, *argv = command.split()
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ray_jobs.engine import flag_table
-from ray_jobs.engine.dataset_files import metadata_faults, missing_files, refuse
+from ray_jobs.engine.dataset_files import (
+    count_episodes,
+    metadata_faults,
+    missing_files,
+    refuse,
+    wrong_episodes,
+)
 from ray_jobs.engine.flag_table import Flag, flags_of
 from ray_jobs.engine.flags import check_flags, check_sources
 from ray_jobs.engine.options import Options, all_mistakes, asks_to_resume, help_text, parse_options
-from ray_jobs.engine.output_dir import RUN, check_output_dir
+from ray_jobs.engine.output_dir import RUN, check_output_dir, check_to_resume
 
+EPISODES = ("dataset.episodes", "data.eval_episodes")  # the flags that list some
 SCHEME = "://"  # of a bucket's address
 LOOKED_INTO = 300  # files of a data set, within a second; the others once it has been said what goes on
 
@@ -41,15 +48,32 @@ def check_command(
         if readable:
             known = flags_of(Options, "")
             mistakes.of(lambda: parse_options({name: flags[name] for name in flags if name in known}))
+        output_dir = flags.get("output_dir")
+        here = Path(output_dir) if output_dir and SCHEME not in output_dir else None
+        if resume and here and "config_path" not in flags:
+            mistakes.of(lambda: check_to_resume(here, resumable))
         if not resume:
             mistakes.of(lambda: check_sources(flags, needs_policy=needs_policy))
-            output_dir = flags.get("output_dir")
-            if output_dir and SCHEME not in output_dir:
-                mistakes.of(lambda: check_output_dir(Path(output_dir), resumable))
-        if looks_into_data and (root := folder_of_data(flags)):
-            name, data_set = f"--dataset.root={root}", flags.get("dataset.repo_id", "")
-            if mistakes.of(lambda: refuse(name, metadata_faults(root, data_set))) and readable:
-                mistakes.of(lambda: refuse(name, missing_files(root, episodes_read(flags), LOOKED_INTO)))
+            if here:
+                mistakes.of(lambda: check_output_dir(here, resumable))
+        if looks_into_data:
+            mistakes.of(lambda: check_data(flags, episodes=readable))
+
+
+def check_data(flags: Mapping[str, str], *, episodes: bool = True) -> None:
+    """See that a data set that lies here is whole, as far as that shows without LeRobot.
+
+    Args:
+        episodes: Whether the flags can be read that say which.
+
+    Raises:
+        InputError: It is not.
+    """
+    if root := folder_of_data(flags):
+        name = f"--dataset.root={root}"
+        refuse(name, metadata_faults(root, flags.get("dataset.repo_id", "")))
+        if episodes:
+            refuse(name, missing_files(root, check_episodes_of(root, flags), LOOKED_INTO))
 
 
 def folder_of_data(flags: Mapping[str, str]) -> Path | None:
@@ -58,12 +82,18 @@ def folder_of_data(flags: Mapping[str, str]) -> Path | None:
     return Path(root) if root and root != "null" and SCHEME not in root else None
 
 
-def episodes_read(flags: Mapping[str, str]) -> list[int] | None:
-    """The episodes that will be read; None is all of them."""
-    chosen, held_out = (
-        Flag(name, "list[int]", optional=True).read(flags.get(name, "null"))
-        for name in ("dataset.episodes", "data.eval_episodes")
-    )
+def check_episodes_of(root: Path, flags: Mapping[str, str]) -> list[int] | None:
+    """The episodes that will be read of a data set whose metadata can be; None is all of them.
+
+    Raises:
+        InputError: They are not its.
+    """
+    as_list, total = Flag("", "list[int]", optional=True), count_episodes(root)
+    chosen, held_out = (as_list.read(flags.get(name, "null")) for name in EPISODES)
+    with all_mistakes() as mistakes:
+        for name, episodes in zip(EPISODES, (chosen, held_out), strict=True):
+            if episodes is not None:
+                mistakes += wrong_episodes(name, episodes, total)
     return None if chosen is None else [*chosen, *(held_out or ())]
 
 

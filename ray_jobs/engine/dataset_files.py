@@ -97,6 +97,22 @@ def missing_files(root: Path, episodes: Iterable[int] | None = None, opened: int
     return faults_of(root, looked_at)
 
 
+def count_episodes(root: Path) -> int:
+    """How many episodes there are, of a data set whose metadata can be read."""
+    tables = (root / "meta" / "episodes").glob("*/*.parquet")
+    return sum(pyarrow.parquet.read_metadata(path).num_rows for path in tables)
+
+
+def wrong_episodes(flag: str, episodes: list[int], total: int) -> list[str]:
+    """Why these are not some of a data set's episodes, each once: one mistake, or none."""
+    if not episodes or len(set(episodes)) < len(episodes):
+        fault = "names an episode twice" if episodes else "name at least one episode, or leave it out"
+        return [f"--{flag}={episodes}: {fault}."]
+    if wrong := sorted(set(episodes) - set(range(total))):
+        return [f"--{flag}={episodes}: there is no episode {wrong[0]}; the data set has 0 to {total - 1}."]
+    return []
+
+
 def refuse(name: str, faults: list[str]) -> None:
     """Raises InputError if there are any: the first one, and where the others are told."""
     if not faults:

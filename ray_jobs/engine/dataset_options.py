@@ -9,7 +9,7 @@ from lerobot.datasets import LeRobotDataset
 from ray_jobs.engine import bucket
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, parse
-from ray_jobs.engine.flags import as_arguments
+from ray_jobs.engine.flags import NO_DATA_SET, as_arguments
 from ray_jobs.engine.frames import set_frame_size
 from ray_jobs.engine.options import DataOptions, RayOptions, read_flags
 from ray_jobs.engine.preflight_columns import check_rows
@@ -64,9 +64,7 @@ def read(words: list[str]) -> DatasetOptions:
     """
     flags, _ = read_flags(words)
     if "dataset.repo_id" not in flags:
-        raise InputError(
-            "--dataset.repo_id is missing: the data set's name (with --dataset.root=FOLDER any will do)."
-        )
+        raise InputError(NO_DATA_SET)
     asked = parse(lambda: draccus.parse(DatasetOptions, args=as_arguments(flags)), flags)
     if bucket.is_uri(asked.dataset.root):
         raise InputError(

@@ -35,6 +35,10 @@ GROUPS = dict.fromkeys(("policy", "env", "optimizer", "scheduler"), "type") | {
     "dataset": "repo_id",
     "wandb": "enable",
 }
+NO_DATA_SET = (
+    "--dataset.repo_id is missing: the data set's name, as in --dataset.repo_id=user/name "
+    "(with --dataset.root=FOLDER any name will do)."
+)
 MOST = {"seed": 2**32 - 1}  # NumPy's
 
 
@@ -182,11 +186,12 @@ def check_sources(flags: Mapping[str, str], *, needs_policy: bool = True) -> Non
                 mistakes += _source(flag, flags[flag], file_name)
         if "config_path" in flags:
             return  # the file may hold what follows
+        if "://" in (data_set := flags.get("dataset.repo_id", "")):
+            page = re.fullmatch(r"https?://huggingface\.co/datasets/([^/]+/[^/?#]+).*", data_set)
+            meant = f"; did you mean {page[1]}?" if page else ": as in user/name."
+            mistakes.append(f"--dataset.repo_id={data_set}: must be the data set's name{meant}")
         if "dataset.repo_id" not in flags:
-            mistakes.append(
-                "--dataset.repo_id is missing: the data set's name, as in --dataset.repo_id=user/name "
-                "(with --dataset.root=FOLDER any name will do)."
-            )
+            mistakes.append(NO_DATA_SET)
         if needs_policy and not flags.keys() & {
             "policy.type",
             "policy.path",
@@ -214,11 +219,11 @@ def _source(flag: str, value: str, file_name: str) -> list[str]:
         inside = [path / place for place in INSIDE if (path / place / file_name).is_file()]
         hint = f" Did you mean {inside[0]}?" if inside else ""
         return [f"--{flag}={value}: there is no {file_name} in it.{hint}"]
-    if file.suffix == ".json":
+    if file.suffix == ".json" or flag == "config_path":  # which LeRobot reads as JSON, whatever it is called
         try:
             json.loads(file.read_text())
         except ValueError as error:
-            return [f"--{flag}={value}: {file.name} is damaged ({error})."]
+            return [f"--{flag}={value}: {file.name} is not JSON, or damaged ({error})."]
     return []
 
 

@@ -41,3 +41,17 @@ def check_output_dir(folder: Path, resumable: tuple[str, ...] = ()) -> None:
     raise InputError(
         f"--output_dir={folder} already exists, and nothing in it is overwritten. Give another folder{more}."
     )
+
+
+def check_to_resume(folder: Path, resumable: tuple[str, ...]) -> None:
+    """See that there is something to go on from.
+
+    Args:
+        resumable: Patterns of the files by which the job knows it.
+
+    Raises:
+        InputError: There is nothing.
+    """
+    if not any(next(folder.glob(name), None) for name in resumable):
+        kind = "run" if resumable == RUN else "search"
+        raise InputError(f"--resume=true: nothing to resume, there is no {kind} in {folder}.")

@@ -21,10 +21,11 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.engine import bucket
-from ray_jobs.engine.dataset_files import metadata_faults, missing_files, refuse
+from ray_jobs.engine.dataset_files import metadata_faults, missing_files, refuse, wrong_episodes
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line, hub_answer, hub_or_cache
 from ray_jobs.engine.frames import frame_shape, set_frame_size
+from ray_jobs.engine.options import all_mistakes
 from ray_jobs.engine.policy import with_features
 from ray_jobs.engine.preflight_columns import check_metadata, check_tables
 from ray_jobs.engine.recipe import Recipe
@@ -215,13 +216,8 @@ def check_resize(
 
 def check_episodes(flag: str, episodes: list[int], total: int) -> None:
     """Raises InputError unless these are some of the data set's episodes, each once."""
-    if not episodes or len(set(episodes)) < len(episodes):
-        fault = "names an episode twice" if episodes else "name at least one episode, or leave it out"
-        raise InputError(f"--{flag}={episodes}: {fault}.")
-    if wrong := sorted(set(episodes) - set(range(total))):
-        raise InputError(
-            f"--{flag}={episodes}: there is no episode {wrong[0]}; the data set has 0 to {total - 1}."
-        )
+    with all_mistakes() as mistakes:
+        mistakes += wrong_episodes(flag, episodes, total)
 
 
 def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
