@@ -1,22 +1,25 @@
-"""How long a person waits for an answer: a typo, a wrong path, `--help`, the first word of each job.
+"""How long a person waits: for the answer to a typo or a wrong path, `--help`, each job's first word, the first step.
 
     python tests/benchmarks/time_to_answer.py [--other=CHECKOUT] [--runs=3]
 
-Seconds until a command has said its first word and until it has ended, medians, in turns with another checkout of this
+Seconds until a command has said its first word and until it has ended (or has logged its first step), medians, in turns with another checkout of this
 repository where one is named (both with this Python and its packages). Machines are noisy: only ratios count.
 """
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent.parent
 SPACE = "policy: act\nsearch:\n  policy.optimiser_lr: {low: 1.0e-6, high: 1.0e-4}\n"
+BASELINE = "baseline:\n  policy.optimizer_lr: 1.0e-5\n"  # which earlier versions want
 DATA = "--dataset.repo_id=me/parts --dataset.root={data} --policy.push_to_hub=false --policy.pretrained_backbone_weights=null"
 COMMANDS = {
     "typo in a flag": f"train {DATA} --policy.type=act --stepz=3",
@@ -30,12 +33,14 @@ COMMANDS = {
     "doctor: broken set": "doctor --dataset.repo_id=me/parts --dataset.root={broken}",
     "cache list": "cache list",
     "report": "report --output_dir={run}",
-    "train, first word": f"train {DATA} --policy.type=act --steps=1 --ray.num_workers=0 --output_dir={{new}}",
+    "train, first step": f"train {DATA} --policy.type=act --steps=3 --log_freq=1 --output_dir={{new}}",
+    "tune, first step": f"tune {DATA} --space={{folder}}/right.yaml --steps=20 --log_freq=1 --tune.num_samples=2 "
+    "--tune.max_concurrent=1 --dataset.eval_split=0.3 --eval_steps=10 --output_dir={new}",
 }
 
 
-def timed(checkout: Path, command: str) -> tuple[float, float]:
-    """Seconds until the first word and until the end."""
+def timed(checkout: Path, command: str, new: Path) -> tuple[float, float]:
+    """Seconds until the first word, and until the end or the first step that is written below `new`."""
     begin = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", *f"ray_jobs.{command}".split()],
@@ -45,10 +50,22 @@ def timed(checkout: Path, command: str) -> tuple[float, float]:
         env={**os.environ, "PYTHONPATH": str(checkout)},
     )
     first = None
-    while process.stdout.read(1):
-        first = first or time.perf_counter() - begin
+
+    def listen() -> None:
+        nonlocal first
+        while process.stdout.read(1):
+            first = first or time.perf_counter() - begin
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    while process.poll() is None and not any(new.rglob("metrics.jsonl")):
+        time.sleep(0.02)
+    end = time.perf_counter() - begin
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
     process.wait()
-    return first or time.perf_counter() - begin, time.perf_counter() - begin
+    listener.join()
+    return min(first or end, end), end
 
 
 def main() -> None:
@@ -66,7 +83,21 @@ def main() -> None:
         (Path(folder) / "space.yaml").write_text(SPACE)
         run = Path(folder) / "run"
         names = {"folder": folder, "data": data, "broken": broken, "run": run}
-        timed(HERE, COMMANDS["train, first word"].format(**names, new=run))
+        (Path(folder) / "right.yaml").write_text(SPACE.replace("optimiser", "optimizer") + BASELINE)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "ray_jobs.train",
+                *DATA.format(**names).split(),
+                "--policy.type=act",
+                "--steps=1",
+            ]
+            + ["--ray.num_workers=0", f"--output_dir={run}"],
+            cwd=HERE,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         print(f"{'':28}{'first word':>12}{'end':>8}" + (f"{'other':>12}{'':>8}" if asked.other else ""))
         for name, command in COMMANDS.items():
             seconds = {side: [] for side in sides}
@@ -75,7 +106,7 @@ def main() -> None:
                     new = Path(folder) / f"{name}-{number}-{sides.index(side)}".replace(" ", "_").replace(
                         ",", ""
                     )
-                    seconds[side].append(timed(side, command.format(**names, new=new)))
+                    seconds[side].append(timed(side, command.format(**names, new=new), new))
             medians = [
                 [statistics.median(of_one) for of_one in zip(*seconds[side], strict=True)] for side in sides
             ]
