@@ -15,6 +15,7 @@ from ray_jobs.engine.command import LOOKED_INTO, check_command, check_episodes_o
 from ray_jobs.engine.console import doing, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.dataset_files import metadata_faults, missing_files
 from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.engine.options import is_on, read_flags
 from ray_jobs.engine.records import json_text
 
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> int:
         told = missing_files(root, check_episodes_of(root, flags), LOOKED_INTO)
         say(*_faults(told))
     now("importing LeRobot")
-    with no_garbage_collection():
+    not_needed = unneeded([flags.get("policy.type", DEFAULT_POLICY)], flags)
+    with no_garbage_collection(), without(not_needed):
         from ray_jobs.engine import costs, dataset_options, preflight
         from ray_jobs.engine.diagnosis import diagnose
         from ray_jobs.engine.recipe import resolve
