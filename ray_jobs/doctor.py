@@ -18,6 +18,7 @@ from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.engine.options import is_on, read_flags
 from ray_jobs.engine.records import json_text
+from ray_jobs.policies.facts import facts_of
 
 DEFAULT_POLICY = "act"  # that is measured if none is named
 OF_THE_DATA = ("dataset.", "data.", "tolerance_s")
@@ -101,12 +102,9 @@ def _price(text: str | None) -> float | None:
 
 def _recipe(flags: dict[str, str]) -> list[str]:
     """Flags of a training of a few steps, of which nothing stays."""
-    defaults = (
-        {"policy.pretrained_backbone_weights": "null"}
-        if flags.get("policy.type", DEFAULT_POLICY) == "act"
-        else {}
-    )
-    defaults |= {"policy.type": DEFAULT_POLICY, "num_workers": "1"}
+    defaults = {"policy.type": DEFAULT_POLICY, "num_workers": "1"}
+    if flags.get("policy.type", DEFAULT_POLICY) == DEFAULT_POLICY:
+        defaults["policy.pretrained_backbone_weights"] = "null"
     given = defaults | {name: value for name, value in flags.items() if name not in NOT_MEASURED}
     given |= {
         "policy.push_to_hub": "false",
@@ -166,14 +164,16 @@ def _advice(facts: dict, size: list[int] | None, policy) -> list[str]:
 def _own_size(policy, height: int, width: int) -> list[int] | None:
     """Height and width that a policy's own code resizes an image to, without the border it adds; None if it leaves
     images as they are."""
-    if policy.type == "diffusion":
-        return policy.resize_shape and list(policy.resize_shape)
-    if policy.type == "smolvla":
-        box = policy.resize_imgs_with_padding and policy.resize_imgs_with_padding[::-1]
-    else:
-        box = getattr(policy, "image_resolution", None)
-    scale = box and min(box[0] / height, box[1] / width)
-    return scale and [int(height * scale), int(width * scale)]
+    facts = facts_of(policy.type)
+    box = getattr(policy, facts.size_field, None)
+    if not box:
+        return None
+    if facts.width_first:
+        box = box[::-1]
+    if not facts.keeps_aspect:
+        return list(box)
+    scale = min(box[0] / height, box[1] / width)
+    return [int(height * scale), int(width * scale)]
 
 
 def _faults(faults: list[str]) -> list[str]:

@@ -22,19 +22,18 @@ from ray_jobs.engine.flags import check_flags
 from ray_jobs.engine.options import read_flags
 from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.records import parse_json
+from ray_jobs.policies.facts import FACTS, facts_of
 
-POLICIES = ("act", "diffusion", "pi0", "pi05", "smolvla")
 FLAGS = ("lerobot", "checkpoint", "output_dir", "assets.dir")
 # Fields of today's configs that 0.4.4 refuses, and whether it does without what they ask for. All of its own exist
 # today, with the same meaning.
 DROPPED = {
     "pretrained_revision": lambda value: True,  # where the training started
-    "gradient_checkpointing": lambda value: True,  # how it saved memory; pi0 and pi0.5 had this before
+    "gradient_checkpointing": lambda value: True,  # how it saved memory
     "use_relative_actions": lambda value: not value,
     "relative_exclude_joints": lambda value: True,  # say nothing without the one above
     "action_feature_names": lambda value: True,
 }
-KEPT = {("pi0", "gradient_checkpointing"), ("pi05", "gradient_checkpointing")}
 # No package registry has the transformers that 0.4's pi0 and pi0.5 need, nor the extra that asks for it.
 FORK = "pip install 'lerobot[pi] @ git+https://github.com/huggingface/lerobot@v0.4.4'"
 # Steps of today's processors that 0.4.4 has not; without effect unless they are enabled.
@@ -68,7 +67,7 @@ def main(argv: list[str]) -> int:
     kind = export(source, target, assets_dir=Path(flags.get("assets.dir") or "pretrained"))
     doing("")
     print(f"exported    {source}\nto          {target}, for LeRobot 0.4")
-    if kind in ("pi0", "pi05"):
+    if facts_of(kind).forked_transformers:
         print(
             f"mind        0.4's pi0 needs a fork of transformers, which comes from LeRobot's repository:\n{FORK}"
         )
@@ -84,12 +83,14 @@ def export(source: Path, target: Path, *, assets_dir: Path) -> str:
     """
     config = _read(source / "config.json")
     kind = config.get("type")
-    if kind not in POLICIES:
-        raise InputError(f"{source} holds a policy of type {kind}; {', '.join(POLICIES)} can be exported.")
+    exported = [policy for policy, facts in FACTS.items() if facts.exported]
+    if kind not in exported:
+        raise InputError(f"{source} holds a policy of type {kind}; {', '.join(exported)} can be exported.")
+    facts = facts_of(kind)
     for name, dispensable in DROPPED.items():
-        if name in config and (kind, name) not in KEPT and not dispensable(config.pop(name)):
+        if name in config and name not in facts.kept_fields and not dispensable(config.pop(name)):
             raise InputError(f"{source} was trained with --policy.{name}=true, which LeRobot 0.4 has not.")
-    if kind == "smolvla" and not config["load_vlm_weights"]:
+    if facts.loaded_weights_only and not config["load_vlm_weights"]:
         raise InputError(
             f"{source} was trained with --policy.load_vlm_weights=false, so its vision tower computes in float32. "
             "There the\ntransformers of LeRobot 0.4 counts an image's patches differently: the actions would be others."
@@ -113,7 +114,7 @@ def export(source: Path, target: Path, *, assets_dir: Path) -> str:
             shutil.copy(source / "model.safetensors", scratch)
         else:
             raise InputError(f"{source} holds no weights (model.safetensors).")
-        if kind in ("pi0", "pi05"):
+        if facts.other_border:
             _shift_images(scratch, config)
         if there:
             for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):

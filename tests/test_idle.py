@@ -9,7 +9,7 @@ from test_data import make
 from test_tune import space_file
 
 from ray_jobs.engine.errors import InputError
-from ray_jobs.search.idle import BESIDE, OF_CAMERAS
+from ray_jobs.policies.facts import FACTS
 from ray_jobs.search.plan import make_plan, read_command
 from ray_jobs.search.spaces import read_spaces
 
@@ -40,11 +40,15 @@ OWN += [
     "--scheduler.decay_lr=0",
 ]
 CASES = [
-    *((policy, f"policy.{name}", ENDS[name], ()) for policy, names in OF_CAMERAS.items() for name in names),
     *(
-        (policy, f"policy.{name}", ENDS[name], (f"--{other}=false",))
-        for other, of_policies in BESIDE.items()
-        for policy, names in of_policies.items()
+        (policy, f"policy.{name}", ENDS[name], ())
+        for policy, facts in FACTS.items()
+        for name in facts.idle_without_cameras
+    ),
+    *(
+        (policy, f"policy.{name}", ENDS[name], (f"--policy.{other}=false",))
+        for policy, facts in FACTS.items()
+        for other, names in facts.idle_without.items()
         for name in names
     ),
     ("act", "dataset.use_imagenet_stats", ("true", "false"), ()),

@@ -22,30 +22,9 @@ from ray_jobs.engine import git_lfs
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import hub_answer, hub_or_cache, offline
 from ray_jobs.engine.records import parse_json
+from ray_jobs.policies.facts import FACTS, facts_of
 
-GATED = ("google/paligemma-3b-pt-224",)  # repos whose licence must be accepted first
-TOKENIZERS = dict.fromkeys(("pi0", "pi05"), "google/paligemma-3b-pt-224")  # LeRobot's, hard-coded
-# Fields of configs that name what a policy is built from, and the field, if there is one, that says whether it is.
-TOKENIZER_FIELDS = {
-    "tokenizer_name": None,
-    "text_tokenizer_name": None,
-    "action_tokenizer_name": None,
-    "tokenizer_model_id": None,
-    "action_tokenizer_path": None,
-}
-MODEL_FIELDS = {
-    "vlm_base": None,
-    "base_model_path": None,
-    "checkpoint_path": None,
-    "pretrained_name_or_path": None,
-    "wan_pretrained_path": None,
-    "vision_encoder_name": None,
-    "text_encoder_name": None,
-    "text_encoder_model_id": "load_text_encoder",
-    "qwen_model_name": None,
-    "jepa_encoder_name": "enable_world_model",
-}
-READ_AT_ONCE = {"eo1": "vlm_base"}  # by the config itself, while it is parsed
+GATED = {repo for facts in FACTS.values() for repo in facts.gated}
 NUMBERS, WORDS = ["*.safetensors"], ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -101,10 +80,10 @@ def configs_mounted(folder: Path, names: dict[str, str]) -> Iterator[None]:
 
 def read_at_once(flags: dict[str, str]) -> dict[str, str]:
     """By flag, the Hub repos that a policy's config reads while it is parsed."""
-    kind = flags.get("policy.type")
-    if kind not in READ_AT_ONCE:
+    kind = flags.get("policy.type", "")
+    field = facts_of(kind).parsed_field
+    if field is None:
         return {}
-    field = READ_AT_ONCE[kind]
     usual = PreTrainedConfig.get_choice_class(kind).__dataclass_fields__[field].default
     return {f"policy.{field}": flags.get(f"policy.{field}", usual)}
 
@@ -115,16 +94,12 @@ def _named(policy: PreTrainedConfig, start: Path) -> dict[str, list[str]]:
     Args:
         start: Where the files of the checkpoint it starts from lie, if it starts from one.
     """
-    repos = {}
-    if policy.type in TOKENIZERS:
-        repos[TOKENIZERS[policy.type]] = WORDS
-    for fields, files in ((TOKENIZER_FIELDS, WORDS), (MODEL_FIELDS, WORDS + NUMBERS)):
-        for field, asked in fields.items():
+    repos = {facts_of(policy.type).tokenizer: WORDS}
+    for facts in FACTS.values():
+        repos |= {getattr(policy, field, None): WORDS for field in facts.tokenizer_fields}
+        for field, asked in facts.model_fields.items():
             if asked is None or getattr(policy, asked, True):
-                repos[getattr(policy, field, None)] = files
-    vlm = getattr(policy, "vlm_model_name", None)
-    if vlm:
-        repos[vlm] = WORDS + NUMBERS if getattr(policy, "load_vlm_weights", True) else WORDS
+                repos[getattr(policy, field, None)] = WORDS + NUMBERS
     if policy.pretrained_path:
         steps = _read(start / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json").get("steps", [])
         for step in steps:

@@ -23,7 +23,7 @@ from ray_jobs.engine.dataset_options import DatasetOptions
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.opened import own_metadata
-from ray_jobs.engine.preflight import COUNTED, check_features
+from ray_jobs.engine.preflight import check_features
 from ray_jobs.engine.preflight_columns import check_tables
 from ray_jobs.engine.preflight_data import (
     check_episodes,
@@ -36,6 +36,7 @@ from ray_jobs.engine.preflight_data import (
 )
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.video_times import camera, some
+from ray_jobs.policies.facts import FACTS
 
 TOLERANCE_S = 1e-4  # LeRobot's
 
@@ -122,7 +123,7 @@ def _features(meta: LeRobotDatasetMetadata, recipe: Recipe, named: bool, found: 
         return
     features = dataset_to_policy_features(meta.features)
     reasons: dict[str, list[str]] = {}
-    for kind in COUNTED:
+    for kind in (kind for kind, facts in FACTS.items() if facts.counted):
         if reason := unfit(make_policy_config(kind, device="cpu"), features):
             reasons.setdefault(reason, []).append(kind)
     for reason, kinds in reasons.items():

@@ -9,8 +9,8 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
-OPTIONAL = ("transformers", "diffusers", "peft")
-NEEDS = {"act": (), "diffusion": ("diffusers",), "tdmpc": (), "vqbet": ()}  # policies not named here need all
+from ray_jobs.policies.facts import OPTIONAL, facts_of
+
 # What else may need them: a trained policy's processors, adapters, simulators, packages of the user's.
 NEED_ALL = (
     "policy.path",
@@ -27,7 +27,7 @@ def unneeded(policies: Iterable[str], flags: Mapping[str, str]) -> tuple[str, ..
     """Packages that a training of these policies, with these flags, does without."""
     if any(name.startswith(NEED_ALL) or "discover_packages_path" in name for name in flags):
         return ()
-    needed = {name for policy in policies for name in NEEDS.get(policy, OPTIONAL)}
+    needed = {name for policy in policies for name in facts_of(policy).imports}
     return tuple(name for name in OPTIONAL if name not in needed)
 
 

@@ -7,11 +7,13 @@ Losses differ from LeRobot's by rounding alone (tests/test_parity.py). Measured 
 from collections.abc import Callable
 
 import torch
-from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGES, OBS_STATE
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.ops import FrozenBatchNorm2d
+
+from ray_jobs.policies.facts import facts_of
 
 
 def speed_up(policy: nn.Module) -> None:
@@ -131,9 +133,10 @@ def launch_as_one(policy: nn.Module, need: int, room: float) -> None:
             that go the usual way take.
         room: Bytes of the GPU that it may take.
     """
-    if not (type(policy) is ACTPolicy and policy.config.use_vae and policy.config.device == "cuda"):
+    if not isinstance(policy, PreTrainedPolicy) or policy.config.device != "cuda":
         return
-    if room < 3 * need:
+    field = facts_of(policy.config.type).graphed_field
+    if not (field and getattr(policy.config, field)) or room < 3 * need:
         return
     network, eager = policy.model, policy.model.forward
     replay, recorded = None, []

@@ -28,18 +28,17 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.options import DataOptions
+from ray_jobs.policies.facts import facts_of
 
 # Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising
 # policy then depends on the group alone.
 GROUP = 16
-# Policies of LeRobot's that predict from queues of their own only, which a robot fills: no batch can be scored.
-UNSCORED = ("multi_task_dit", "tdmpc", "vqbet")
 TIMED = 5  # predictions that are timed, after one to warm up
 
 
 def chunk_length(policy_cfg) -> int:
     """Actions a policy predicts from now on: all of the chunk, whatever `n_action_steps` executes of it."""
-    if policy_cfg.type == "diffusion":
+    if facts_of(policy_cfg.type).predicts_past:
         return policy_cfg.horizon - policy_cfg.n_obs_steps + 1
     return getattr(policy_cfg, "chunk_size", None) or len(policy_cfg.action_delta_indices or [0])
 
@@ -50,7 +49,7 @@ def check_scored(policy_cfg) -> None:
     Raises:
         InputError: It is one of those.
     """
-    if policy_cfg.type in UNSCORED:
+    if not facts_of(policy_cfg.type).scored:
         raise InputError(
             f"{policy_cfg.type} predicts only from what a robot has shown it so far, so val/action_error cannot be measured. "
             "It trains without --data.eval_episodes and --eval_steps."
@@ -233,10 +232,10 @@ class Validation:
 
 @contextlib.contextmanager
 def _whole_chunk(policy: PreTrainedPolicy) -> Iterator[None]:
-    """Let a diffusion policy return all actions from now on: it cuts its output to `n_action_steps`."""
+    """Let a policy that cuts its output to `n_action_steps` (Diffusion) return all actions from now on."""
     config = policy.config
     saved = config.n_action_steps
-    if config.type == "diffusion":
+    if facts_of(config.type).predicts_past:
         config.n_action_steps = chunk_length(config)
     try:
         yield

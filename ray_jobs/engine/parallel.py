@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.options import RayOptions
+from ray_jobs.policies.facts import facts_of
 
 
 def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerator:
@@ -61,8 +62,8 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
         ),
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                # Looking for parameters without gradient walks the graph in every step. ACT has none.
-                find_unused_parameters=cfg.policy.type != "act" or cfg.peft is not None,
+                # Looking for parameters without gradient walks the graph in every step.
+                find_unused_parameters=facts_of(cfg.policy.type).unused_parameters or cfg.peft is not None,
                 gradient_as_bucket_view=True,
             )
         ],

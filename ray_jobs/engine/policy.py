@@ -25,6 +25,7 @@ from lerobot.utils.utils import has_method
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.trust import check_processor
+from ray_jobs.policies.facts import facts_of
 
 
 def build(
@@ -114,8 +115,9 @@ def outline(policy: PreTrainedConfig, features: dict[str, PolicyFeature]) -> tor
             setattr(config, name, value)
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
         network = get_policy_class(config.type)(config).to("meta")  # what was made from numpy, too
-    if getattr(policy, "load_vlm_weights", False):
-        network.model.vlm_with_expert.vlm.to(torch.bfloat16)  # as they are loaded
+    part = facts_of(policy.type).bfloat16_part
+    if part and policy.load_vlm_weights:
+        network.get_submodule(part).to(torch.bfloat16)  # as they are loaded
     config.pretrained_path = policy.pretrained_path
     return network
 

@@ -53,8 +53,8 @@ from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
 from ray_jobs.engine.tracking import check_wandb
 from ray_jobs.engine.trust import check_processor, read_json
+from ray_jobs.policies.facts import facts_of
 
-COUNTED = ("act", "diffusion", "pi0", "pi05", "smolvla")  # policies that can be built without memory
 NAMED_TENSORS = 20  # of those that do not fit
 
 
@@ -159,11 +159,12 @@ def _validation(recipe: Recipe) -> None:
 
 def _lengths(policy: PreTrainedConfig) -> None:
     """Refuse lengths that LeRobot takes without a word."""
-    for name in ("n_obs_steps", "n_action_steps", "chunk_size", "horizon"):
+    facts = facts_of(policy.type)
+    for name in ("n_obs_steps", "n_action_steps", *facts.chunk_fields):
         value = getattr(policy, name, None)
         if isinstance(value, int) and value < 1:
             raise InputError(f"--policy.{name}={value}: must be at least 1.")
-    if policy.type == "diffusion" and policy.n_action_steps > chunk_length(policy):
+    if facts.predicts_past and policy.n_action_steps > chunk_length(policy):
         raise InputError(
             f"--policy.n_action_steps={policy.n_action_steps}: the policy predicts {chunk_length(policy)} actions "
             "from now on (horizon - n_obs_steps + 1)."
@@ -229,7 +230,7 @@ def _network(recipe: Recipe, features: dict[str, PolicyFeature]) -> torch.nn.Mod
     built so. Everything pretrained that it starts from must be here, or on the Hub."""
     policy = recipe.lerobot.policy
     with assets.mounted(recipe.options.assets.dir, policy, weights=False):
-        if policy.type not in COUNTED:
+        if not facts_of(policy.type).counted:
             return None
         try:
             return outline(policy, features)

@@ -15,10 +15,10 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.frames import frame_shape
+from ray_jobs.policies.facts import facts_of
 
 READ = (OBS_STATE, OBS_ENV_STATE, ACTION)  # the numbers that LeRobot's policies compute with
 COUNTERS = ("timestamp", "episode_index", "index", "task_index")
-TAKES_NUMBERS_AS_THEY_ARE = ("act", "diffusion")  # the others make float32 of them
 
 
 def check_metadata(name: str, meta: LeRobotDatasetMetadata) -> None:
@@ -104,7 +104,8 @@ def _range(footer: pq.FileMetaData, number: int, key: str) -> tuple[int | None, 
 def check_kinds(name: str, policy: PreTrainedConfig, meta: LeRobotDatasetMetadata, batch_size: int) -> None:
     """See that the policy can compute with what the columns hold, in batches of that size."""
     features, stats = dataset_to_policy_features(meta.features), meta.stats or {}
-    known = hasattr(policy, "max_state_dim") or policy.type in TAKES_NUMBERS_AS_THEY_ARE
+    facts = facts_of(policy.type)
+    known = hasattr(policy, "max_state_dim") or not facts.casts_numbers
     for key, feature in features.items():
         kind, shape = meta.features[key]["dtype"], tuple(meta.features[key]["shape"])
         if kind == "string":
@@ -127,7 +128,7 @@ def check_kinds(name: str, policy: PreTrainedConfig, meta: LeRobotDatasetMetadat
             )
         mode = policy.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
         normalized = key in stats and mode is not NormalizationMode.IDENTITY
-        if not normalized and policy.type in TAKES_NUMBERS_AS_THEY_ARE and not kind.startswith("float"):
+        if not normalized and not facts.casts_numbers and not kind.startswith("float"):
             raise InputError(
                 f"{name}: {key} holds {kind}, and {policy.type} does not normalize it: it must be float32."
             )
@@ -145,8 +146,8 @@ def check_kinds(name: str, policy: PreTrainedConfig, meta: LeRobotDatasetMetadat
                 raise InputError(
                     f"{name}: {key}: {said} in meta/stats.json is NaN or infinite: so would every loss be."
                 )
-    if policy.type == "act" and OBS_STATE not in features:
-        raise InputError(f"{name}: ACT cannot do without {OBS_STATE}, which the data set has not.")
+    if facts.needs_state and OBS_STATE not in features:
+        raise InputError(f"{name}: {facts.title} cannot do without {OBS_STATE}, which the data set has not.")
 
 
 def _unsure(meta: LeRobotDatasetMetadata, key: str) -> bool:

@@ -17,6 +17,7 @@ from lerobot.utils.import_utils import is_package_available
 
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
+from ray_jobs.policies.facts import facts_of
 
 VERSION = version("lerobot")
 # How LeRobot's sources say what they need, but not until the policy is built: on a worker, after minutes of downloads.
@@ -48,12 +49,13 @@ def check_type(policy: PreTrainedConfig) -> None:
             f"{asked}: it does not learn from recordings, lerobot-train cannot build it either; LeRobot has it for "
             "reinforcement learning."
         ) from None
-    if policy.type == "xvla" and policy.pretrained_path is None:
+    network = facts_of(policy.type).network_field
+    if network and policy.pretrained_path is None:
         try:
-            policy.get_florence_config()
+            getattr(policy, f"get_{network}")()
         except Exception as error:
             raise InputError(
-                f"{asked} starts from a checkpoint, which --policy.path names; from scratch --policy.florence_config "
+                f"{asked} starts from a checkpoint, which --policy.path names; from scratch --policy.{network} "
                 f"must describe its network ({first_line(error)})."
             ) from None
 
@@ -80,5 +82,6 @@ def check_rewards(policy: PreTrainedConfig, meta: LeRobotDatasetMetadata, name: 
     """
     if policy.reward_delta_indices is not None and REWARD not in meta.features:
         raise InputError(f"{policy.type} learns from rewards; {name} has no {REWARD}.")
-    if policy.type == "tdmpc" and not meta.camera_keys and OBS_ENV_STATE not in meta.features:
-        raise InputError(f"tdmpc takes a camera or {OBS_ENV_STATE}; {name} has neither.")
+    seen = meta.camera_keys or OBS_ENV_STATE in meta.features
+    if facts_of(policy.type).needs_camera_or_environment and not seen:
+        raise InputError(f"{policy.type} takes a camera or {OBS_ENV_STATE}; {name} has neither.")

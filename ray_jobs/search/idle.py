@@ -4,20 +4,11 @@ A policy's own module is where it shows which of its flags it does not look at; 
 flags and get the same weights.
 """
 
+from ray_jobs.policies.facts import facts_of
 from ray_jobs.search import constraints
 from ray_jobs.search.space import Space
 
-# Without cameras. The backbone's learning rate is that of a group of weights in which there are none.
 IMAGES = ("dataset.image_transforms.", "dataset.use_imagenet_stats")
-OF_CAMERAS = {
-    "act": ("vision_backbone", "pretrained_backbone_weights", "replace_final_stride_with_dilation", "optimizer_lr_backbone"),
-    "diffusion": (
-        "vision_backbone", "pretrained_backbone_weights", "use_group_norm", "spatial_softmax_num_keypoints", "resize_shape",
-        "crop_ratio", "crop_shape", "crop_is_random", "use_separate_rgb_encoder_per_camera",
-    ),
-}  # fmt: skip
-# Once another flag is false.
-BESIDE = {"policy.use_vae": {"act": ("kl_weight", "n_vae_encoder_layers")}}
 PRESET, OF_THE_PRESET = "use_policy_training_preset", ("policy.optimizer_", "policy.scheduler_")
 
 
@@ -31,16 +22,16 @@ def without_effect(space: Space, typed: dict[str, str], cameras: bool) -> dict[s
     varied = {p.flag for p in space.parameters} - typed.keys()
     certain = {flag: value for flag, value in {**space.baseline, **typed}.items() if flag not in varied}
     off = {flag for flag, value in certain.items() if str(value).lower() == "false"}
-    idle: dict[str, str] = {}
+    facts, idle = facts_of(space.policy), {}
     for p in space.parameters:
         name = p.flag.removeprefix("policy.")
         if p.drawn is None or p.flag in typed:
             continue
-        if not cameras and (p.flag.startswith(IMAGES) or name in OF_CAMERAS.get(space.policy, ())):
+        if not cameras and (p.flag.startswith(IMAGES) or name in facts.idle_without_cameras):
             idle[p.flag] = "the data set has no cameras"
-        for other, of_policies in BESIDE.items():
-            if other in off and name in of_policies.get(space.policy, ()):
-                idle[p.flag] = f"{other} is false"
+        for other, names in facts.idle_without.items():
+            if f"policy.{other}" in off and name in names:
+                idle[p.flag] = f"policy.{other} is false"
         if PRESET in off and p.flag.startswith(OF_THE_PRESET):
             idle[p.flag] = f"{PRESET} is false"
     # What others depend on is searched for their sake.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs.engine.errors import InputError
+from ray_jobs.policies.facts import facts_of
 from ray_jobs.search import constraints
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 POLICY_TYPE, PRETRAINED = "policy.type", "policy.path"  # a pretrained policy brings its type along
-CHUNK = ("policy.chunk_size", "policy.horizon", "policy.n_obs_steps")  # what the length of a chunk depends on
 Config = dict[str, Any]  # flag -> value
 
 
@@ -187,7 +187,8 @@ class Space:
         """Configurations at all combinations of the ends of what the length of a policy's chunk depends on, the rest as
         in the baseline. Some may break a constraint, or be none."""
         ends = {p.flag: p.ends for p in self.parameters if p.drawn is not None}
-        drawn = [flag for flag in CHUNK if flag in ends and flag not in fixed]
+        flags = [f"policy.{name}" for name in facts_of(self.policy).chunk_fields]
+        drawn = [flag for flag in flags if flag in ends and flag not in fixed]
         for values in itertools.product(*(ends[flag] for flag in drawn)):
             changed = {**self.baseline, **dict(zip(drawn, values, strict=True))}
             yield self.configure(_from(changed, ends), fixed)

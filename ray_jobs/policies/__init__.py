@@ -1,0 +1,1 @@
+"""What depends on which policy it is."""
