@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import duration, quiet, run_job
+from ray_jobs.engine.console import doing, duration, quiet, run_job
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.flag_table import flags_of
 from ray_jobs.engine.flags import check_flags
@@ -43,7 +43,8 @@ def _build(words: list[str]) -> int:
     check_flags(flags)
     address = flags.get("ray.address") or os.environ.get("RAY_ADDRESS")
     if not address:
-        _build_here(words, print)
+        doing("importing LeRobot")
+        _build_here(words, _tell)
         return 0
     import ray
 
@@ -78,6 +79,11 @@ def _build(words: list[str]) -> int:
     if failed := [text for text in failed if text]:
         raise RunError("\n".join(failed))
     return 0
+
+
+def _tell(text: str) -> None:
+    doing("")
+    print(text, flush=True)
 
 
 def _build_on_node(words: list[str], name: str, line) -> str | None:

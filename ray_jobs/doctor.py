@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ray_jobs.engine.command import check_command
-from ray_jobs.engine.console import duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.console import doing, duration, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.dataset_files import metadata_faults
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.options import is_on, read_flags
@@ -34,22 +34,31 @@ def main(argv: list[str]) -> int:
     flags = {name: value for name, value in flags.items() if name not in ("measure", "json")}
     cost_per_hour = _price(flags.pop("cost_per_hour", None))
     root = flags.get("dataset.root", "")
-    check_command({"policy.type": DEFAULT_POLICY, **flags})
-    if root and "://" not in root:  # before LeRobot is imported
+    here = root and "://" not in root and Path(root).is_dir()  # what is wrong with it is what was asked
+    typed = {"policy.type": DEFAULT_POLICY, **flags}
+    check_command({name: value for name, value in typed.items() if not here or name != "dataset.root"})
+    if here:  # before LeRobot is imported
         faults = metadata_faults(Path(root), flags["dataset.repo_id"])
         if faults:
             faults = [f"--dataset.root={root}: {fault}" for fault in faults]
             nothing = {"facts": {}, "faults": faults, "warnings": [], "advice": []}
             print(json_text(nothing, indent=2) if as_json else "\n".join(f"FAULT       {f}" for f in faults))
             return 1
+
+    def say(*lines: str) -> None:
+        if not as_json:
+            doing("")
+            print("\n".join(lines), flush=True)  # at once, into a file as well
+
+    def begin(what: str) -> None:
+        if not as_json:
+            doing(what)
+
+    begin("importing LeRobot")
     with no_garbage_collection():
         from ray_jobs.engine import costs, dataset_options, preflight
         from ray_jobs.engine.diagnosis import diagnose
         from ray_jobs.engine.recipe import resolve
-
-    def say(*lines: str) -> None:
-        if not as_json:
-            print("\n".join(lines), flush=True)  # at once, into a file as well
 
     named = {"policy.type", "policy.path", "config_path"} & set(flags)
     asked = dataset_options.read(
@@ -57,13 +66,14 @@ def main(argv: list[str]) -> int:
     )
     recipe = resolve(_recipe(flags))
     steps = recipe.lerobot.steps
-    say("looking over the data set")
+    begin("looking over the data set")
     found = diagnose(asked, recipe, named=bool(named))
     say(*_diagnosis(found))
     if measuring and not found.faults:
         try:
+            begin("measuring")
             preflight.check(recipe)
-            found.facts["costs"] = costs.measure(asked, recipe, steps, cost_per_hour, say)
+            found.facts["costs"] = costs.measure(asked, recipe, steps, cost_per_hour, begin)
             say(*_costs(found.facts["costs"]))
         except (InputError, RunError) as error:
             if named or isinstance(error, RunError):  # a damage may show only when frames are decoded
