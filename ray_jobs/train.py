@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     try:
         if on_ray:
             cluster.start(recipe.options.ray.address).result()  # before there is a folder
-        doing("starting the worker(s)" if on_ray else "building the policy")
+        doing("starting the worker(s)" if on_ray else "opening the data set")
         train = _train_on_ray if on_ray else _train_here
         summary = train(recipe, display)
     finally:
