@@ -9,20 +9,16 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import ray
 from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
-from ray import cloudpickle
-from ray.air.execution._internal import RayActorManager
-from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import Callback
-from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from ray_jobs.cluster import ray_internals
 from ray_jobs.engine.errors import INTERRUPTED
 from ray_jobs.engine.faults import why
 from ray_jobs.search.files import trial_name
@@ -275,9 +271,8 @@ class TrialWitness(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial, **info) -> None:
         name, text = trial.config["trial"], "its process has ended"
-        # What `get_pickled_error` reads (Ray 2.60) is a copy that lags behind.
         with contextlib.suppress(Exception):
-            text = why(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+            text = why(ray_internals.error_of(trial))
         self.line.forget_beat.remote(name)
         self.tell({"kind": "fault", "trial": name, "text": text})
 
@@ -304,8 +299,7 @@ class StudyScheduler(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller):
         trial = super().choose_trial_to_run(tune_controller)
         if trial and self.search.stopping:  # there may never be a slot for it again
-            trial.run_metadata.last_result = {"status": INTERRUPTED}  # of an empty one Ray Tune prints a line
-            tune_controller.stop_trial(trial)
+            ray_internals.drop(tune_controller, trial, {"status": INTERRUPTED})
             return None
         return trial
 
@@ -313,25 +307,7 @@ class StudyScheduler(FIFOScheduler):
         if result.get("step", 0) > self.reached.get(trial.trial_id, 0):
             # What gets further between two deaths is not to blame: spot nodes may take many of its slots away.
             self.reached[trial.trial_id] = result["step"]
-            trial.max_failures = trial.num_failures + DEATHS - 1
+            ray_internals.allow_failures(trial, DEATHS - 1)
         if self.search.judge(trial.trial_id, result):
             ray.get(self.line.give_up.remote(trial.config["trial"]))
         return TrialScheduler.CONTINUE
-
-
-def survive_memory_kills() -> None:
-    """Let Ray Tune take a trial whose process Ray has ended for want of memory for one whose process was killed. Ray Tune
-    (2.60) ends the search instead, since `OutOfMemoryError` is no `RayActorError`; nothing documented reaches what looks
-    after its actors."""
-
-    def as_killed(error: Exception) -> Exception:
-        return RayActorError(error_msg=str(error)) if isinstance(error, OutOfMemoryError) else error
-
-    class Manager(RayActorManager):
-        def _actor_start_failed(self, tracked_actor, exception: Exception) -> None:
-            super()._actor_start_failed(tracked_actor, as_killed(exception))
-
-        def _actor_task_failed(self, tracked_actor_task, exception: Exception) -> None:
-            super()._actor_task_failed(tracked_actor_task, as_killed(exception))
-
-    tune_controller.RayActorManager = Manager
