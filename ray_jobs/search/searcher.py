@@ -38,6 +38,7 @@ from ray_jobs.search.study import (
     TIMES,
     WALL_S,
     finished,
+    id_of,
     repeats_cost,
     repeats_of,
     trials_of,
@@ -123,7 +124,7 @@ class StudySearch(Searcher):
     def _left_behind(self) -> Trial | None:
         while self.left_behind:
             frozen = self.left_behind.pop(0)
-            trial = Trial(self.study, frozen._trial_id)
+            trial = Trial(self.study, id_of(frozen))
             if CONFIG in frozen.user_attrs or self._draw(trial):  # it may have been killed while it was drawn
                 return trial
         return None
@@ -177,7 +178,7 @@ class StudySearch(Searcher):
         for trial in finalists.values():
             for seed in map(str, range(self.seed + 1, self.seed + self.options.seeds)):
                 if seed not in repeats.get(str(trial.number), {}) and (trial.number, seed) not in not_again:
-                    return Trial(self.study, trial._trial_id), seed
+                    return Trial(self.study, id_of(trial)), seed
         return None
 
     def judge(self, trial_id: str, result: dict) -> bool:
@@ -191,7 +192,7 @@ class StudySearch(Searcher):
         trial, repeat = self.live[trial_id]
         if repeat or "status" in result or len(self.options.metrics) > 1:
             return False
-        if result["step"] in trial.storage.get_trial(trial._trial_id).intermediate_values:
+        if result["step"] in trial.storage.get_trial(id_of(trial)).intermediate_values:
             return False  # it has gone back to a checkpoint, or tells what the study may not know
         trial.report(result[self.options.metrics[0]], result["step"])
         # Asked for the baselines, too: Optuna's pruners remember only whom they were asked about.
