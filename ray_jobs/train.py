@@ -96,7 +96,8 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     import ray
     import ray.train.torch  # not where Ray starts: two threads that import its parts trip each other
 
-    from ray_jobs.engine.driver import has_room, train_on_workers
+    from ray_jobs.cluster.ray_internals import has_room
+    from ray_jobs.engine.driver import train_on_workers
 
     options = recipe.options.ray
     streamed = recipe.options.data.source == "stream"

@@ -169,18 +169,23 @@ def _gathered(network: torch.nn.Module) -> int:
     return rest + max(layers.values(), default=0)
 
 
+def _storage_of(tensor: torch.Tensor) -> int:
+    """What tells the memory of one tensor from another's on the meta device, where every address is 0."""
+    return tensor.untyped_storage()._cdata  # noqa: SLF001  (seen in torch 2.11)
+
+
 def _activations(network: torch.nn.Module, features: dict[str, PolicyFeature]) -> int | None:
     """Bytes that a forward pass on MEASURED_FRAMES frames keeps for the backward pass.
 
     The pass runs without data, on the meta device; what autograd saves is counted. It ends where the policy asks
     for a number to log, after its loss is complete.
     """
-    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    weights = {_storage_of(parameter) for parameter in network.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in weights:
-            saved[tensor.untyped_storage()._cdata] = tensor  # held, or its number would be given again
+        if _storage_of(tensor) not in weights:
+            saved[_storage_of(tensor)] = tensor  # held, or its number would be given again
         return tensor
 
     base = network.get_base_model() if hasattr(network, "get_base_model") else network

@@ -86,7 +86,7 @@ def why_not_compiled(device: str) -> str | None:
     try:
         torch.compile(lambda x: (x * 2).relu() + 1)(torch.ones(8, device=device))
     except Exception as error:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return first_line(error).rstrip(".")
     return None
 
