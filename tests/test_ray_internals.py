@@ -290,3 +290,32 @@ def test_trials_can_be_dropped_and_may_fail_again(trial):
     ray_internals.allow_failures(trial, 2)
     assert trial.max_failures == 3
     assert public_arguments(ray.tune.FailureConfig) == {"max_failures", "fail_fast"}
+
+
+def test_a_trainer_starts_actors_that_nobody_needs():
+    """It may be asked to leave them out one day: by an argument, or for having no data sets."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import placement_group_callback
+
+    arguments = {
+        "train_loop_per_worker": lambda: None,
+        "scaling_config": ray.train.ScalingConfig(num_workers=1),
+    }
+    theirs = {type(each).__name__ for each in TorchTrainer(**arguments)._create_default_callbacks()}
+    ours = {
+        type(each).__name__ for each in ray_internals.torch_trainer(**arguments)._create_default_callbacks()
+    }
+    assert theirs - ours == {"DatasetsCallback", "PlacementGroupCleanerCallback"} and ours < theirs
+    # All that the second one is for: `give_back_orphaned_room` does it.
+    assert "placement groups are cleaned up" in placement_group_callback.PlacementGroupCleanerCallback.__doc__
+    assert public_arguments(TorchTrainer) == {
+        *(
+            "train_loop_per_worker",
+            "train_loop_config",
+            "torch_config",
+            "scaling_config",
+            "run_config",
+            "datasets",
+        ),
+        *("dataset_config", "validation_config", "metadata", "resume_from_checkpoint"),
+    }

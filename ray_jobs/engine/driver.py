@@ -131,7 +131,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
         max_failures: How often workers are replaced, -1 for ever.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from ray_jobs.engine.faults import Witness
 
@@ -143,8 +143,8 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
         from ray_jobs.engine import stream_reader
 
         datasets["train"] = stream_reader.source_of(recipe)
-    return TorchTrainer(
-        work,
+    return ray_internals.torch_trainer(
+        train_loop_per_worker=work,
         datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
         train_loop_config={
