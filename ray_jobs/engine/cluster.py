@@ -57,6 +57,7 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` mu
 GPU_DEVICE = Path("/dev/nvidiactl")  # is there where a GPU is
 NODE_GROUP = "ray.io/node-group"  # Ray's label of a node that an autoscaler or launcher has started
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves its file on the head node
+LEAVES_WITHIN_S = 5  # while it is still being started or joined
 ANSWERS_WITHIN_S = 10  # a cluster, when asked whether it is there
 UNLIMITED = 100  # nodes of a group without a limit that are reckoned with
 
@@ -176,9 +177,14 @@ def _find(address: str | None, required: bool) -> str | None:
 
 
 def leave() -> None:
-    """Disconnect from Ray, once connecting has ended one way or the other; ends a cluster of our own."""
+    """Disconnect from Ray, once connecting has ended one way or the other; ends a cluster of our own.
+
+    Raises:
+        TimeoutError: It does not end: a Ray that is started waits for parts of it that a signal to all of this command's
+            processes (a terminal's, `timeout`'s) has ended, 60 s and then once more.
+    """
     if _ready is not None:
-        _ready.exception()
+        _ready.exception(LEAVES_WITHIN_S)
         if ray := sys.modules.get("ray"):
             ray.shutdown()
 

@@ -106,7 +106,10 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
     sys.stdout.flush()
     take_back()
     on_interruption(lambda *_: os._exit(status))  # who does not want to wait need not
-    at_end()  # last: nobody should wait for Ray's end to read what is wrong
+    try:
+        at_end()  # last: nobody should wait for Ray's end to read what is wrong
+    except TimeoutError:  # what has been started ends with this process
+        os._exit(status)
     sys.exit(status)
 
 
