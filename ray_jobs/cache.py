@@ -49,7 +49,7 @@ def _build(words: list[str]) -> int:
     address = flags.get("ray.address") or os.environ.get("RAY_ADDRESS")
     doing("importing LeRobot")
     if not address:
-        _build_here(words, print)
+        _build_here(words, _tell)
         return 0
     import ray
 
@@ -86,6 +86,11 @@ def _build(words: list[str]) -> int:
     if failed := [text for text in failed if text]:
         raise RunError("\n".join(failed))
     return 0
+
+
+def _tell(text: str) -> None:
+    doing("")
+    print(text, flush=True)
 
 
 def _build_on_node(words: list[str], name: str, line) -> str | None:

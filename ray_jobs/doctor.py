@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
 
     told: list[str] = []
     if root := folder_of_data(flags):  # before LeRobot is imported
+        if not root.is_dir():
+            raise InputError(f"--dataset.root={root}: there is no such folder.")
         if faults := [f"--dataset.root={root}: {f}" for f in metadata_faults(root, flags["dataset.repo_id"])]:
             say(*_faults(faults))
             if as_json:
@@ -73,6 +75,7 @@ def main(argv: list[str]) -> int:
     say(*_diagnosis(found, told))
     if measuring and not found.faults:
         try:
+            now("measuring")
             preflight.check(recipe)
             found.facts["costs"] = costs.measure(asked, recipe, steps, cost_per_hour, now)
             say(*_costs(found.facts["costs"]))

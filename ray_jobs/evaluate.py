@@ -15,7 +15,9 @@ was held out, and how it is compared, is what the training said: the value is th
     --ray.num_workers=N            workers for the simulator; 0 runs it in this process; by default what the cluster holds
 """
 
+import contextlib
 import csv
+import itertools
 import shlex
 import time
 from collections.abc import Callable
@@ -69,8 +71,9 @@ def main(argv: list[str]) -> int:
         from ray_jobs.engine.bucket import local_folder
     doing("reading the checkpoint")
     simulator = _simulator(flags) if in_simulator else None
-    target = local_folder(output_dir, "output_dir") if output_dir else _next_folder(Path("outputs"))
-    check_output_dir(target)
+    target = local_folder(output_dir, "output_dir") if output_dir else None
+    if target:
+        check_output_dir(target)
     found = _find(checkpoint)
     policies = []
     for name, (folder, fetch) in found.items():
@@ -91,6 +94,7 @@ def main(argv: list[str]) -> int:
     for notice in notices:
         print(notice)
     results = {}
+    target = target or _new_folder(Path("outputs"))
     try:
         for one in policies:
             _evaluate(one, flags, simulator, target, results)
@@ -98,6 +102,9 @@ def main(argv: list[str]) -> int:
         doing("")
         if results:  # what is done stays, whatever became of the next
             _write(target, results, argv)
+        elif output_dir is None:
+            with contextlib.suppress(OSError):  # something is in it
+                target.rmdir()
     _last_screen(target, results)
     return 0
 
@@ -143,8 +150,13 @@ def _simulator(flags: dict[str, str]) -> "SimulatorOptions":
     return options
 
 
-def _next_folder(parent: Path) -> Path:
-    return next(path for n in range(1, 10**6) if not (path := parent / f"evaluation-{n}").exists())
+def _new_folder(parent: Path) -> Path:
+    """The next folder that is not there. It is made at once: another evaluation may look for one at the same time."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            (parent / f"evaluation-{number}").mkdir()
+            return parent / f"evaluation-{number}"
 
 
 def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     try:
         if on_ray:
             cluster.start(recipe.options.ray.address).result()  # before there is a folder
-        doing("starting the worker(s)" if on_ray else "building the policy")
+        doing("starting the worker(s)" if on_ray else "opening the data set")
         train = _train_on_ray if on_ray else _train_here
         summary = train(recipe, display)
     finally:
@@ -96,7 +96,8 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     import ray
     import ray.train.torch  # not where Ray starts: two threads that import its parts trip each other
 
-    from ray_jobs.engine.driver import has_room, train_on_workers
+    from ray_jobs.cluster.ray_internals import has_room
+    from ray_jobs.engine.driver import train_on_workers
 
     options = recipe.options.ray
     streamed = recipe.options.data.source == "stream"

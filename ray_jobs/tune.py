@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_jobs.cluster import ray_internals
 from ray_jobs.engine import cluster, surroundings
 from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError, StorageLost
@@ -150,7 +151,6 @@ def _search(
     import ray
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig
-    from ray.tune.execution import class_cache
 
     from ray_jobs.engine.driver import start_fit
     from ray_jobs.engine.explain import first_line
@@ -166,7 +166,6 @@ def _search(
         StudyScheduler,
         StudySearch,
         TrialWitness,
-        survive_memory_kills,
     )
     from ray_jobs.search.storage import StudyFile, address_of
     from ray_jobs.search.study import finished, trials_of
@@ -181,9 +180,8 @@ def _search(
         options.max_concurrent = slot.at_once + waiting
     # Else slots would start one after the other.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slot.at_once + waiting)
-    # Ray Tune (2.60) copies these four from the driver into its actors' runtime environment, which Ray writes into its logs,
-    # keys and all; nothing else keeps it from that. Keys are every node's own.
-    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if "AWS" in name}
+    ray_internals.keep_keys_out_of_logs()
+    ray_internals.survive_memory_kills()
     told: queue.SimpleQueue = queue.SimpleQueue()
 
     def tell(event: dict) -> None:
@@ -195,7 +193,6 @@ def _search(
                 copy.ended(hopeless)
         told.put(event)
 
-    survive_memory_kills()
     file = StudyFile(address_of(plan))
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
     line = open_line()
@@ -282,7 +279,7 @@ def _search(
                     if status == DONE and file.is_gone():  # who trains for hours does not ask the study
                         search.failure = search.failure or file.loss()
                         progress.say(f"{file.path} is gone: trials save a checkpoint and end.")
-                    for node in cluster.leaving():
+                    for node in ray_internals.draining_nodes():
                         line.leave.remote(node)
                     if counted:
                         room = cluster.room_for(slot.each) // options.workers_per_trial

@@ -256,6 +256,14 @@ def test_programs_and_modules_of_lerobot():
             assert importlib.util.find_spec(module.rstrip(".")), f"{where}: {module}"
 
 
+def test_nothing_that_publishes_is_advised():
+    """LeRobot's script for quantiles uploads the data set, without a flag against it; its converter does unless it is told not to."""
+    converts = [text for _, text in TEXTS if "convert_dataset_v21_to_v30 --" in text]
+    assert converts and all("--push-to-hub=false" in text for text in converts)
+    for where, text in TEXTS:
+        assert not re.search(r"lerobot\S*augment_dataset_quantile_stats", text), where
+
+
 def test_packages():
     """Those with a version are the ones that are installed, or that pyproject.toml or cluster.yaml names."""
     pinned = (ROOT / "pyproject.toml").read_text() + (ROOT / "cluster.yaml").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,11 @@ REFUSED = {  # what is told of a command without importing anything
     "train --resume=true --output_dir={empty}": "nothing to resume",
     "evaluate --checkpoint={empty}": "no checkpoint in it",
     "evaluate --checkpoint=,": "--checkpoint is missing",
+    "evaluate --checkpoint={parts}": "no checkpoint in it",
+    "doctor {parts}": "did you mean --dataset.root=",
+    "report {empty}": "did you mean --output_dir=",
+    "train --hlep": "did you mean --help?",
+    "train --policy.type=act --dataset.repo_id=a/b --output_dir=/proc/x": "/proc cannot be written",
     "train --config_path=README.md": "not JSON",
     "train --policy.type=act --dataset.repo_id=https://huggingface.co/datasets/lerobot/pusht": "mean lerobot/pusht?",
 }
@@ -258,3 +264,10 @@ def test_an_empty_folder_is_as_good_as_none(run, tmp_path):
     assert not list(place.glob(".*"))
     with pytest.raises(InputError, match="nothing in it is overwritten"):
         export.main(command)
+
+
+def test_the_jobs_are_named():
+    done = subprocess.run([sys.executable, "-m", "ray_jobs"], capture_output=True, text=True, cwd=ROOT)
+    named = set(re.findall(r"^python -m ray_jobs\.(\w+) +\w", done.stdout, re.MULTILINE))
+    jobs = {file.stem for file in (ROOT / "ray_jobs").glob("*.py") if not file.name.startswith("__")}
+    assert (done.returncode, done.stderr, named) == (2, "", jobs)

@@ -446,7 +446,10 @@ def test_a_batch_that_no_memory_holds(pictures, tmp_path, monkeypatch):
     """Refused with the flags that make it less; where it may just do, a warning."""
     flags = tiny_act(pictures, tmp_path / "run", "--ray.num_workers=0", "--steps=1")
     message = refusal(*flags, "--batch_size=10000000")
-    assert "main memory" in message and "--batch_size=5000000 --ray.grad_accumulation=2" in message
+    assert "main memory" in message
+    less = re.search(r"--batch_size=(\d+) --ray.grad_accumulation=(\d+)", message)
+    assert 0.99 * 10**7 < int(less[1]) * int(less[2]) <= 10**7  # as many samples, all but a few
+    check(*flags, *less[0].split())
     recipe = resolve(flags)
     preflight.check(recipe)
     from ray_jobs.engine import loop

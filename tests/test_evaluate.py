@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import colour_follower
@@ -240,3 +241,9 @@ def numbers_only(tmp_path_factory) -> Path:
     from test_data import make
 
     return make(tmp_path_factory.mktemp("evaluate") / "numbers", [5, 6])
+
+
+def test_evaluations_at_the_same_time_have_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: evaluate._new_folder(tmp_path / "outputs"), range(40)))
+    assert len(set(folders)) == 40 and all(folder.is_dir() for folder in folders)

@@ -397,6 +397,23 @@ def test_ctrl_c_again_while_ray_starts(parts, tmp_path):
     assert "Traceback" not in run.printed
 
 
+def test_a_signal_to_all_processes_while_ray_starts(parts, tmp_path):
+    """As `timeout` and batch systems send it. Ray would wait for its dead parts for a minute, and then for others."""
+    run = Run(tiny_act(parts, tmp_path / "run", "--steps=2"))
+    give_up, started = time.monotonic() + 60 * PATIENCE, False
+    while not started:
+        assert time.monotonic() < give_up, run.printed
+        time.sleep(0.05)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = any("gcs_server" in " ".join(p.cmdline()) for p in run.family())
+    os.killpg(run.process.pid, signal.SIGTERM)
+    begin = time.monotonic()
+    run.process.wait(120 * PATIENCE)
+    assert time.monotonic() - begin < 20 * PATIENCE
+    assert run.end() == 130 and "\ninterrupted.\n" in run.printed, run.printed
+    assert "Traceback" not in run.printed
+
+
 def test_ctrl_c_twice_within_a_moment_is_one():
     """As `uv run` hands it on, though Python hears of the second one late, after a computation; not later ones."""
     program = """

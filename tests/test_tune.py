@@ -37,7 +37,8 @@ from test_loop import wandb_runs
 from vla import save_base, tiny
 
 from ray_jobs import tune
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine import patience
+from ray_jobs.engine.errors import InputError, RunError, StorageLost
 from ray_jobs.engine.recipe import resolve
 from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.search import answer, progress
@@ -413,6 +414,23 @@ def test_study_that_is_away_for_a_while(tmp_path, capsys, monkeypatch):
     assert (
         "the study cannot be used, trying again: OperationalError" in printed and "is back after" in printed
     )
+
+
+def test_study_that_was_given_up_is_not_waited_for_again(tmp_path, monkeypatch):
+    """Who was asked to stop waits for a locked file once, not for every question that is left."""
+    monkeypatch.setattr(storage_module, "BUSY_S", 1)
+    monkeypatch.setattr(patience, "STOPPING_S", 0.5)
+    storage = storage_module.open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    study = optuna.create_study(storage=storage, study_name="s")
+    storage.be_patient(lambda: True)
+    other = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    for waited in (True, False):
+        begin = time.monotonic()
+        for _ in range(1 if waited else 5):
+            with pytest.raises(StorageLost, match="could not be used before this was stopped"):
+                study.ask()
+        assert (time.monotonic() - begin > 1) == waited
 
 
 def test_time_budget(common, tmp_path, capsys):

@@ -12,11 +12,11 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_jobs.cluster import ray_internals
 from ray_jobs.engine import surroundings
 from ray_jobs.engine.errors import InputError, RunError
 
@@ -57,6 +57,7 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` mu
 GPU_DEVICE = Path("/dev/nvidiactl")  # is there where a GPU is
 NODE_GROUP = "ray.io/node-group"  # Ray's label of a node that an autoscaler or launcher has started
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves its file on the head node
+LEAVES_WITHIN_S = 5  # while it is still being started or joined
 ANSWERS_WITHIN_S = 10  # a cluster, when asked whether it is there
 UNLIMITED = 100  # nodes of a group without a limit that are reckoned with
 
@@ -111,11 +112,11 @@ def start(address: str | None) -> Future:
                 given |= CPU_WORKER_ENV
             for name, value in given.items():
                 os.environ.setdefault(name, value)
-            with contextlib.nullcontext() if found else _loopback_only():
+            with contextlib.nullcontext() if found else ray_internals.loopback_only():
                 # Not `found`: Ray looks for a token of its own accord only where it looks for the address.
                 ray.init(address=address if found else "local", **how)
             if not debug:
-                _silence_raylet()
+                ray_internals.silence_raylet()
         except Exception as error:
             if not found and not again:  # its own time-outs are short for a busy machine
                 with contextlib.suppress(Exception):
@@ -155,19 +156,13 @@ def _find(address: str | None, required: bool) -> str | None:
         ValueError: Not an address.
     """
     import grpc
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
-    from ray._private.services import canonicalize_bootstrap_address
-    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
-    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
     from ray.exceptions import AuthenticationError
 
-    found = canonicalize_bootstrap_address(address)
+    found = ray_internals.address_to_join(address)
     if found is None:
         return None
     try:
-        with init_grpc_channel(found, GLOBAL_GRPC_OPTIONS) as channel:
-            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWERS_WITHIN_S)
+        ray_internals.ask_whether_alive(found, ANSWERS_WITHIN_S)
     except AuthenticationError:
         pass  # without the token that this shell shall have: `ray.init` says it
     except grpc.RpcError as error:
@@ -181,33 +176,15 @@ def _find(address: str | None, required: bool) -> str | None:
     return found
 
 
-@contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Within, a Ray that is started is to be reached from this machine alone. Ray (2.60) does so on macOS and Windows, by a
-    constant; the environment variable for it is read while Ray is imported, and would hold for clusters that are joined, too.
-    """
-    from ray._private import ray_constants
-
-    usual = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = usual
-
-
-def _silence_raylet() -> None:
-    """Ray 2.60 prints a paragraph for every process that dies, and the end of its log for every node, whatever
-    `log_to_driver` says; a run tells of a lost worker in one line. There is no documented switch, only its debugger's."""
-    import ray
-
-    ray._private.worker._worker_logs_enabled = False
-
-
 def leave() -> None:
-    """Disconnect from Ray, once connecting has ended one way or the other; ends a cluster of our own."""
+    """Disconnect from Ray, once connecting has ended one way or the other; ends a cluster of our own.
+
+    Raises:
+        TimeoutError: It does not end: a Ray that is started waits for parts of it that a signal to all of this command's
+            processes (a terminal's, `timeout`'s) has ended, 60 s and then once more.
+    """
     if _ready is not None:
-        _ready.exception()
+        _ready.exception(LEAVES_WITHIN_S)
         if ray := sys.modules.get("ray"):
             ray.shutdown()
 
@@ -318,13 +295,6 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in alive] + more
 
 
-def leaving() -> set[str]:
-    """Ids of nodes that will be taken away, as somebody has announced to Ray."""
-    from ray._private.state import state  # Ray 2.60 tells it nowhere else
-
-    return set(state.get_draining_nodes())
-
-
 def may_grow() -> bool:
     """Whether an autoscaler may add nodes that `nodes` does not know of: it runs elsewhere (KubeRay's), or the
     driver does."""
@@ -341,13 +311,9 @@ def _groups() -> list[tuple[str, dict[str, float], int]]:
     """
     import ray
     import yaml
-    from ray._private.state import state
 
-    if config := state.get_cluster_config():
-        return [
-            (group.name, dict(group.resources), UNLIMITED if group.max_count == -1 else group.max_count)
-            for group in config.node_group_configs
-        ]
+    if (told := ray_internals.node_groups()) is not None:
+        return [(name, held, UNLIMITED if most == -1 else most) for name, held, most in told]
     file = BOOTSTRAP.expanduser()
     if not file.is_file() or not any(NODE_GROUP in node["Labels"] for node in ray.nodes()):
         return []

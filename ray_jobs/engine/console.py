@@ -43,6 +43,7 @@ def quiet() -> None:
 
 
 _doing = ("", 0.0)  # what goes on before the first step, and since when
+_something_else = threading.Event()
 _telling: threading.Thread | None = None
 
 
@@ -54,6 +55,7 @@ def doing(what: str) -> None:
     _doing = what, time.monotonic()
     if what:
         print(f"{what} ...", flush=True)
+    _something_else.set()
     if _telling is None:
         _telling = threading.Thread(target=_tell_on, daemon=True)
         _telling.start()
@@ -61,11 +63,15 @@ def doing(what: str) -> None:
 
 def _tell_on() -> None:
     while True:
-        time.sleep(STILL_EVERY_S)
+        if _something_else.wait(
+            STILL_EVERY_S
+        ):  # a clock of its own would leave up to twice as long without a word
+            _something_else.clear()
+            continue
         what, since = _doing
-        if what and (seconds := time.monotonic() - since) >= STILL_EVERY_S:
+        if what:
             with contextlib.suppress(OSError, ValueError):  # nobody listens
-                print(f"{what}, {duration(seconds)} ...", flush=True)
+                print(f"{what}, {duration(time.monotonic() - since)} ...", flush=True)
 
 
 @contextlib.contextmanager
@@ -100,7 +106,10 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
     sys.stdout.flush()
     take_back()
     on_interruption(lambda *_: os._exit(status))  # who does not want to wait need not
-    at_end()  # last: nobody should wait for Ray's end to read what is wrong
+    try:
+        at_end()  # last: nobody should wait for Ray's end to read what is wrong
+    except TimeoutError:  # what has been started ends with this process
+        os._exit(status)
     sys.exit(status)
 
 

@@ -26,7 +26,7 @@ def measure(
     recipe: Recipe,
     steps: int,
     cost_per_hour: float | None,
-    say: Callable[[str], None],
+    doing: Callable[[str], None],
 ) -> dict:
     """Samples per second of LeRobot's loader, of the frame cache and of the training step; size of the cache and time
     to build it; hours and price of a training. One worker, this machine's processors.
@@ -35,7 +35,7 @@ def measure(
         recipe: What would be trained; its data set's episodes are replaced by one.
         steps: Of that training.
         cost_per_hour: Of this machine, in any currency.
-        say: Told of what is measured next.
+        doing: Told of what is measured next.
     """
     dataset = asked.open()
     lengths = dataset.meta.episodes["length"]
@@ -49,20 +49,20 @@ def measure(
             whole = FrameCache(FrameSource(dataset, asked.data.resize), keeps)
             facts |= {"cache_bytes": whole.bytes(), "to_decode_bytes": whole.missing_bytes()}
             facts["free_disk_bytes"] = free_bytes(keeps)
-            say("measuring: decoding one episode")
+            doing("measuring: decoding one episode")
             one = FrameCache(FrameSource(asked.open(), asked.data.resize), Path(folder) / "cache")
             begin = time.perf_counter()
             one.fill()
             per_byte = (time.perf_counter() - begin) / one.bytes()
             facts["decode_s"] = per_byte * facts["to_decode_bytes"]
-            say("measuring: the loaders")
+            doing("measuring: the loaders")
             rows = np.random.default_rng(0).integers(lengths[episode], size=(100, recipe.lerobot.batch_size))
             reader, stock = FrameReader(one.dataset, 0, one), asked.open()
             facts["cache_samples_per_s"] = _rate(
                 lambda n: reader(rows[n % 100].tolist()), recipe.lerobot.batch_size
             )
             facts["lerobot_samples_per_s"] = _rate(lambda n: stock[int(rows[n % 100][0])], 1)
-        say("measuring: training steps")
+        doing("measuring: training steps")
         recipe.lerobot.output_dir = Path(folder) / "run"
         recipe.options.data.cache = str(Path(folder) / "cache")
         recipe.lerobot.steps = MOST_STEPS

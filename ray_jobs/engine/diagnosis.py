@@ -24,7 +24,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.opened import own_metadata
 from ray_jobs.engine.preflight import check_features
-from ray_jobs.engine.preflight_columns import check_tables
+from ray_jobs.engine.preflight_columns import check_tables, tasks_unread
 from ray_jobs.engine.preflight_data import (
     check_episodes,
     choose_episodes,
@@ -85,8 +85,10 @@ def diagnose(asked: DatasetOptions, recipe: Recipe, *, named: bool = True) -> Di
         "fps": meta.fps,
         "seconds": round(int(lengths.sum()) / meta.fps, 1),
         "episode_lengths": [int(lengths.min()), int(np.median(lengths)), int(lengths.max())],
-        "tasks": meta.tasks.index.tolist(),
+        "tasks": [str(task) for task in meta.tasks.index],
     }
+    if unread := tasks_unread(meta):
+        found.warnings.append(f"{unread}.")
     _features(meta, recipe, named, found)
     columns = _columns(meta, episodes, found)
     tables = _tables(meta, episodes)
@@ -176,7 +178,7 @@ def _columns(meta: LeRobotDatasetMetadata, episodes: list[int], found: Diagnosis
 def _rows(
     meta: LeRobotDatasetMetadata, columns: dict[str, np.ndarray], episodes: list[int], found: Diagnosis
 ) -> None:
-    """Every episode has the rows that meta/episodes says, in order."""
+    """Every episode has the rows that meta/episodes says, in order, and of tasks that meta/tasks knows."""
     rows, lengths = Counter(columns["episode_index"].tolist()), list(meta.episodes["length"])
     wrong = {e: lengths[e] for e in episodes if rows[e] != lengths[e]}
     for episode, length in list(wrong.items())[:3]:
@@ -191,6 +193,10 @@ def _rows(
         found.faults.append(
             "the rows are not numbered 0, 1, 2 ... by 'index': LeRobot would read the wrong ones."
         )
+    tasks = columns.get("task_index", np.zeros(0))
+    unknown = tasks[(tasks < 0) | (tasks >= len(meta.tasks))]
+    if len(unknown):
+        found.faults.append(f"there are rows of task {unknown[0]}, meta/tasks has {len(meta.tasks)}.")
 
 
 def _times(meta: LeRobotDatasetMetadata, columns: dict[str, np.ndarray], found: Diagnosis) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ray_jobs.cluster import ray_internals
 from ray_jobs.engine import surroundings
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.errors import InputError, RunError, StorageFull, StorageLost
@@ -77,7 +78,7 @@ def train_on_workers(
 
 class Training:
     """Ray Train's trainer, and another one when its controller dies, since Ray Train 2.60 starts workers again, but not the
-    process that does so; when a worker was lost while they started (see `faults.Starting`); or when it has given up a run
+    process that does so; when a worker was lost while they started (see `ray_internals.end_at_lost_start`); or when it has given up a run
     that had got on: `--ray.max_failures` is for one that does not, and not for a week on spot nodes."""
 
     def __init__(self, recipe: "Recipe", each: Share, line):
@@ -92,7 +93,7 @@ class Training:
 
         most, losses = self.recipe.options.ray.max_failures, 0
         while True:
-            _give_back()
+            ray_internals.give_back_orphaned_room()
             try:
                 make_trainer(self.recipe, self.each, self.line, max(most - losses, -1)).fit()
                 return
@@ -118,42 +119,7 @@ def _give_back_later() -> None:
     with contextlib.suppress(Exception):  # the run may be over, and its connection to Ray
         for seconds in (2, 8, 20, 60):
             time.sleep(seconds)
-            _give_back()
-
-
-def _give_back() -> None:
-    """Remove what controllers that are dead have reserved for their workers, or have asked for: Ray keeps it as long as the
-    driver lives, and Ray Train's own cleaner comes too late for what had not started yet."""
-    import ray
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-    from ray.util.placement_group import PlacementGroup
-
-    for row in _reserved():
-        if row.creator_actor_dead and row.state != PlacementGroupTableData.REMOVED:
-            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
-
-
-def has_room() -> bool:
-    """Whether the workers have what was asked for them, and are but to start in it."""
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-
-    return any(
-        row.state == PlacementGroupTableData.CREATED and not row.creator_actor_dead for row in _reserved()
-    )
-
-
-def _reserved() -> list:
-    """Rows of Ray's table of placement groups that this driver's controllers have made. Who has made one is not in Ray 2.60's
-    public table of them."""
-    import ray
-    from ray._private.state import state
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-
-    job = ray.get_runtime_context().get_job_id()
-    table = state._connect_and_get_accessor().get_placement_group_table()
-    rows = map(PlacementGroupTableData.FromString, table)
-    # Those made by the driver, as those of a search's slots are, are left out: Ray says "dead" for them as well.
-    return [r for r in rows if r.creator_job_id.hex() == job and not ray.ActorID(r.creator_actor_id).is_nil()]
+            ray_internals.give_back_orphaned_room()
 
 
 def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
@@ -165,9 +131,9 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
         max_failures: How often workers are replaced, -1 for ever.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
-    from ray_jobs.engine.faults import QuickExit, Starting, Witness
+    from ray_jobs.engine.faults import Witness
 
     options = recipe.options.ray
     if not recipe.remote:
@@ -177,8 +143,8 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
         from ray_jobs.engine import stream_reader
 
         datasets["train"] = stream_reader.source_of(recipe)
-    return TorchTrainer(
-        work,
+    return ray_internals.torch_trainer(
+        train_loop_per_worker=work,
         datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
         train_loop_config={
@@ -201,7 +167,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
             storage_path=str(recipe.output_dir),
             # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[Witness(line), Starting(), QuickExit()],
+            callbacks=[Witness(line), ray_internals.end_at_lost_start(), ray_internals.exit_quickly()],
             worker_runtime_env={
                 "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
             },

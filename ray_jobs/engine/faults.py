@@ -1,7 +1,5 @@
 """What has happened to a worker, in the words of the person who started the run. Imported by Ray's controller: light."""
 
-import atexit
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +14,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.train import UserCallback
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.callback import ControllerCallback
 
+from ray_jobs.cluster import ray_internals
 from ray_jobs.engine.errors import InputError, RunError, StorageLost, no_room
 
 if TYPE_CHECKING:
@@ -69,33 +66,6 @@ class Witness(UserCallback):
         text = describe(worker_exceptions)
         self.line.tell.remote({"kind": "fault", "text": text, "announced": announced})
         self.line.forget_beats.remote()
-
-
-class Starting(ControllerCallback):
-    """Ends a run's controller when a worker is lost while they start: the driver tells and counts it, and begins with another.
-
-    Ray Train 2.60 would start them again without a word and without end, since it does not count that as a failure. Of those
-    that were finding each other it would also forget the others, which hold the room of the next until the process group's
-    time-out. An internal callback like `QuickExit`.
-    """
-
-    def after_controller_state_update(self, previous_state, current_state) -> None:
-        error = getattr(current_state, "training_failed_error", None)
-        failure = getattr(error, "controller_failure", None)
-        if isinstance(failure, WorkerGroupStartupFailedError):
-            raise failure.__cause__
-
-
-class QuickExit(ControllerCallback):
-    """Has the process of a run's controller end when the run has.
-
-    Ray 2.60 clears up its C++ objects on the way out, after it has taken leave of its raylet, and may wait for a lock of its
-    own there for ever: about one run in ten left a process of 800 MB behind that nobody knew of. `UserCallback` has no such
-    hook; the trainer takes internal callbacks, too.
-    """
-
-    def after_controller_start(self, train_run_context) -> None:
-        atexit.register(os._exit, 0)
 
 
 def describe(errors: dict[int, Exception]) -> str:
@@ -173,7 +143,7 @@ def why(error: Exception) -> str:
 
 def _reason(error: Exception) -> tuple[int, str]:
     """How telling an error is, the lowest first, and what it says."""
-    error = getattr(error, "health_check_failure", getattr(error, "controller_failure", error))
+    error = ray_internals.health_check_failure(error) or getattr(error, "controller_failure", error)
     text = str(error)
     if getattr(error, "preempted", False):
         return 0, "its node is being taken away, as was announced"

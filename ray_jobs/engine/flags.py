@@ -97,9 +97,9 @@ def _mistake(name: str, value: str, known: Mapping[str, Flag], policy: str | Non
     flag = known.get(name)
     if flag is None:
         whose = f" for {policy}" if policy and name.startswith("policy.") else ""
-        guess = nearest(name, known)
+        guess = nearest(name, [*known, "help"])
         see = (
-            f"--policy.type={policy or 'act'} --help lists them."
+            f"python -m ray_jobs.train --policy.type={policy or 'act'} --help lists them."
             if "steps" in known
             else "--help lists them."
         )

@@ -86,7 +86,7 @@ class FrameSource:
     def video(self, key: str, episode: int, timestamps: list[float]) -> torch.Tensor:
         """uint8 frames of a video camera: (C, H, W), or (T, C, H, W) with more than one timestamp."""
         path = self._file(episode, key)
-        backend = self.dataset._video_backend
+        backend = self.dataset._video_backend  # noqa: SLF001  (LeRobot tells it nowhere else)
         start = self.file_start[key][episode]
         with _named(f"{key} of episode {episode} from {path}", self.dataset):
             with DECODER if backend == "torchcodec" else contextlib.nullcontext():

@@ -44,7 +44,7 @@ from ray_jobs.engine.memory import MAIN, main_memory
 from ray_jobs.engine.meters import Scores, Window, check_validation
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.patience import patiently, storage_may_return
-from ray_jobs.engine.policy import build, make_processors
+from ray_jobs.engine.policy import OF_TEXTS, build, make_processors
 from ray_jobs.engine.position import START, Position
 from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.records import read_metrics
@@ -168,9 +168,11 @@ def train(
     one_batch = shards.count == options.ray.grad_accumulation == 1
     if one_batch and not sharded and memory and stream is None and reads_in_a_thread(dataset):
         kernels.launch_as_one(model, memory.total, room)
-    # LeRobot fills in the features from the data set, and what adapters need; lerobot-train saves both.
-    for name in ("input_features", "output_features", "use_peft"):
-        setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
+    # LeRobot fills in the features from the data set, and what adapters need; lerobot-train saves both. Texts are prepared as the
+    # processors were saved.
+    for name in ("input_features", "output_features", "use_peft", *OF_TEXTS):
+        if hasattr(cfg.policy, name):
+            setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
 
     samples = samples_of(cfg, dataset) if stream is None else dataset.num_samples
     each_time, begin, first_step = (samples, cfg.batch_size, shards.count), START, step

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import os
 import traceback
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Memory:
             return None
         return (
             f"warning: this needs {self}, and there are {available / 1e9:.2f} GB of {kind} for it.\n"
-            f"What makes it less: {self.savings(recipe)}."
+            f"What makes it less: {self.savings(recipe, available)}."
         )
 
     def without_hope(self, recipe: "Recipe", workers: int) -> str | None:
@@ -83,8 +84,8 @@ class Memory:
             else None
         )
 
-    def savings(self, recipe: "Recipe") -> str:
-        """The flags that make it less, which the recipe's others allow."""
+    def savings(self, recipe: "Recipe", available: float | None = None) -> str:
+        """The flags that make it less, which the recipe's others allow; the batch so much less that it fits, if that can be."""
         cfg, policy, options = recipe.lerobot, recipe.lerobot.policy, recipe.options.ray
         changes = []
         if getattr(policy, "dtype", None) == "float32":
@@ -92,8 +93,12 @@ class Memory:
         if getattr(policy, "gradient_checkpointing", None) is False:
             changes.append("--policy.gradient_checkpointing=true")
         if cfg.batch_size > 1:
-            half = cfg.batch_size // 2
-            changes.append(f"--batch_size={half} --ray.grad_accumulation={2 * options.grad_accumulation}")
+            parts, left = 2, (available or 0) - (self.total - (self.activations or 0))
+            if self.activations and left > 0:
+                parts = min(max(2, math.ceil(self.activations / left)), cfg.batch_size)
+            changes.append(
+                f"--batch_size={cfg.batch_size // parts} --ray.grad_accumulation={parts * options.grad_accumulation}"
+            )
         acts = cfg.env is not None and cfg.env_eval_freq > 0
         whole = options.ema or options.min_workers or acts  # none of these goes with shares of a policy
         if (
@@ -164,18 +169,23 @@ def _gathered(network: torch.nn.Module) -> int:
     return rest + max(layers.values(), default=0)
 
 
+def _storage_of(tensor: torch.Tensor) -> int:
+    """What tells the memory of one tensor from another's on the meta device, where every address is 0."""
+    return tensor.untyped_storage()._cdata  # noqa: SLF001  (seen in torch 2.11)
+
+
 def _activations(network: torch.nn.Module, features: dict[str, PolicyFeature]) -> int | None:
     """Bytes that a forward pass on MEASURED_FRAMES frames keeps for the backward pass.
 
     The pass runs without data, on the meta device; what autograd saves is counted. It ends where the policy asks
     for a number to log, after its loss is complete.
     """
-    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    weights = {_storage_of(parameter) for parameter in network.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in weights:
-            saved[tensor.untyped_storage()._cdata] = tensor  # held, or its number would be given again
+        if _storage_of(tensor) not in weights:
+            saved[_storage_of(tensor)] = tensor  # held, or its number would be given again
         return tensor
 
     base = network.get_base_model() if hasattr(network, "get_base_model") else network

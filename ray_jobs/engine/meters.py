@@ -12,6 +12,11 @@ from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.options import CheckpointOptions
 from ray_jobs.engine.records import METRIC
 
+HELPS = (
+    "A lower learning rate or gradient clipping usually helps, unless the data set has NaN (ray_jobs.doctor tells); what "
+    "has been saved is intact."
+)
+
 
 class Window:
     """What happened since the last log step. Losses stay on the device until somebody asks."""
@@ -63,7 +68,7 @@ class Window:
             loss, norm = values[:, bad[0]].tolist()
             raise RunError(
                 f"step {first}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; training cannot go on. "
-                "A lower learning rate or gradient clipping usually helps; the last checkpoint is intact."
+                + HELPS
             )
 
     def close(self, accelerator: Accelerator, global_batch_size: int) -> dict[str, float]:
@@ -93,7 +98,7 @@ def check_validation(step: int, values: dict) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise RunError(
                 f"step {step}: {name} is {value}, what the policy predicts are no finite numbers; training cannot go on. "
-                "A lower learning rate or gradient clipping usually helps; the last checkpoint is intact."
+                + HELPS
             )
 
 

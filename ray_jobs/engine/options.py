@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,6 +254,9 @@ def _no_flag(word: str) -> str:
         return (
             f"'{word}' is not a flag, which begins with two hyphens like --steps=1000; did you mean --{bare}?"
         )
+    if Path(word).is_dir():
+        flag = "dataset.root" if (Path(word) / "meta").is_dir() else "output_dir"
+        return f"'{word}' is not a flag, but a folder; did you mean --{flag}={shlex.quote(word)}?"
     return f"'{word}' is not a flag. They look like --steps=1000; a value with spaces needs quotes."
 
 

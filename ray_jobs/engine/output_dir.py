@@ -1,11 +1,14 @@
 """Whether a job may begin in a folder: nothing that a user made is overwritten."""
 
+import errno
+import tempfile
 from pathlib import Path
 
 from ray_jobs.engine.errors import InputError
 
 # All that a run leaves that has ended before it began (a worker's node had no data set, say), and what an empty disk has.
 NOTHING = {".driver", ".lock", ".ray", "lost+found"}
+NEVER_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
 RUN = ("options.json", "checkpoints/[0-9]*")  # what a training leaves that can be continued
 
 
@@ -32,10 +35,17 @@ def check_output_dir(folder: Path, resumable: tuple[str, ...] = ()) -> None:
                     which = "" if place == folder else f"{place} "
                     raise InputError(f"--output_dir={folder}: {which}is a file, not a folder.")
                 break
-        if holds_nothing(folder):
-            return
+        empty = holds_nothing(folder)
     except OSError as error:
         raise InputError(f"--output_dir={folder}: cannot be read ({error.strerror}).") from None
+    if empty:
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            if error.errno in NEVER_WRITABLE:  # of the others some pass: see `preflight`
+                told = f"--output_dir={folder}: {place} cannot be written ({error.strerror})."
+                raise InputError(told) from None
+        return
     goes_on = any(next(folder.glob(name), None) for name in resumable)
     more = ", or --resume=true to continue what is in it" if goes_on else ""
     raise InputError(

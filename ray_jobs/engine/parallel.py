@@ -38,7 +38,7 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
     """An Accelerator set up as `lerobot-train` does: the policy's `dtype` decides the precision, or
     `use_amp` where a policy has no `dtype`."""
     # A process that trains more than once (tests, trials) may change its precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  (as accelerate's own tests do)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # left by a run that was sharded
     device = torch.device(cfg.policy.device)
     precision = "no"
@@ -70,7 +70,7 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
     )
     # accelerate 1.15 turns FSDP on between GPUs only, though all of it works between CPUs.
     if sharding and accelerator.distributed_type is DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as its own code does
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # noqa: SLF001  (as its own code does)
         accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, sharding
         if precision != "no":
             sharding.set_mixed_precision(precision)

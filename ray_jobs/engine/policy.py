@@ -27,6 +27,9 @@ from ray_jobs.engine.explain import first_line
 from ray_jobs.engine.trust import check_processor
 from ray_jobs.policies.facts import facts_of
 
+# Flags of policies, and what they are in the processor that prepares texts.
+OF_TEXTS = {"tokenizer_max_length": "max_length", "pad_language_to": "padding"}
+
 
 def build(
     cfg: TrainPipelineConfig, meta: LeRobotDatasetMetadata, *, device: str, tell: Callable[[str], None]
@@ -87,7 +90,7 @@ def why_not_compiled(device: str) -> str | None:
     try:
         torch.compile(lambda x: (x * 2).relu() + 1)(torch.ones(8, device=device))
     except Exception as error:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return first_line(error).rstrip(".")
     return None
 
@@ -175,10 +178,9 @@ def make_processors(cfg: TrainPipelineConfig, policy, stats: dict, device: torch
         )
     except ImportError as error:  # a step that LeRobot does not have
         raise InputError(f"cannot start from {pretrained}: {first_line(error)[:300]}") from None
-    for step in (
-        preprocessor.steps
-    ):  # which goes on as it is, whatever the flags say: so that is what is written down
-        for name, used in (("tokenizer_max_length", "max_length"), ("pad_language_to", "padding")):
+    # Which go on as they are, whatever the flags say: so that is what is written down.
+    for step in preprocessor.steps:
+        for name, used in OF_TEXTS.items():
             if isinstance(step, TokenizerProcessorStep) and hasattr(cfg.policy, name):
                 setattr(cfg.policy, name, getattr(step, used))
     return preprocessor, postprocessor

@@ -378,7 +378,7 @@ def _fit(folder: Path, network: torch.nn.Module, saved: dict[str, torch.Tensor])
     """See that a checkpoint's tensors are those of the policy. LeRobot would start those that are missing from
     random values, and pi0 and pi0.5 altogether, without an error."""
     if hasattr(network, "_fix_pytorch_state_dict_keys"):  # names of older checkpoints
-        saved = network._fix_pytorch_state_dict_keys(saved, network.config)
+        saved = network._fix_pytorch_state_dict_keys(saved, network.config)  # noqa: SLF001  (LeRobot's)
         saved = {key if key.startswith("model.") else f"model.{key}": value for key, value in saved.items()}
     wanted = network.state_dict(keep_vars=True)
     tied = {id(value) for key, value in wanted.items() if key in saved}

@@ -146,8 +146,17 @@ def check_kinds(name: str, policy: PreTrainedConfig, meta: LeRobotDatasetMetadat
                 raise InputError(
                     f"{name}: {key}: {said} in meta/stats.json is NaN or infinite: so would every loss be."
                 )
+    if hasattr(policy, "tokenizer_max_length") and (fault := tasks_unread(meta)):
+        raise InputError(f"{name}: {fault}, and {policy.type} reads the task.")
     if facts.needs_state and OBS_STATE not in features:
         raise InputError(f"{name}: {facts.title} cannot do without {OBS_STATE}, which the data set has not.")
+
+
+def tasks_unread(meta: LeRobotDatasetMetadata) -> str | None:
+    """What to say of tasks that LeRobot does not find: it takes the table's index for their texts."""
+    if all(isinstance(task, str) for task in meta.tasks.index):
+        return None
+    return f"meta/tasks.parquet does not have the tasks as its index: LeRobot takes {meta.tasks.index[0]} for the first one's text"
 
 
 def _unsure(meta: LeRobotDatasetMetadata, key: str) -> bool:

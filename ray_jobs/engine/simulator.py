@@ -119,7 +119,7 @@ def _resizes(policy: PreTrainedConfig) -> bool:
     if any(getattr(policy, name, None) for name in own):
         return True
     saved = Path(policy.pretrained_path or "") / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
-    return saved.is_file() and ImageCropResizeProcessorStep._registry_name in saved.read_text()
+    return saved.is_file() and ImageCropResizeProcessorStep._registry_name in saved.read_text()  # noqa: SLF001  (LeRobot)
 
 
 class Simulator:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ray_jobs.cluster.ray_internals import SUBMITTED
 from ray_jobs.engine.errors import InputError
 
 # All that LeRobot, and what it stands on, take for a file or a folder.
@@ -60,7 +61,6 @@ HANDED_ON = (
     "TORCH_HOME",
 )
 WRITTEN = ("HF_DATASETS_CACHE", "RAY_JOBS_CACHE")  # by every training; into the others goes what is fetched
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which `ray job submit` (2.60) sets for what it runs
 RELATIVE = re.compile(r"(?![/~]|[\w+]+://).")
 RELATIVE_FILE = re.compile(r"(sqlite(\+\w+)?:///|journal://)(?!/)")  # as a study's storage
 LONGEST_FOR_RAY = 107 - len("/ray/session_2026-12-01_02-22-51_200122_1234567/sockets/plasma_store")

@@ -60,7 +60,7 @@ def beat(line, rank: int | str) -> Callable[[dict], None]:
     training, step, begun = threading.current_thread(), None, threading.Event()
 
     def tell() -> None:
-        while training.is_alive() and (frame := sys._current_frames().get(training.ident)) is not None:
+        while training.is_alive() and (frame := sys._current_frames().get(training.ident)) is not None:  # noqa: SLF001  (documented)
             files, names = [], []
             while frame is not None:
                 files.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")

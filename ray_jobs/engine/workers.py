@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from ray_jobs.cluster import ray_internals
 from ray_jobs.engine import surroundings
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.errors import PREEMPTED, InputError, RunError
@@ -75,7 +76,7 @@ def work(config: dict) -> None:
     asked_to_stop = listen_for_stop(line)
 
     def should_stop() -> str:
-        return asked_to_stop() or (PREEMPTED if _preempted() else "")
+        return asked_to_stop() or (PREEMPTED if ray_internals.node_will_be_taken() else "")
 
     how = {"device": str(get_device()), "report": report, "should_stop": should_stop}
     try:
@@ -146,14 +147,6 @@ def check_node(root: str | None, output_dir: Path | None, mark: str) -> None:
             f"--output_dir={output_dir} is not {where} what it is on the driver's node. All nodes must see the "
             "same folder, or it must be a bucket (s3://...)."
         )
-
-
-def _preempted() -> bool:
-    """Whether one of the run's nodes will be taken away. Ray's public call for it is a barrier for all ranks; the loop
-    agrees on a step to stop at by itself, so this looks at what Ray Train 2.60 has told this worker."""
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
 
 
 def teller(line) -> Callable[[dict], None]:

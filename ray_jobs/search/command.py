@@ -37,15 +37,15 @@ def check_search(flags: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def check_steps(flags: Mapping[str, str]) -> None:
-    """See that it is said how long a trial is.
+    """See that it is said how long a trial is; what is no number is told with the other flags.
 
     Raises:
-        InputError: It is not, or no number.
+        InputError: It is not, or it is too short to be validated.
     """
     steps = flags.get("steps")
     if steps is None:
         raise InputError(
             "--steps is missing: how long is a trial? With asha most trials get a part of it: a sixth, say."
         )
-    if not steps.isdigit() or int(steps) < 2:
-        raise InputError(f"--steps={steps}: must be a whole number, at least 2.")
+    if steps == "1":
+        raise InputError(f"--steps={steps}: must be at least 2.")

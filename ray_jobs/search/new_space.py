@@ -3,6 +3,7 @@ ranges of the space that comes with this project, or of none general ones. Impor
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def write(policy: str, file: Path | None) -> str:
         ) from None
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror}.") from None
-    return f"a space for {policy} is in {file}; --space={file} --dry-run, with your data set and --steps, shows what it does"
+    typed = shlex.quote(str(file))
+    return f"a space for {policy} is in {file}; --space={typed} --dry-run, with your data set and --steps, shows what it does"
 
 
 def space_for(policy: str, name: str) -> str:

@@ -9,20 +9,16 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import ray
 from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
-from ray import cloudpickle
-from ray.air.execution._internal import RayActorManager
-from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import Callback
-from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from ray_jobs.cluster import ray_internals
 from ray_jobs.engine.errors import INTERRUPTED
 from ray_jobs.engine.faults import why
 from ray_jobs.search.files import trial_name
@@ -42,6 +38,7 @@ from ray_jobs.search.study import (
     TIMES,
     WALL_S,
     finished,
+    id_of,
     repeats_cost,
     repeats_of,
     trials_of,
@@ -127,7 +124,7 @@ class StudySearch(Searcher):
     def _left_behind(self) -> Trial | None:
         while self.left_behind:
             frozen = self.left_behind.pop(0)
-            trial = Trial(self.study, frozen._trial_id)
+            trial = Trial(self.study, id_of(frozen))
             if CONFIG in frozen.user_attrs or self._draw(trial):  # it may have been killed while it was drawn
                 return trial
         return None
@@ -181,7 +178,7 @@ class StudySearch(Searcher):
         for trial in finalists.values():
             for seed in map(str, range(self.seed + 1, self.seed + self.options.seeds)):
                 if seed not in repeats.get(str(trial.number), {}) and (trial.number, seed) not in not_again:
-                    return Trial(self.study, trial._trial_id), seed
+                    return Trial(self.study, id_of(trial)), seed
         return None
 
     def judge(self, trial_id: str, result: dict) -> bool:
@@ -195,7 +192,7 @@ class StudySearch(Searcher):
         trial, repeat = self.live[trial_id]
         if repeat or "status" in result or len(self.options.metrics) > 1:
             return False
-        if result["step"] in trial.storage.get_trial(trial._trial_id).intermediate_values:
+        if result["step"] in trial.storage.get_trial(id_of(trial)).intermediate_values:
             return False  # it has gone back to a checkpoint, or tells what the study may not know
         trial.report(result[self.options.metrics[0]], result["step"])
         # Asked for the baselines, too: Optuna's pruners remember only whom they were asked about.
@@ -275,9 +272,8 @@ class TrialWitness(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial, **info) -> None:
         name, text = trial.config["trial"], "its process has ended"
-        # What `get_pickled_error` reads (Ray 2.60) is a copy that lags behind.
         with contextlib.suppress(Exception):
-            text = why(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+            text = why(ray_internals.error_of(trial))
         self.line.forget_beat.remote(name)
         self.tell({"kind": "fault", "trial": name, "text": text})
 
@@ -304,8 +300,7 @@ class StudyScheduler(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller):
         trial = super().choose_trial_to_run(tune_controller)
         if trial and self.search.stopping:  # there may never be a slot for it again
-            trial.run_metadata.last_result = {"status": INTERRUPTED}  # of an empty one Ray Tune prints a line
-            tune_controller.stop_trial(trial)
+            ray_internals.drop(tune_controller, trial, {"status": INTERRUPTED})
             return None
         return trial
 
@@ -313,25 +308,7 @@ class StudyScheduler(FIFOScheduler):
         if result.get("step", 0) > self.reached.get(trial.trial_id, 0):
             # What gets further between two deaths is not to blame: spot nodes may take many of its slots away.
             self.reached[trial.trial_id] = result["step"]
-            trial.max_failures = trial.num_failures + DEATHS - 1
+            ray_internals.allow_failures(trial, DEATHS - 1)
         if self.search.judge(trial.trial_id, result):
             ray.get(self.line.give_up.remote(trial.config["trial"]))
         return TrialScheduler.CONTINUE
-
-
-def survive_memory_kills() -> None:
-    """Let Ray Tune take a trial whose process Ray has ended for want of memory for one whose process was killed. Ray Tune
-    (2.60) ends the search instead, since `OutOfMemoryError` is no `RayActorError`; nothing documented reaches what looks
-    after its actors."""
-
-    def as_killed(error: Exception) -> Exception:
-        return RayActorError(error_msg=str(error)) if isinstance(error, OutOfMemoryError) else error
-
-    class Manager(RayActorManager):
-        def _actor_start_failed(self, tracked_actor, exception: Exception) -> None:
-            super()._actor_start_failed(tracked_actor, as_killed(exception))
-
-        def _actor_task_failed(self, tracked_actor_task, exception: Exception) -> None:
-            super()._actor_task_failed(tracked_actor_task, as_killed(exception))
-
-    tune_controller.RayActorManager = Manager

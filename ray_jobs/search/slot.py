@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ray_jobs.cluster.ray_internals import HEAD_NODE
 from ray_jobs.engine import cluster
 from ray_jobs.engine.errors import InputError
 from ray_jobs.search.plan import Plan
@@ -9,7 +10,7 @@ from ray_jobs.search.plan import Plan
 MAX_CPU_TRIALS = 4  # at a time, where nothing else says so: a search learns from one trial for the next
 # A trial whose workers have a group of their own only watches them. A sliver of a CPU would be too much: on a machine
 # that they fill, they would wait for it for ever. So it takes a place on the head node, of which there are plenty.
-WATCHER = {"node:__internal_head__": 0.001}
+WATCHER = {HEAD_NODE: 0.001}
 
 
 @dataclass

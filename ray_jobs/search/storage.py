@@ -78,6 +78,8 @@ class PatientStorage(RDBStorage):
     stop: Callable[[], object] = staticmethod(lambda: False)
     """Whether the search was asked to stop, which ends patience."""
     file: StudyFile | None = None
+    lost: StorageLost | None = None
+    """Why it was given up: what is asked of it from then on fails at once, where SQLite would wait BUSY_S each time."""
 
     def be_patient(self, stop: Callable[[], object]) -> None:
         """From now on."""
@@ -92,6 +94,9 @@ def _patient(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def patient(self: PatientStorage, *args, **kwargs):
+        if self.lost:
+            raise self.lost
+
         def use():
             try:
                 return method(self, *args, **kwargs)
@@ -104,8 +109,8 @@ def _patient(method: Callable) -> Callable:
         how = {"doing": "used", "passing": self.may_return, "kept": lambda: kept, "stop": self.stop}
         try:
             return patiently(use, "the study", print, **how)
-        except StorageLost:
-            self.patient = False  # what is left to be done need not wait as long
+        except StorageLost as lost:
+            self.lost = lost
             raise
 
     return patient

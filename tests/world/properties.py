@@ -65,6 +65,8 @@ class DataSet:
     """Another line, which holds the same: its losses count where LeRobot cannot read this one."""
     fault: str = ""
     """A pattern of what `doctor` says would spoil a training that goes through."""
+    warned: str = ""
+    """A pattern of what `doctor` warns of."""
     unscored: str = ""
     """A pattern of why `evaluate` can't score what was trained on it."""
     slow: bool = False
@@ -176,10 +178,10 @@ TABLE: dict[str, DataSet] = {
     "60 fps": filmed(fps=60, slow=True),
     "29.97 fps": filmed(fps=29.97, slow=True),
     "50.0 fps": DataSet(fps=50.0),
-    "jitter": DataSet(jitter_s=0.02, fault="off the grid of 10 fps"),
+    "jitter": DataSet(jitter_s=0.02, warned="off the grid of 10 fps"),
     "jitter of a camera": filmed(jitter_s=0.02, refused="tolerance"),
     "jitter that is tolerated": filmed(
-        jitter_s=0.02, flags=("--tolerance_s=0.06",), fault="off the grid of 10 fps"
+        jitter_s=0.02, flags=("--tolerance_s=0.06",), warned="off the grid of 10 fps"
     ),
     # ------------------------------------------------------------------ numbers
     "float64": DataSet(columns={key: ("float64", n) for key, (_, n) in NUMBERS.items()}),
@@ -300,7 +302,9 @@ TABLE: dict[str, DataSet] = {
     ),
     # ------------------------------------------------------------------ episodes and tasks
     "several tasks": DataSet(tasks=3),
-    "tasks as a column": DataSet(tasks=2, tasks_as_column=True),
+    "tasks as a column": DataSet(
+        tasks=2, tasks_as_column=True, warned="LeRobot takes 0 for the first one's text"
+    ),
     "one episode": DataSet(lengths=(20,)),
     "one frame per episode": DataSet(lengths=(1, 1, 1, 1)),
     "one frame in all": DataSet(lengths=(1,)),

@@ -15,12 +15,15 @@ import torch
 from conftest import job, train_in_process
 from drawn import data_sets
 from hypothesis import given, settings
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from make import RECORDINGS, write
 from properties import TABLE, DataSet
 from stock import RECORD, STEPS, flags_for, train_as_stock
 
 from ray_jobs import cache, doctor, evaluate, train
 from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.engine.records import read_metrics
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
@@ -116,15 +119,18 @@ def test_every_job(tmp_path, capsys, name):
     ]
 
     status, told = said_by(doctor, [*of_set, *policy, "--measure=false", "--json"], capsys)
-    faults = json.loads(told)["faults"]
+    found = json.loads(told)
+    faults = found["faults"]
     assert (status == 1) == bool(faults)
+    assert re.search(properties.warned, "\n".join(found["warnings"])), found["warnings"]
     if not properties.refused:
         assert bool(faults) == bool(properties.fault) and re.search(properties.fault, "\n".join(faults)), (
             faults
         )
     else:
         assert faults
-    status, told = said_by(cache, ["build", *of_set], capsys)
+    tolerance = [flag for flag in properties.flags if flag.startswith("--tolerance_s")]
+    status, told = said_by(cache, ["build", *of_set, *tolerance], capsys)
     if not properties.cameras and not properties.recording:
         assert status
     elif not properties.refused:
@@ -142,6 +148,14 @@ def test_every_job(tmp_path, capsys, name):
     scored = [f"--checkpoint={run}", f"--output_dir={tmp_path / 'scores'}", "--data.eval_episodes=[0]"]
     status, told = said_by(evaluate, scored, capsys)
     assert (status == 0) != bool(properties.unscored) and re.search(properties.unscored, told), told
+
+
+def test_who_reads_the_task_is_refused_a_set_without_its_text(tmp_path):
+    root = made(TABLE["tasks as a column"], tmp_path)
+    assert LeRobotDataset("local/parts", root=root)[0]["task"] == 0  # which its tokenizer step does not take
+    meta = LeRobotDatasetMetadata("local/parts", root=root)
+    with pytest.raises(InputError, match="takes 0 for the first one's text, and smolvla reads the task"):
+        check_kinds("set", SmolVLAConfig(), meta, 4)
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Ray: what the jobs ask of it."""
