@@ -1,4 +1,4 @@
-"""`--new-space`: what it writes is a space, for each of LeRobot's policies; nothing is overwritten."""
+"""`--new-space`: what it writes is a space, for each of LeRobot's policies that can be searched; nothing is overwritten."""
 
 import subprocess
 import sys
@@ -13,11 +13,14 @@ from test_idle import plan_of
 from ray_jobs import tune
 from ray_jobs.engine import flag_table
 from ray_jobs.engine.errors import InputError
+from ray_jobs.policies.facts import facts_of
+from ray_jobs.search.command import check_search
 from ray_jobs.search.new_space import SHIPPED, space_for
 from ray_jobs.search.space import SearchSpace, encoded
 from ray_jobs.search.space_file import read_space
 
-POLICIES = flag_table.load().policies
+ALL = flag_table.load().policies
+POLICIES = [policy for policy in ALL if facts_of(policy).scored]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -42,6 +45,18 @@ def test_it_is_a_space_of_the_policy(tmp_path, policy):
         assert "tried on no data set" in file.read_text()
     for _ in range(5):
         assert found.violated(search.suggest(study.ask())[1]) is None
+
+
+@pytest.mark.parametrize("policy", sorted({*ALL} - {*POLICIES}))
+def test_what_cannot_be_validated_cannot_be_searched(tmp_path, policy):
+    with pytest.raises(InputError, match=f"{policy} predicts only from .* nothing to go by"):
+        space_for(policy, "FILE")
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"policy: {policy}\nsearch:\n  policy.optimizer_lr: {{low: 1.0e-6, high: 1.0e-2, log: true}}\n"
+    )
+    with pytest.raises(InputError, match=f"mine.yaml: {policy} predicts only from"):
+        check_search({"dataset.repo_id": "a/b", "steps": "10", "space": str(file)})
 
 
 def test_a_search_can_begin_with_it(tmp_path):

@@ -28,7 +28,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.options import DataOptions
-from ray_jobs.policies.facts import facts_of
+from ray_jobs.policies.facts import facts_of, why_unscored
 
 # Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising
 # policy then depends on the group alone.
@@ -49,11 +49,8 @@ def check_scored(policy_cfg) -> None:
     Raises:
         InputError: It is one of those.
     """
-    if not facts_of(policy_cfg.type).scored:
-        raise InputError(
-            f"{policy_cfg.type} predicts only from what a robot has shown it so far, so val/action_error cannot be measured. "
-            "It trains without --data.eval_episodes and --eval_steps."
-        )
+    if why := why_unscored(policy_cfg.type):
+        raise InputError(f"{why} It trains without --data.eval_episodes and --eval_steps.")
 
 
 def units(meta: LeRobotDatasetMetadata) -> tuple[torch.Tensor, torch.Tensor]:

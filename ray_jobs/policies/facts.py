@@ -181,3 +181,10 @@ FACTS: dict[str, PolicyFacts] = {
 def facts_of(policy: str) -> PolicyFacts:
     """What is known of a policy, by its type."""
     return FACTS.get(policy, PolicyFacts())
+
+
+def why_unscored(policy: str) -> str | None:
+    """Why what a policy predicts cannot be compared with recordings; None if it can."""
+    if facts_of(policy).scored:
+        return None
+    return f"{policy} predicts only from what a robot has shown it so far, so val/action_error cannot be measured."

@@ -7,6 +7,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.flag_table import flags_of
 from ray_jobs.engine.imports import unneeded
 from ray_jobs.engine.options import all_mistakes, asks_to_resume
+from ray_jobs.policies.facts import why_unscored
 from ray_jobs.search.files import SEARCH_FILE
 from ray_jobs.search.options import SearchFlags, parse_search_flags
 from ray_jobs.search.space import Space
@@ -32,6 +33,7 @@ def check_search(flags: Mapping[str, str]) -> tuple[str, ...]:
         if not asks_to_resume(flags):
             mistakes.of(lambda: check_steps(flags))
             mistakes.of(lambda: spaces.extend(read_spaces(dict(flags), []).spaces))
+        mistakes += [f"{space.file}: {why}" for space in spaces if (why := why_unscored(space.policy))]
     named = {flag: "" for space in spaces for flag in space.lines}
     return unneeded([space.policy for space in spaces] or [""], named | flags)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray_jobs.engine import flag_table
 from ray_jobs.engine.errors import InputError
+from ray_jobs.policies.facts import why_unscored
 from ray_jobs.search.space import Config, Space
 from ray_jobs.search.space_file import read_space
 from ray_jobs.search.space_values import default, known_flags, meant
@@ -69,6 +70,8 @@ def space_for(policy: str, name: str) -> str:
     table = flag_table.load() or flag_table.of_lerobot()
     if policy not in table.policies:
         raise InputError(f"{WORD}={policy}: there is no such policy; {meant(policy, table.policies)}")
+    if why := why_unscored(policy):
+        raise InputError(f"{WORD}={policy}: {why} A search has nothing to go by.")
     defaults = {name: default(flag) for name, flag in known_flags(policy).items()}
     file = SHIPPED / f"{policy}.yaml"
     baseline, search = _as_shipped(file, defaults) if file.is_file() else _in_general(defaults)
