@@ -397,21 +397,23 @@ def test_ctrl_c_again_while_ray_starts(parts, tmp_path):
     assert "Traceback" not in run.printed
 
 
-def test_a_signal_to_all_processes_while_ray_starts(parts, tmp_path):
-    """As `timeout` and batch systems send it. Ray would wait for its dead parts for a minute, and then for others."""
-    run = Run(tiny_act(parts, tmp_path / "run", "--steps=2"))
-    give_up, started = time.monotonic() + 60 * PATIENCE, False
-    while not started:
-        assert time.monotonic() < give_up, run.printed
-        time.sleep(0.05)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            started = any("gcs_server" in " ".join(p.cmdline()) for p in run.family())
-    os.killpg(run.process.pid, signal.SIGTERM)
+def test_a_ray_that_does_not_come_up_holds_nobody_up():
+    """As after `timeout` or a batch system has ended parts of it: Ray waits for them a minute, and then for others."""
+    program = """
+from concurrent.futures import Future
+from ray_jobs.engine import cluster, console
+from ray_jobs.engine.errors import InputError
+
+def main(argv):
+    cluster._ready = Future()
+    raise InputError("wrong")
+
+console.run_job(main, at_end=cluster.leave)
+"""
     begin = time.monotonic()
-    run.process.wait(120 * PATIENCE)
+    result = run_program(program)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: wrong\n")
     assert time.monotonic() - begin < 20 * PATIENCE
-    assert run.end() == 130 and "\ninterrupted.\n" in run.printed, run.printed
-    assert "Traceback" not in run.printed
 
 
 def test_ctrl_c_twice_within_a_moment_is_one():
