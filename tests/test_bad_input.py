@@ -111,7 +111,7 @@ def test_wrong_value(act, wrong, right):
         ("--ray.workers=2", "did you mean --ray.num_workers?"),
         ("--dataset.batch_size=4", "did you mean --batch_size?"),
         ("--lr=1e-4", "did you mean --policy.optimizer_lr?"),
-        ("--policy.horizon=8", "for act; --policy.type=act --help"),
+        ("--policy.horizon=8", "for act; python -m ray_jobs.train --policy.type=act --help"),
         ("--steps", "--steps=VALUE"),
         ("--steps --batch_size=4", "--steps=VALUE"),
         ("--dataset.repo_id=", "--dataset.repo_id=VALUE"),
