@@ -2,6 +2,7 @@
 pipe as on a terminal."""
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_longest_silence(tmp_path, name):
         cwd=ROOT,
     ) as process:
         lines = list[str]()
-        for line in [*iter(process.stdout.readline, ""), ""]:
+        for line in itertools.chain(iter(process.stdout.readline, ""), [""]):
             now = time.monotonic()
             if now - last > longest:
                 longest, between = now - last, f"between {before!r} and {line.strip()!r}"
