@@ -53,6 +53,8 @@ PATIENCE = float(os.environ.get("RAY_JOBS_TEST_PATIENCE", "1"))  # with other pr
 def ray_of_the_module():
     """A Ray that a module's tests have started in this process ends with them: others kill Ray's processes."""
     yield
+    if cluster._ready is not None:
+        cluster._ready.exception()  # however long: no job waits here, but other modules' tests come
     cluster.leave()
     cluster._ready = None
 

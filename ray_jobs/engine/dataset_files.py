@@ -26,10 +26,9 @@ FORMAT = "v3.0"  # LeRobot's CODEBASE_VERSION
 
 def fault_of(path: Path) -> str | None:
     """What is wrong with a file, as far as its first and last bytes show; None if nothing is."""
-    try:
-        about = path.stat()
-    except OSError:
+    if not path.is_file():
         return "is missing."
+    about = path.stat()
     return _fault_of(path, about.st_mtime_ns, about.st_size)
 
 
