@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lerobot.policies  # noqa: F401  (registers their configs)
 import pytest
 from lerobot.configs.policies import PreTrainedConfig
 from vla import ALL
