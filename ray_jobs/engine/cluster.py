@@ -180,8 +180,8 @@ def leave() -> None:
     """Disconnect from Ray, once connecting has ended one way or the other; ends a cluster of our own.
 
     Raises:
-        TimeoutError: It does not end: a Ray that is started waits for parts of it that a signal to all of this command's
-            processes (a terminal's, `timeout`'s) has ended, 60 s and then once more.
+        TimeoutError: It does not end: a Ray that is started waits for parts of it that a SIGTERM to all of this command's
+            processes (`timeout`'s, a batch system's) has ended, 60 s and then once more.
     """
     if _ready is not None:
         _ready.exception(LEAVES_WITHIN_S)
