@@ -18,11 +18,13 @@ from pathlib import Path
 
 from ray_jobs.engine import cluster
 from ray_jobs.engine.command import check_data
-from ray_jobs.engine.console import doing, duration, quiet, run_job
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.command_line import build, read_flags
+from ray_jobs.engine.console import doing, quiet, run_job
+from ray_jobs.engine.errors import InputError, RunError, all_mistakes
 from ray_jobs.engine.flag_table import flags_of
 from ray_jobs.engine.flags import NO_DATA_SET, check_flags
-from ray_jobs.engine.options import DataOptions, all_mistakes, build, read_flags
+from ray_jobs.engine.options import DataOptions
+from ray_jobs.engine.units import duration
 
 
 def main(argv: list[str]) -> int:
@@ -128,7 +130,7 @@ def _build_here(words: list[str], say: Callable[[str], None]) -> None:
 
 
 def _folder(data: DataOptions) -> Path:
-    from ray_jobs.engine.frame_store import default_folder
+    from ray_jobs.engine.cache_folder import default_folder
 
     if data.cache == "off":
         raise InputError("--data.cache=off: no frames are kept there; name a folder, or leave it out.")
@@ -171,7 +173,8 @@ def _entries(words: list[str]) -> tuple[ListOptions, dict]:
 
 
 def _list(words: list[str]) -> int:
-    from ray_jobs.engine.frame_store import gigabytes, is_stale
+    from ray_jobs.engine.frame_store import is_stale
+    from ray_jobs.engine.units import gigabytes
 
     _, found = _entries(words)
     for name, entry in found.items():

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.engine import cluster
 from ray_jobs.engine.command import check_command, help_of_training
-from ray_jobs.engine.console import Display, doing, duration, no_garbage_collection, quiet, run_job
+from ray_jobs.engine.command_line import asks_to_resume, parse_options, read_flags
+from ray_jobs.engine.console import Display, doing, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.errors import INTERRUPTED
 from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.engine.interruption import interrupt, on_interruption
-from ray_jobs.engine.options import asks_to_resume, parse_options, read_flags
+from ray_jobs.engine.units import duration
 from ray_jobs.engine.workers import only_driver, refuse_busy
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     not_needed = () if resumed else unneeded([flags.get("policy.type", "")], flags)
     with no_garbage_collection(), without(not_needed):
         from ray_jobs.engine import preflight
-        from ray_jobs.engine.recipe import resolve
+        from ray_jobs.engine.resolve import resolve
 
     doing("looking over the recipe and the data set")
     recipe = resolve(argv)

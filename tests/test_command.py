@@ -13,9 +13,9 @@ from conftest import ROOT, job, tiny_act, train_in_process
 
 from ray_jobs.engine import flag_table, flags
 from ray_jobs.engine.command import check_command
+from ray_jobs.engine.command_line import read_flags
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.options import read_flags
-from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.resolve import resolve
 
 # Names that YAML reads as something else: a comment, a number, a date, a mapping, a truth value, a file to open.
 NAMES = [

@@ -32,7 +32,7 @@ from ray_jobs.engine.frame_cache import FrameCache, open_frames
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.options import DataOptions
 from ray_jobs.engine.position import START, Position
-from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.resolve import resolve
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
 

@@ -30,7 +30,7 @@ from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import open_frames
 from ray_jobs.engine.frames import FrameSource, NoFrame
 from ray_jobs.engine.options import DataOptions
-from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.resolve import resolve
 
 TOP, SIDE = "observation.images.top", "observation.images.side"
 LENGTHS = [30, 25, 40]

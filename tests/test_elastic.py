@@ -8,11 +8,10 @@ from conftest import job, tiny_act, train_in_process
 from lerobot.datasets.factory import make_dataset
 
 from ray_jobs.engine import cluster
+from ray_jobs.engine.command_line import parse_options, read_flags
 from ray_jobs.engine.data import training_batches
-from ray_jobs.engine.options import parse_options, read_flags
-from ray_jobs.engine.parallel import Shards
-from ray_jobs.engine.position import START
-from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.position import START, Shards
+from ray_jobs.engine.resolve import resolve
 
 # What draws random numbers on each worker, and so depends on who computes a batch.
 CALM = ("--policy.use_vae=false", "--policy.dropout=0", "--dataset.episodes=[0,1,2]")

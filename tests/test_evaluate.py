@@ -14,8 +14,9 @@ from conftest import stock, tiny_act, tiny_diffusion
 from ray_jobs import evaluate
 from ray_jobs.engine import loop, preflight, rollouts
 from ray_jobs.engine.errors import InputError, RunError
-from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.simulator import wilson
+from ray_jobs.engine.tracking import save_options
 from ray_jobs.engine.trained import open_trained
 
 PLUGIN = "--discover_packages_path=colour_follower"
@@ -47,7 +48,7 @@ def evaluated(target: Path, *flags: str) -> dict:
 def trained(flags: list[str]) -> None:
     recipe = resolve(flags)
     preflight.check(recipe)
-    recipe.save_options()  # as Ray's workers do
+    save_options(recipe)  # as Ray's workers do
     loop.train(recipe, device="cpu")
 
 

@@ -30,7 +30,7 @@ from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import Display
 from ray_jobs.engine.errors import InputError, RunError, StorageLost
 from ray_jobs.engine.faults import in_plain_words
-from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.resolve import resolve
 from ray_jobs.train import waiting_for
 
 

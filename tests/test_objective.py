@@ -16,7 +16,7 @@ from ray_jobs.engine.data import make_datasets
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.loop import make_processors
 from ray_jobs.engine.objective import Validation
-from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.resolve import resolve
 
 HELD_OUT = [0, 2]
 SCORES = ("val/loss", "val/action_error", "val/action_error_raw")

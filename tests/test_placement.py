@@ -12,7 +12,7 @@ from ray_jobs.engine import cluster as our_cluster
 from ray_jobs.engine.driver import make_trainer
 from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.line import open_line
-from ray_jobs.engine.recipe import resolve
+from ray_jobs.engine.resolve import resolve
 
 pytestmark = pytest.mark.slow
 

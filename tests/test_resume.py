@@ -12,8 +12,9 @@ from test_data import make
 
 from ray_jobs.engine import loop, preflight
 from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.recipe import resolve
 from ray_jobs.engine.records import read_json, read_metrics
+from ray_jobs.engine.resolve import resolve
+from ray_jobs.engine.tracking import save_options
 
 LENGTHS = [23, 17, 9, 20]
 CONFIG = "pretrained_model/train_config.json"
@@ -41,7 +42,7 @@ def begun(numbers, tmp_path_factory):
         if kind not in made:
             recipe = resolve(kinds[kind])
             preflight.check(recipe)
-            recipe.save_options()
+            save_options(recipe)
             loop.train(recipe, device="cpu")
             made[kind] = folder / kind
         shutil.copytree(made[kind], to, symlinks=True)
@@ -128,7 +129,7 @@ def indices_read(flags: list[str]) -> list[int]:
     """Train, and tell which frames were trained on."""
     recipe = resolve(flags)
     preflight.check(recipe)
-    recipe.save_options()
+    save_options(recipe)
     read: list[int] = []
     to_device = loop.to_device
     with pytest.MonkeyPatch.context() as patch:

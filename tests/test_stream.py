@@ -29,7 +29,8 @@ from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.position import START
 from ray_jobs.engine.preflight_data import choose_episodes, open_dataset
-from ray_jobs.engine.recipe import Recipe, resolve
+from ray_jobs.engine.recipe import Recipe
+from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.search.plan import read_command
 from ray_jobs.search.spaces import read_spaces

@@ -39,8 +39,8 @@ from vla import save_base, tiny
 from ray_jobs import tune
 from ray_jobs.engine import patience
 from ray_jobs.engine.errors import InputError, RunError, StorageLost
-from ray_jobs.engine.recipe import resolve
 from ray_jobs.engine.records import read_json, read_metrics
+from ray_jobs.engine.resolve import resolve
 from ray_jobs.search import answer, progress
 from ray_jobs.search import storage as storage_module
 from ray_jobs.search.answer import importances

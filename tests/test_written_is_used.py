@@ -11,8 +11,9 @@ from test_data import make
 from test_loop import wandb_runs
 
 from ray_jobs.engine import data, loop, preflight
-from ray_jobs.engine.recipe import resolve
 from ray_jobs.engine.records import read_json
+from ray_jobs.engine.resolve import resolve
+from ray_jobs.engine.tracking import save_options
 
 STEPS = 3
 ACT = (
@@ -53,7 +54,7 @@ class Used:
         self.batches, self.clipped = [], []
         recipe = resolve(flags)
         preflight.check(recipe)
-        recipe.save_options()
+        save_options(recipe)
         with pytest.MonkeyPatch.context() as patch:
             self._watch(
                 patch, loop, "make_optimizer_and_scheduler", "built", lambda args, made: (args[1], *made)

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset
 
+from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
 from ray_jobs.engine.frame_store import COLUMNS_FILE
+from ray_jobs.engine.preflight_columns import COUNTERS
 from ray_jobs.engine.records import read_json
 
 _checked: set[Path] = set()  # arrays that this process found to be good
@@ -81,3 +83,39 @@ def _contiguous(column) -> torch.Tensor:
         values = values.astype(np.int64, copy=False)
     values = np.ascontiguousarray(values if width is None else values.reshape(-1, width))
     return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def check_rows(dataset: LeRobotDataset) -> None:
+    """See that the rows are where LeRobot will look for them, and that no policy is given NaN.
+
+    Raises:
+        RunError: They are not: episode, rows or column.
+    """
+    table, meta = dataset.hf_dataset.data, dataset.meta
+    bounds = meta.episodes.with_format("numpy", columns=["dataset_from_index", "dataset_to_index"])[:]
+    chosen = range(len(meta.episodes)) if dataset.episodes is None else sorted(dataset.episodes)
+    spans = [
+        (episode, bounds["dataset_from_index"][episode], bounds["dataset_to_index"][episode])
+        for episode in chosen
+    ]
+    found = {key: table.column(key).to_numpy() for key in COUNTERS if key != "timestamp"}
+    expected = np.concatenate([np.full(end - begin, episode) for episode, begin, end in spans])
+    rows, counts = np.unique(found["episode_index"], return_counts=True)
+    counted = dict(zip(rows.tolist(), counts.tolist(), strict=True))
+    for episode, begin, end in spans:
+        if counted.get(episode, 0) != end - begin:
+            raise RunError(
+                f"{meta.repo_id}: episode {episode} has {counted.get(episode, 0)} rows in the tables, meta/episodes "
+                f"says {end - begin}."
+            )
+    index = np.concatenate([np.arange(begin, end) for _, begin, end in spans])
+    if not (np.array_equal(found["index"], index) and np.array_equal(found["episode_index"], expected)):
+        raise RunError(
+            f"{meta.repo_id}: the rows of the tables are not numbered 0, 1, 2 ... by 'index': LeRobot would read the "
+            "wrong ones."
+        )
+    unknown = found["task_index"][(found["task_index"] >= len(meta.tasks)) | (found["task_index"] < 0)]
+    if len(unknown):
+        raise RunError(
+            f"{meta.repo_id}: there are rows of task {unknown[0]}, meta/tasks has {len(meta.tasks)}."
+        )

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ray_jobs.engine import surroundings
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.interruption import interrupt, on_interruption, take_back
+from ray_jobs.engine.units import duration
 
 WORKER_LOST = "a worker was lost"
 STILL_EVERY_S = 5  # how often is said what goes on before the first step
@@ -111,19 +112,6 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
     except TimeoutError:  # what has been started ends with this process
         os._exit(status)
     sys.exit(status)
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 2 h 05 min, 1 d 4 h."""
-    seconds = int(seconds)
-    for unit, name, lesser, lesser_name in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if seconds >= unit:
-            return f"{seconds // unit} {name} {seconds % unit // lesser:02d} {lesser_name}"
-    return f"{seconds} s"
 
 
 class Display:

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ray_jobs.engine import loop
+from ray_jobs.engine.cache_folder import free_bytes
 from ray_jobs.engine.dataset_options import DatasetOptions
 from ray_jobs.engine.errors import GO_ON, PRUNED
-from ray_jobs.engine.frame_cache import FrameCache, default_folder, free_bytes
+from ray_jobs.engine.frame_cache import FrameCache, default_folder
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.recipe import Recipe

@@ -4,28 +4,17 @@ import contextlib
 import functools
 import io
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from draccus.utils import DecodingError, DraccusException, ParsingError
 from draccus.wrappers import docstring
-from huggingface_hub import constants, get_session
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.errors import InputError, causes
+from ray_jobs.engine.hub import HUB_ERRORS, hub_answer
 
 # draccus 0.11 reads a config class's source again for the help text of each of its flags, in every parse: two thirds of
 # its time, in a search's every trial. There is no option that leaves it out.
 docstring.get_attribute_docstring = functools.cache(docstring.get_attribute_docstring)
-
-HUB_WAIT_S = 5  # how long the Hub may take to answer at all
-
-HUB_ERRORS = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)
 
 
 def parse[T](parser: Callable[[], T], flags: dict[str, str], from_hub: str | None = None) -> T:
@@ -48,7 +37,7 @@ def parse[T](parser: Callable[[], T], flags: dict[str, str], from_hub: str | Non
             raise InputError(message.replace("unrecognized arguments: --", unknown)) from None
         raise InputError(_explain(stop.__context__, flags)) from None
     except Exception as error:
-        if from_hub and any(isinstance(link, HUB_ERRORS) for link in _chain(error)):
+        if from_hub and any(isinstance(link, HUB_ERRORS) for link in causes(error)):
             raise InputError(f"{from_hub}: there is no such folder here, and {hub_answer(error)}") from None
         raise InputError(_explain(error, flags)) from None
 
@@ -81,7 +70,7 @@ CLEARER = {
 
 def _explain(error: BaseException, flags: dict[str, str]) -> str:
     """What a parser means, on one line and in terms of the flags that were typed."""
-    chain = _chain(error)
+    chain = causes(error)
     ours = next((link for link in chain if isinstance(link, InputError)), None)
     if ours:
         return str(ours)
@@ -108,55 +97,3 @@ def _explain(error: BaseException, flags: dict[str, str]) -> str:
         "`", ""
     )
     return message if "--" in message or not decoding else f"--{'.'.join(decoding[-1].key_path)}: {message}"
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what caused it, outermost first."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    return chain
-
-
-@contextlib.contextmanager
-def hub_or_cache() -> Iterator[None]:
-    """Within, the Hub's cache answers where there is no network. huggingface_hub itself tries again for half
-    a minute, and for several where packets are dropped."""
-    with offline() if constants.HF_HUB_OFFLINE or not _hub_answers() else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Within, the Hub is not asked by this process: what is at hand must do."""
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def hub_answer(error: BaseException) -> str:
-    """The end of a sentence: why something cannot be had from the Hub."""
-    if any(isinstance(link, OfflineModeIsEnabled | LocalEntryNotFoundError) for link in _chain(error)):
-        return f"{constants.ENDPOINT} cannot be reached (or HF_HUB_OFFLINE is set)."
-    return f"{constants.ENDPOINT} answers: {first_line(error)}"
-
-
-def _hub_answers() -> bool:
-    answered = threading.Event()
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):
-            get_session().head(constants.ENDPOINT, timeout=HUB_WAIT_S)
-            answered.set()
-
-    asking = threading.Thread(target=ask, daemon=True)  # a look-up of its name knows no time-out
-    asking.start()
-    asking.join(HUB_WAIT_S)
-    return answered.is_set()
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message, as far as it belongs on a terminal."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

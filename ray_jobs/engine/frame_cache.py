@@ -7,7 +7,6 @@ training does with it: choose, decode what is missing, read.
 import contextlib
 import itertools
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -18,19 +17,13 @@ import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 
+from ray_jobs.engine.cache_folder import default_folder, free_bytes
 from ray_jobs.engine.columns import cached_columns
-from ray_jobs.engine.console import duration
 from ray_jobs.engine.errors import RunError
-from ray_jobs.engine.frame_store import (
-    Entry,
-    default_folder,
-    entry_folder,
-    fingerprint,
-    gigabytes,
-    open_entry,
-)
+from ray_jobs.engine.frame_store import Entry, entry_folder, fingerprint, open_entry
 from ray_jobs.engine.frames import FrameSource, NoFrame, frame_shape
 from ray_jobs.engine.options import DataOptions
+from ray_jobs.engine.units import duration, gigabytes
 
 TELL_EVERY_S = 15
 
@@ -222,11 +215,6 @@ def why_not(cache: FrameCache, need: int, reads: int) -> str | None:
     if need > 0.9 * free:
         return f"the frames need {gigabytes(need)} and {gigabytes(free)} are free in {cache.folder} (--data.resize helps)"
     return None
-
-
-def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder lies on, or would."""
-    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
 
 
 def _free_memory() -> int:

@@ -42,12 +42,6 @@ COLUMNS_FILE = "columns.json"  # beside the arrays of a data set's other columns
 RESIZE_KERNEL = "torchvision bilinear antialiased, rounded to uint8"
 
 
-def default_folder() -> Path:
-    """Where `--data.cache=auto` keeps frames: `$RAY_JOBS_CACHE`, else beside the user's other caches."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("RAY_JOBS_CACHE") or Path(caches) / "ray_jobs")
-
-
 def fingerprint(
     root: Path, key: str, is_video: bool, size: list[int] | None, tolerance_s: float, folder: Path
 ) -> str:
@@ -235,10 +229,6 @@ def is_stale(entry: Entry) -> bool:
         return now != about["fingerprint"]
     except Exception:  # it can no longer be opened
         return True
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.3g} GB"
 
 
 def remove_unused_columns(folder: Path) -> None:

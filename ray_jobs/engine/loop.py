@@ -36,8 +36,7 @@ from ray_jobs.engine.data import (
     to_device,
     training_batches,
 )
-from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError
-from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError, first_line
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.memory import MAIN, main_memory

@@ -20,8 +20,7 @@ from pathlib import Path
 from ray_jobs.engine.bucket import check_address, open_root
 from ray_jobs.engine.bucket_lock import BucketLock
 from ray_jobs.engine.busy import busy
-from ray_jobs.engine.errors import InputError, RunError, StorageError, StorageFull, no_room
-from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.errors import InputError, RunError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
 from ray_jobs.engine.options import ASKED, OPTIONS_FILE

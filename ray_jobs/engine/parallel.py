@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -28,9 +27,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ray_jobs.engine.errors import InputError, RunError
-from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.errors import InputError, RunError, first_line
 from ray_jobs.engine.options import RayOptions
+from ray_jobs.engine.position import Shards
 from ray_jobs.policies.facts import facts_of
 
 
@@ -75,19 +74,6 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
         if precision != "no":
             sharding.set_mixed_precision(precision)
     return accelerator
-
-
-@dataclass
-class Shards:
-    """The batches of a step, as a full group of workers would divide them. An elastic group that lacks some does their
-    share, too: which samples a step is made of depends on the full number alone."""
-
-    count: int
-    """Workers of the full group, each with a shard of the data's order."""
-    mine: range
-    """Those whose share this worker does, at least its own."""
-    weight: float
-    """What makes the average over the workers' losses the average over all shards, when some do more than others."""
 
 
 def divide(accelerator: Accelerator, options: RayOptions) -> Shards:

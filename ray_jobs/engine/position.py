@@ -66,3 +66,16 @@ class Position:
 
 
 START = Position()
+
+
+@dataclass
+class Shards:
+    """The batches of a step, as a full group of workers would divide them. An elastic group that lacks some does their
+    share, too: which samples a step is made of depends on the full number alone."""
+
+    count: int
+    """Workers of the full group, each with a shard of the data's order."""
+    mine: range
+    """Those whose share this worker does, at least its own."""
+    weight: float
+    """What makes the average over the workers' losses the average over all shards, when some do more than others."""

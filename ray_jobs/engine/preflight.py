@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 
 from ray_jobs.engine import assets, git_lfs, idle, mirror, preflight_stream, quantiles, resume
 from ray_jobs.engine.bucket import is_uri
-from ray_jobs.engine.errors import InputError, StorageError, StorageFull, no_room
-from ray_jobs.engine.explain import HUB_WAIT_S, first_line
+from ray_jobs.engine.errors import InputError, StorageError, StorageFull, first_line, no_room
+from ray_jobs.engine.hub import HUB_WAIT_S
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import check_scored, chunk_length, units
 from ray_jobs.engine.opened import once, own_metadata

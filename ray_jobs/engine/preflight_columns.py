@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
-from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frames import frame_shape
 from ray_jobs.policies.facts import facts_of
 
@@ -162,39 +162,3 @@ def tasks_unread(meta: LeRobotDatasetMetadata) -> str | None:
 def _unsure(meta: LeRobotDatasetMetadata, key: str) -> bool:
     """Whether a shape in meta/info.json is (C, H, W) though its names say (H, W, C)."""
     return meta.features[key]["shape"][0] in (1, 3)
-
-
-def check_rows(dataset: LeRobotDataset) -> None:
-    """See that the rows are where LeRobot will look for them, and that no policy is given NaN.
-
-    Raises:
-        RunError: They are not: episode, rows or column.
-    """
-    table, meta = dataset.hf_dataset.data, dataset.meta
-    bounds = meta.episodes.with_format("numpy", columns=["dataset_from_index", "dataset_to_index"])[:]
-    chosen = range(len(meta.episodes)) if dataset.episodes is None else sorted(dataset.episodes)
-    spans = [
-        (episode, bounds["dataset_from_index"][episode], bounds["dataset_to_index"][episode])
-        for episode in chosen
-    ]
-    found = {key: table.column(key).to_numpy() for key in COUNTERS if key != "timestamp"}
-    expected = np.concatenate([np.full(end - begin, episode) for episode, begin, end in spans])
-    rows, counts = np.unique(found["episode_index"], return_counts=True)
-    counted = dict(zip(rows.tolist(), counts.tolist(), strict=True))
-    for episode, begin, end in spans:
-        if counted.get(episode, 0) != end - begin:
-            raise RunError(
-                f"{meta.repo_id}: episode {episode} has {counted.get(episode, 0)} rows in the tables, meta/episodes "
-                f"says {end - begin}."
-            )
-    index = np.concatenate([np.arange(begin, end) for _, begin, end in spans])
-    if not (np.array_equal(found["index"], index) and np.array_equal(found["episode_index"], expected)):
-        raise RunError(
-            f"{meta.repo_id}: the rows of the tables are not numbered 0, 1, 2 ... by 'index': LeRobot would read the "
-            "wrong ones."
-        )
-    unknown = found["task_index"][(found["task_index"] >= len(meta.tasks)) | (found["task_index"] < 0)]
-    if len(unknown):
-        raise RunError(
-            f"{meta.repo_id}: there are rows of task {unknown[0]}, meta/tasks has {len(meta.tasks)}."
-        )

@@ -5,8 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator
 
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.errors import InputError, RunError
-from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.errors import InputError, RunError, first_line
 
 
 def run(

@@ -29,8 +29,7 @@ from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.random_utils import seeded_context
 
 from ray_jobs.engine.busy import busy
-from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.errors import InputError, first_line
 from ray_jobs.engine.records import SUCCESS
 
 CONFIDENCE = 0.95

@@ -190,7 +190,8 @@ def check_submitted(job: str, words: list[str]) -> None:
     """
     if SUBMITTED not in os.environ:
         return
-    from ray_jobs.engine.options import NO_CACHE, SOME_CACHE, read_flags
+    from ray_jobs.engine.command_line import read_flags
+    from ray_jobs.engine.options import NO_CACHE, SOME_CACHE
 
     flags = {}
     with contextlib.suppress(InputError):  # the job says it

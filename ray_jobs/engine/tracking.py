@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import draccus
 import torch
 from lerobot.common.wandb_utils import cfg_to_group, get_safe_wandb_artifact_name
 from lerobot.configs.default import WandBConfig
@@ -27,7 +28,9 @@ from tensorboardX.summary import scalar
 
 from ray_jobs.engine.busy import busy
 from ray_jobs.engine.errors import InputError
+from ray_jobs.engine.options import ASKED, OPTIONS_FILE
 from ray_jobs.engine.patience import patiently
+from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.records import METRICS_FILE, SUMMARY_FILE, json_text, read_metrics, write_json
 
 PROGRESS_FILE = ".progress"
@@ -212,3 +215,18 @@ def _init_wandb(cfg: TrainPipelineConfig, used: dict[str, Any]):
         mode=cfg.wandb.mode or "online",
         settings=wandb.Settings(console="off"),
     )
+
+
+def save_options(recipe: Recipe) -> None:
+    """Write our options beside the checkpoints, where `--resume` finds them."""
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    asked = {
+        "device": recipe.device,
+        "eval_steps": recipe.eval_steps,
+        "wandb_run_id": recipe.lerobot.wandb.run_id,
+        "id": recipe.id,
+        "typed": recipe.typed,
+        "threads": torch.get_num_threads(),  # the last digits of what a CPU computes depend on it
+    }
+    content = {**draccus.encode(recipe.options), ASKED: asked}
+    write_json(recipe.output_dir / OPTIONS_FILE, content)

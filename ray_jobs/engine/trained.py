@@ -18,6 +18,7 @@ from lerobot.policies import make_policy
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 
 from ray_jobs.engine import assets, bucket, kernels, parallel, preflight, quantiles
+from ray_jobs.engine.command_line import asked_device, parse_options, split_flags
 from ray_jobs.engine.data import make_datasets
 from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.explain import parse
@@ -26,7 +27,7 @@ from ray_jobs.engine.frame_cache import open_frames
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.objective import Validation, chunk_length
 from ray_jobs.engine.opened import once, own_metadata
-from ray_jobs.engine.options import ASKED, OPTIONS_FILE, asked_device, parse_options, split_flags
+from ray_jobs.engine.options import ASKED, OPTIONS_FILE
 from ray_jobs.engine.pictures import Replay, joint_names, replay
 from ray_jobs.engine.policy import check_loaded, loading, make_processors
 from ray_jobs.engine.preflight_data import (

@@ -192,6 +192,7 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
     from ray_jobs.engine.faults import in_plain_words
     from ray_jobs.engine.mirror import pull
     from ray_jobs.engine.patience import patiently, storage_may_return
+    from ray_jobs.engine.tracking import save_options
 
     report = how["report"]
 
@@ -211,7 +212,7 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
             )
         if main:
             run.enter_context(lock(recipe.output_dir, run=recipe.run))
-            recipe.save_options()
+            save_options(recipe)
             if recipe.remote:
                 how["report"] = run.enter_context(_copied(recipe, how["report"], tell, how["should_stop"]))
                 _all_ranks()

@@ -19,11 +19,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ray_jobs.engine.cluster import Share
-from ray_jobs.engine.console import duration
-from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.explain import first_line
+from ray_jobs.engine.errors import InputError, first_line
 from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.records import SUMMARY_FILE, read_summary, write_json
+from ray_jobs.engine.units import duration
 from ray_jobs.search import card
 from ray_jobs.search.files import (
     BEST_DIR,

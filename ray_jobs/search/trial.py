@@ -101,7 +101,7 @@ def run_trial(
         from ray_jobs.engine import mirror, watchdog
         from ray_jobs.engine.bucket import is_uri
         from ray_jobs.engine.driver import train_here, train_on_workers
-        from ray_jobs.engine.explain import first_line
+        from ray_jobs.engine.errors import first_line
         from ray_jobs.engine.faults import Preempted, comes_again
         from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
         from ray_jobs.engine.workers import keep_error, listen_for_stop, teller
@@ -196,7 +196,7 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recip
     """
     from ray_jobs.engine import mirror, preflight
     from ray_jobs.engine.bucket import is_uri
-    from ray_jobs.engine.recipe import resolve
+    from ray_jobs.engine.resolve import resolve
 
     place = trial_place(search, config["trial"])
     if is_uri(place):
