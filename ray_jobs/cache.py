@@ -16,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ray_jobs.config.errors import InputError, RunError, all_mistakes
+from ray_jobs.config.flag_table import flags_of
+from ray_jobs.config.options import DataOptions
+from ray_jobs.config.units import duration
 from ray_jobs.engine import cluster
 from ray_jobs.engine.command import check_data
 from ray_jobs.engine.command_line import build, read_flags
 from ray_jobs.engine.console import doing, quiet, run_job
-from ray_jobs.engine.errors import InputError, RunError, all_mistakes
-from ray_jobs.engine.flag_table import flags_of
 from ray_jobs.engine.flags import NO_DATA_SET, check_flags
-from ray_jobs.engine.options import DataOptions
-from ray_jobs.engine.units import duration
 
 
 def main(argv: list[str]) -> int:
@@ -173,8 +173,8 @@ def _entries(words: list[str]) -> tuple[ListOptions, dict]:
 
 
 def _list(words: list[str]) -> int:
+    from ray_jobs.config.units import gigabytes
     from ray_jobs.engine.frame_store import is_stale
-    from ray_jobs.engine.units import gigabytes
 
     _, found = _entries(words)
     for name, entry in found.items():

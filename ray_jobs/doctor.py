@@ -11,14 +11,14 @@ import math
 import tempfile
 from pathlib import Path
 
+from ray_jobs.config.errors import InputError, RunError
+from ray_jobs.config.units import duration
 from ray_jobs.engine.command import LOOKED_INTO, check_command, check_episodes_of, folder_of_data
 from ray_jobs.engine.command_line import is_on, read_flags
 from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.dataset_files import metadata_faults, missing_files
-from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.engine.records import json_text
-from ray_jobs.engine.units import duration
 from ray_jobs.policies.facts import facts_of
 
 DEFAULT_POLICY = "act"  # that is measured if none is named

@@ -15,10 +15,10 @@ import os
 import shutil
 from pathlib import Path
 
+from ray_jobs.config.errors import InputError
+from ray_jobs.config.flag_table import Flag
 from ray_jobs.engine.command_line import read_flags
 from ray_jobs.engine.console import doing, quiet, run_job
-from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.flag_table import Flag
 from ray_jobs.engine.flags import check_flags
 from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.records import parse_json

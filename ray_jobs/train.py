@@ -15,18 +15,18 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ray_jobs.config.errors import INTERRUPTED
+from ray_jobs.config.units import duration
 from ray_jobs.engine import cluster
 from ray_jobs.engine.command import check_command, help_of_training
 from ray_jobs.engine.command_line import asks_to_resume, parse_options, read_flags
 from ray_jobs.engine.console import Display, doing, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.errors import INTERRUPTED
 from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.engine.interruption import interrupt, on_interruption
-from ray_jobs.engine.units import duration
 from ray_jobs.engine.workers import only_driver, refuse_busy
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.recipe import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 
 WAITED_S = 60  # before it is told that workers have not started

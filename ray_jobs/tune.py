@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.cluster import ray_internals
+from ray_jobs.config.errors import INTERRUPTED, InputError, RunError, StorageLost
 from ray_jobs.engine import cluster, surroundings
 from ray_jobs.engine.command_line import asks_to_resume, read_flags
 from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.errors import INTERRUPTED, InputError, RunError, StorageLost
 from ray_jobs.engine.imports import without
 from ray_jobs.engine.line import open_line
 from ray_jobs.engine.workers import only_driver, refuse_busy
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     with no_garbage_collection(), without(not_needed):
         from sqlalchemy.exc import SQLAlchemyError
 
-        from ray_jobs.engine.errors import first_line
+        from ray_jobs.config.errors import first_line
         from ray_jobs.search import answer, bucket_copy, dry_run, report
         from ray_jobs.search.begin import open_study
         from ray_jobs.search.files import DONE, SEARCH_FILE, SPACES_DIR
@@ -152,8 +152,8 @@ def _search(
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig
 
+    from ray_jobs.config.errors import first_line
     from ray_jobs.engine.driver import start_fit
-    from ray_jobs.engine.errors import first_line
     from ray_jobs.engine.patience import patiently
     from ray_jobs.engine.watchdog import Watchdog
     from ray_jobs.engine.workers import check_node, mark_of

@@ -14,13 +14,13 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 from ray_jobs import cache, demo, evaluate, export
-from ray_jobs.engine import flag_table
+from ray_jobs.config import flag_table
+from ray_jobs.config.errors import InputError
+from ray_jobs.config.flag_table import Flag, flags_of
+from ray_jobs.config.options import Options
 from ray_jobs.engine.command import check_command
 from ray_jobs.engine.command_line import build, read_flags
-from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.flag_table import Flag, flags_of
 from ray_jobs.engine.flags import PLUGINS, check_flags
-from ray_jobs.engine.options import Options
 from ray_jobs.engine.translations import TRANSLATIONS
 from ray_jobs.search import new_space
 from ray_jobs.search.command import check_search

@@ -20,8 +20,9 @@ import pytest
 from conftest import job, small_disk, tiny_act, tiny_diffusion, train_in_process
 from huggingface_hub import constants
 
-from ray_jobs.engine import cluster, explain, preflight, recipe
-from ray_jobs.engine.errors import InputError, RunError, StorageError, StorageFull
+from ray_jobs.config import recipe
+from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull
+from ray_jobs.engine import cluster, explain, preflight
 
 STEP = "checkpoints/000002"
 CAMERA = "observation.images.top"

@@ -26,8 +26,8 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
+from ray_jobs.config.errors import RunError
 from ray_jobs.engine import checkpoint, workers
-from ray_jobs.engine.errors import RunError
 
 FILE = ROOT / "cluster.yaml"
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, job, tiny_act, train_in_process
 
-from ray_jobs.engine import flag_table, flags
+from ray_jobs.config import flag_table
+from ray_jobs.config.errors import InputError
+from ray_jobs.engine import flags
 from ray_jobs.engine.command import check_command
 from ray_jobs.engine.command_line import read_flags
-from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.resolve import resolve
 
 # Names that YAML reads as something else: a comment, a number, a date, a mapping, a truth value, a file to open.
@@ -33,8 +34,8 @@ NAMES = [
 
 
 def test_flags_are_those_of_lerobot():
-    """`python -m ray_jobs.engine.flag_table` writes them anew. In a process of its own, without other tests' plugins."""
-    code = "from ray_jobs.engine.flag_table import *; assert load() == of_lerobot()"
+    """`python -m ray_jobs.config.flag_table` writes them anew. In a process of its own, without other tests' plugins."""
+    code = "from ray_jobs.config.flag_table import *; assert load() == of_lerobot()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -134,7 +135,7 @@ def test_answers_without_torch_lerobot_or_ray(parts, tmp_path):
         commands[command] = right
     code = f"""
 import contextlib, importlib, io, sys
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 for command, right in {commands!r}.items():
     name, *argv = command.split()
     said = io.StringIO()

@@ -26,11 +26,11 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.processor import ImageCropResizeProcessorStep
 from torch.utils.data import DataLoader, default_collate
 
+from ray_jobs.config.errors import RunError
+from ray_jobs.config.options import DataOptions
 from ray_jobs.engine.data import FrameReader, make_datasets, to_device, training_batches
-from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.frame_cache import FrameCache, open_frames
 from ray_jobs.engine.frames import FrameSource
-from ray_jobs.engine.options import DataOptions
 from ray_jobs.engine.position import START, Position
 from ray_jobs.engine.resolve import resolve
 

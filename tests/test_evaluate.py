@@ -12,8 +12,8 @@ import pytest
 from conftest import stock, tiny_act, tiny_diffusion
 
 from ray_jobs import evaluate
+from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.engine import loop, preflight, rollouts
-from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.simulator import wilson
 from ray_jobs.engine.tracking import save_options

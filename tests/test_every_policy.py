@@ -13,8 +13,8 @@ from lerobot.policies import make_policy
 from test_parity import LEROBOT_TRAIN, assert_same_training, run_script
 from vla import _tokenizer
 
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine import preflight
-from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.preflight_policy import missing_packages
 from ray_jobs.engine.records import read_metrics
 from ray_jobs.engine.resolve import resolve

@@ -15,8 +15,8 @@ from lerobot.policies import pi_gemma
 from vla import ALL, acting, record_frames, tiny
 
 from ray_jobs import export
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine.checkpoint import pretrained_dir
-from ray_jobs.engine.errors import InputError
 
 
 @pytest.fixture(scope="module")

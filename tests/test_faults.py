@@ -23,8 +23,8 @@ import pytest
 from conftest import PATIENCE, ROOT, free_port, job, tiny_act
 
 from ray_jobs import train, tune
+from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.engine import checkpoint
-from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.interruption import ONE_S
 
 STEPS = ("--steps=40", "--save_freq=10")
@@ -402,7 +402,7 @@ def test_a_ray_that_does_not_come_up_holds_nobody_up():
     program = """
 from concurrent.futures import Future
 from ray_jobs.engine import cluster, console
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 
 def main(argv):
     cluster._ready = Future()

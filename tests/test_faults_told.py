@@ -24,11 +24,11 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors import SafetensorError
 
+from ray_jobs.config.errors import InputError, RunError, StorageLost
 from ray_jobs.engine import checkpoint, driver, faults, loop, patience, preflight
 from ray_jobs.engine import line as line_module
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import Display
-from ray_jobs.engine.errors import InputError, RunError, StorageLost
 from ray_jobs.engine.faults import in_plain_words
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.train import waiting_for

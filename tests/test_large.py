@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 from vla import PLUGIN, save_base, tiny
 
 from ray_jobs import export
+from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.engine import assets, loop, memory, preflight, quantiles
 from ray_jobs.engine.data import FrameReader
-from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve
 
@@ -401,7 +401,7 @@ def test_gpu_that_is_too_small(command, base):
 TURNS = """
 import json, os, sys, time
 import torch
-from ray_jobs.engine.errors import RunError
+from ray_jobs.config.errors import RunError
 from ray_jobs.engine.parallel import in_turns
 
 if __name__ == "__main__":

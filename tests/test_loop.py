@@ -17,9 +17,9 @@ from test_data import make
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
+from ray_jobs.config.errors import RunError
 from ray_jobs.engine import loop, preflight
 from ray_jobs.engine.checkpoint import checkpoint_steps, fault, last_checkpoint
-from ray_jobs.engine.errors import RunError
 from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve
 

@@ -11,8 +11,8 @@ from test_data import make
 from test_idle import plan_of
 
 from ray_jobs import tune
-from ray_jobs.engine import flag_table
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config import flag_table
+from ray_jobs.config.errors import InputError
 from ray_jobs.policies.facts import facts_of
 from ray_jobs.search.command import check_search
 from ray_jobs.search.new_space import SHIPPED, space_for

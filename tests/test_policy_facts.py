@@ -12,7 +12,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from vla import ALL
 
 import ray_jobs
-from ray_jobs.engine import flag_table
+from ray_jobs.config import flag_table
 from ray_jobs.policies.facts import FACTS, PolicyFacts, facts_of
 
 PACKAGE = Path(ray_jobs.__file__).parent

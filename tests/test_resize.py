@@ -11,8 +11,8 @@ from lerobot.datasets import LeRobotDataset
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from test_objective import HELD_OUT, built, score
 
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine import preflight
-from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import default_folder
 from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve

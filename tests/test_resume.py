@@ -10,8 +10,8 @@ import pytest
 from conftest import tiny_act, tiny_diffusion, train_in_process
 from test_data import make
 
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine import loop, preflight
-from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.tracking import save_options

@@ -18,7 +18,7 @@ from test_data import make
 from test_faults import Run
 from test_tune import ACT, search, space_file
 
-from ray_jobs.engine.errors import RunError
+from ray_jobs.config.errors import RunError
 
 ODD = "a b#c? 100%41 [v2] {x}, ü"  # legal in a name, and something else in an address or a pattern
 DIVERGE = {

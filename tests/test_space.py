@@ -13,7 +13,7 @@ from conftest import ROOT
 from lerobot.configs.policies import PreTrainedConfig
 from optuna.trial import TrialState
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine.flags import check_flags
 from ray_jobs.search import constraints
 from ray_jobs.search.begin import make_sampler
@@ -391,7 +391,7 @@ def test_all_mistakes_at_once_and_without_lerobot(tmp_path):
     command = [
         "import sys, time; start = time.monotonic()",
         "from ray_jobs.search.spaces import read_spaces",
-        "from ray_jobs.engine.errors import InputError",
+        "from ray_jobs.config.errors import InputError",
         f"words = {{'space': '{files[0]},{files[1]}'}}",
         "try: read_spaces(words, [])",
         "except InputError as error: print(error)",

@@ -22,8 +22,8 @@ from test_faults import Run
 from test_tune import space_file
 
 from ray_jobs import evaluate
+from ray_jobs.config.errors import GO_ON, INTERRUPTED, InputError, RunError
 from ray_jobs.engine import bucket, bucket_lock, checkpoint, mirror, preflight, workers
-from ray_jobs.engine.errors import GO_ON, INTERRUPTED, InputError, RunError
 from ray_jobs.engine.resolve import resolve
 
 WEIGHTS = "pretrained_model/model.safetensors"

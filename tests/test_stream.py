@@ -21,15 +21,15 @@ from test_faults import Run
 from torch.utils.data import default_collate
 
 from ray_jobs import train
+from ray_jobs.config.errors import InputError, RunError
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import bucket, preflight, stream_reader
 from ray_jobs.engine import cluster as our_cluster
 from ray_jobs.engine.data import make_datasets, to_device
-from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
 from ray_jobs.engine.position import START
 from ray_jobs.engine.preflight_data import choose_episodes, open_dataset
-from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.search.plan import read_command

@@ -37,8 +37,8 @@ from test_loop import wandb_runs
 from vla import save_base, tiny
 
 from ray_jobs import tune
+from ray_jobs.config.errors import InputError, RunError, StorageLost
 from ray_jobs.engine import patience
-from ray_jobs.engine.errors import InputError, RunError, StorageLost
 from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.search import answer, progress

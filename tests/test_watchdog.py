@@ -12,8 +12,8 @@ import torch.utils.checkpoint
 from conftest import tiny_act, train_in_process
 from lerobot.policies.act.modeling_act import ACTPolicy
 
+from ray_jobs.config.busy import busy_with
 from ray_jobs.engine import checkpoint, loop, watchdog
-from ray_jobs.engine.busy import busy_with
 from ray_jobs.engine.patience import patiently
 
 

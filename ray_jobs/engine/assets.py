@@ -18,8 +18,8 @@ from huggingface_hub import constants, snapshot_download
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine import git_lfs
-from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.hub import hub_answer, hub_or_cache, offline
 from ray_jobs.engine.records import parse_json
 from ray_jobs.policies.facts import FACTS, facts_of

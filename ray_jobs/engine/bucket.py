@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 from lerobot.datasets import LeRobotDatasetMetadata
 
-from ray_jobs.engine.errors import InputError, StorageError, StorageFull, first_line, no_room
+from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
 from ray_jobs.engine.trust import check_name

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from ray_jobs.engine.errors import RunError
+from ray_jobs.config.errors import RunError
 
 NOTE = ".writer"
 RENEWED_EVERY_S = 15

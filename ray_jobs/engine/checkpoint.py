@@ -29,8 +29,8 @@ from lerobot.utils.constants import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
+from ray_jobs.config.errors import InputError, RunError, first_line
 from ray_jobs.engine import git_lfs
-from ray_jobs.engine.errors import InputError, RunError, first_line
 from ray_jobs.engine.hub import offline
 from ray_jobs.engine.position import Position
 from ray_jobs.engine.trust import check_processor, read_json

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_jobs.cluster import ray_internals
+from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.engine import surroundings
-from ray_jobs.engine.errors import InputError, RunError
 
 # For Ray Train's controller and workers.
 TRAIN_ENV = {

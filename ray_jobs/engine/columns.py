@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset
 
-from ray_jobs.engine.errors import RunError
+from ray_jobs.config.errors import RunError
 from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
 from ray_jobs.engine.frame_store import COLUMNS_FILE
 from ray_jobs.engine.preflight_columns import COUNTERS

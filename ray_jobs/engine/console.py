@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ray_jobs.config.errors import InputError, RunError
+from ray_jobs.config.units import duration
 from ray_jobs.engine import surroundings
-from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.interruption import interrupt, on_interruption, take_back
-from ray_jobs.engine.units import duration
 
 WORKER_LOST = "a worker was lost"
 STILL_EVERY_S = 5  # how often is said what goes on before the first step

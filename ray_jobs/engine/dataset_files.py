@@ -15,8 +15,8 @@ from pathlib import Path
 import av
 import pyarrow.parquet
 
+from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.engine import git_lfs, old_format
-from ray_jobs.engine.errors import InputError, first_line
 from ray_jobs.engine.trust import check_info, read_json
 
 PARTS = ("meta", "data", "videos")

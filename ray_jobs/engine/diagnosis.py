@@ -17,10 +17,11 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_policy_config
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
+from ray_jobs.config.errors import InputError, first_line
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import quantiles
 from ray_jobs.engine.dataset_files import fault_of, metadata_faults
 from ray_jobs.engine.dataset_options import DatasetOptions
-from ray_jobs.engine.errors import InputError, first_line
 from ray_jobs.engine.opened import own_metadata
 from ray_jobs.engine.preflight import check_features
 from ray_jobs.engine.preflight_columns import check_tables, tasks_unread
@@ -33,7 +34,6 @@ from ray_jobs.engine.preflight_data import (
     unfit,
     where_it_is,
 )
-from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.video_times import camera, some
 from ray_jobs.policies.facts import FACTS
 

@@ -10,13 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ray_jobs.cluster import ray_internals
+from ray_jobs.config.errors import InputError, RunError, StorageFull, StorageLost
 from ray_jobs.engine import surroundings
 from ray_jobs.engine.cluster import Share
-from ray_jobs.engine.errors import InputError, RunError, StorageFull, StorageLost
 from ray_jobs.engine.workers import keep_error, mark_of, run_loop, work
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.recipe import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 # Of workers for one that validates or waits for storage; who hangs is found by the `watchdog`.
 LONGEST_WAIT_S = 6 * 3600

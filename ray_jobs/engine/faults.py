@@ -16,10 +16,10 @@ from ray.exceptions import (
 from ray.train import UserCallback
 
 from ray_jobs.cluster import ray_internals
-from ray_jobs.engine.errors import InputError, RunError, StorageLost, no_room
+from ray_jobs.config.errors import InputError, RunError, StorageLost, no_room
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.recipe import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 OUT_OF_MEMORY = ("memory pressure", "low on memory", "(OOM)", "memory usage threshold")  # as Ray has it
 # Of workers that do not find each other: NCCL's words, and Gloo's.

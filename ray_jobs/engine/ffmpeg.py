@@ -13,7 +13,7 @@ from pathlib import Path
 
 import av
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine.frame_cache import default_folder
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from draccus.cfgparsing import parse_string
 
-from ray_jobs.engine import flag_table
-from ray_jobs.engine.errors import InputError, all_mistakes
-from ray_jobs.engine.flag_table import Flag, FlagTable, flags_of
-from ray_jobs.engine.options import Options, at_least
+from ray_jobs.config import flag_table
+from ray_jobs.config.errors import InputError, all_mistakes
+from ray_jobs.config.flag_table import Flag, FlagTable, flags_of
+from ray_jobs.config.options import Options, at_least
 
 PLUGINS = "discover_packages_path"  # how LeRobot's flags end that name a package to import
 # LeRobot's names in a run's folder, which its own constants would cost 2 s of imports; a test compares them.
@@ -82,7 +82,7 @@ def _with_plugins(plugins: dict[str, str]) -> FlagTable:
     """The flags that there are once the packages are imported."""
     from lerobot.configs.parser import PluginLoadError, load_plugin
 
-    from ray_jobs.engine.errors import first_line
+    from ray_jobs.config.errors import first_line
 
     for name, package in plugins.items():
         try:

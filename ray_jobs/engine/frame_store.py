@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from ray_jobs.engine.errors import RunError
+from ray_jobs.config.errors import RunError
 from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, replace
 from ray_jobs.engine.records import read_json
 

@@ -20,7 +20,7 @@ from lerobot.processor import ImageCropResizeProcessorStep, NormalizerProcessorS
 from PIL import Image
 from torchvision.transforms import functional
 
-from ray_jobs.engine.errors import RunError
+from ray_jobs.config.errors import RunError
 
 # What a resized frame depends on beside its size; part of a cache's fingerprint.
 DECODER = threading.Lock()  # LeRobot keeps one torchcodec decoder per file, and they are not thread-safe

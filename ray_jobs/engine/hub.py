@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from ray_jobs.engine.errors import causes, first_line
+from ray_jobs.config.errors import causes, first_line
 
 HUB_WAIT_S = 5  # how long the Hub may take to answer at all
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)

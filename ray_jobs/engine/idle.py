@@ -10,7 +10,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from ray_jobs.engine.frame_reader import FrameReader
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.recipe import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 # The beginnings of the flags' names, whether they are idle, and why.
 Rule = tuple[tuple[str, ...], Callable[["Recipe", LeRobotDatasetMetadata], bool], str]

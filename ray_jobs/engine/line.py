@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 
-from ray_jobs.engine.errors import GO_ON, PREEMPTED, PRUNED, InputError, RunError
+from ray_jobs.config.errors import GO_ON, PREEMPTED, PRUNED, InputError, RunError
 
 ANSWERED_AFTER_S = 60
 

@@ -26,8 +26,10 @@ from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import has_method
 from torch.distributed.tensor import DTensor
 
+from ray_jobs.config.busy import busy
+from ray_jobs.config.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError, first_line
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import assets, bucket, checkpoint, kernels, parallel, quantiles
-from ray_jobs.engine.busy import busy
 from ray_jobs.engine.data import (
     make_datasets,
     open_all_frames,
@@ -36,7 +38,6 @@ from ray_jobs.engine.data import (
     to_device,
     training_batches,
 )
-from ray_jobs.engine.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError, first_line
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.memory import MAIN, main_memory
@@ -45,7 +46,6 @@ from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.policy import OF_TEXTS, build, make_processors
 from ray_jobs.engine.position import START, Position
-from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.records import read_metrics
 from ray_jobs.engine.simulator import ClosedLoop
 from ray_jobs.engine.stop_flag import StopFlag

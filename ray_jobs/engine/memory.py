@@ -19,7 +19,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from ray_jobs.engine.parallel import gathered_kinds
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.recipe import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 MEASURED_FRAMES = 2  # activations grow with the batch; this many are measured
 # What stays of the activations when layers recompute them: the layers' inputs and one layer at work.

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ray_jobs.config.errors import RunError
+from ray_jobs.config.options import CheckpointOptions
 from ray_jobs.engine import checkpoint
-from ray_jobs.engine.errors import RunError
-from ray_jobs.engine.options import CheckpointOptions
 from ray_jobs.engine.records import METRIC
 
 HELPS = (

@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ray_jobs.config.busy import busy
+from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull, first_line, no_room
+from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.engine.bucket import check_address, open_root
 from ray_jobs.engine.bucket_lock import BucketLock
-from ray_jobs.engine.busy import busy
-from ray_jobs.engine.errors import InputError, RunError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
-from ray_jobs.engine.options import ASKED, OPTIONS_FILE
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.records import METRICS_FILE, SUMMARY_FILE, parse_json
 from ray_jobs.engine.trust import check_name

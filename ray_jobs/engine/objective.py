@@ -22,12 +22,12 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 
-from ray_jobs.engine.busy import busy
+from ray_jobs.config.busy import busy
+from ray_jobs.config.errors import InputError
+from ray_jobs.config.options import DataOptions
 from ray_jobs.engine.data import FrameReader, to_device
-from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import FrameCache
 from ray_jobs.engine.frames import FrameSource
-from ray_jobs.engine.options import DataOptions
 from ray_jobs.policies.facts import facts_of, why_unscored
 
 # Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising

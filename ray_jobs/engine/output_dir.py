@@ -4,7 +4,7 @@ import errno
 import tempfile
 from pathlib import Path
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 
 # All that a run leaves that has ended before it began (a worker's node had no data set, say), and what an empty disk has.
 NOTHING = {".driver", ".lock", ".ray", "lost+found"}

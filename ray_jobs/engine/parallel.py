@@ -27,8 +27,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ray_jobs.engine.errors import InputError, RunError, first_line
-from ray_jobs.engine.options import RayOptions
+from ray_jobs.config.errors import InputError, RunError, first_line
+from ray_jobs.config.options import RayOptions
 from ray_jobs.engine.position import Shards
 from ray_jobs.policies.facts import facts_of
 

@@ -8,8 +8,8 @@ import re
 import time
 from collections.abc import Callable
 
-from ray_jobs.engine.busy import busy
-from ray_jobs.engine.errors import StorageError, StorageLost, first_line
+from ray_jobs.config.busy import busy
+from ray_jobs.config.errors import StorageError, StorageLost, first_line
 
 PATIENCE_S = 900
 LONGEST_WAIT_S = 30

@@ -22,7 +22,7 @@ from lerobot.utils.constants import (
 )
 from lerobot.utils.utils import has_method
 
-from ray_jobs.engine.errors import InputError, RunError, first_line
+from ray_jobs.config.errors import InputError, RunError, first_line
 from ray_jobs.engine.trust import check_processor
 from ray_jobs.policies.facts import facts_of
 

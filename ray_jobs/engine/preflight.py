@@ -26,9 +26,10 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
+from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import assets, git_lfs, idle, mirror, preflight_stream, quantiles, resume
 from ray_jobs.engine.bucket import is_uri
-from ray_jobs.engine.errors import InputError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.engine.hub import HUB_WAIT_S
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import check_scored, chunk_length, units
@@ -48,7 +49,6 @@ from ray_jobs.engine.preflight_data import (
     where_it_is,
 )
 from ray_jobs.engine.preflight_policy import check_rewards, check_type
-from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
 from ray_jobs.engine.tracking import check_wandb

@@ -15,7 +15,7 @@ from lerobot.policies import get_policy_class
 from lerobot.utils.constants import OBS_ENV_STATE, REWARD
 from lerobot.utils.import_utils import is_package_available
 
-from ray_jobs.engine.errors import InputError, first_line
+from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.policies.facts import facts_of
 
 VERSION = version("lerobot")

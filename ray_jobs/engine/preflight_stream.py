@@ -4,11 +4,11 @@ import shutil
 
 from lerobot.datasets import LeRobotDatasetMetadata
 
+from ray_jobs.config.errors import InputError
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import bucket, ffmpeg, quantiles
-from ray_jobs.engine.errors import InputError
 from ray_jobs.engine.frame_cache import default_folder, gigabytes
 from ray_jobs.engine.frames import frame_shape
-from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.stream_data import shuffle_buffer, split_episodes
 
 FLAG = "--data.source=stream"

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 
 METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"  # of a run; the second of a search, too
 METRIC = "val/action_error"  # what "best" means

@@ -15,7 +15,7 @@ import draccus
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine.explain import parse
 from ray_jobs.engine.flags import as_arguments
 

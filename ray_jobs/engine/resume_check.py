@@ -13,10 +13,10 @@ from lerobot.utils.constants import (
     TRAINING_STEP,
 )
 
+from ray_jobs.config.errors import InputError, first_line
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import checkpoint
-from ray_jobs.engine.errors import InputError, first_line
 from ray_jobs.engine.position import SAMPLER, Position
-from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.records import read_metrics
 from ray_jobs.engine.trust import read_json
 

@@ -28,8 +28,8 @@ from lerobot.scripts.lerobot_eval import eval_policy
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.random_utils import seeded_context
 
-from ray_jobs.engine.busy import busy
-from ray_jobs.engine.errors import InputError, first_line
+from ray_jobs.config.busy import busy
+from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.engine.records import SUCCESS
 
 CONFIDENCE = 0.95

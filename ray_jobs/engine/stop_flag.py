@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from ray_jobs.engine.errors import STOP_REASONS
+from ray_jobs.config.errors import STOP_REASONS
 
 
 class StopFlag:

@@ -21,10 +21,10 @@ from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 from ray.data.datasource import LeRobotDatasource, ReadTask
 
+from ray_jobs.config.errors import InputError, first_line
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import bucket, checkpoint, ffmpeg
-from ray_jobs.engine.errors import InputError, first_line
 from ray_jobs.engine.frames import resized
-from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.stream_data import make_streamed, shuffle_buffer
 
 PREFETCHED_BATCHES = 2

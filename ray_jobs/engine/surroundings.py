@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from ray_jobs.cluster.ray_internals import SUBMITTED
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 
 # All that LeRobot, and what it stands on, take for a file or a folder.
 PATHS = (
@@ -190,8 +190,8 @@ def check_submitted(job: str, words: list[str]) -> None:
     """
     if SUBMITTED not in os.environ:
         return
+    from ray_jobs.config.options import NO_CACHE, SOME_CACHE
     from ray_jobs.engine.command_line import read_flags
-    from ray_jobs.engine.options import NO_CACHE, SOME_CACHE
 
     flags = {}
     with contextlib.suppress(InputError):  # the job says it

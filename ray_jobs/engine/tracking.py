@@ -26,11 +26,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from ray_jobs.engine.busy import busy
-from ray_jobs.engine.errors import InputError
-from ray_jobs.engine.options import ASKED, OPTIONS_FILE
+from ray_jobs.config.busy import busy
+from ray_jobs.config.errors import InputError
+from ray_jobs.config.options import ASKED, OPTIONS_FILE
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine.patience import patiently
-from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.records import METRICS_FILE, SUMMARY_FILE, json_text, read_metrics, write_json
 
 PROGRESS_FILE = ".progress"

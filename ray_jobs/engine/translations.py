@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 
 
 @dataclass(frozen=True)

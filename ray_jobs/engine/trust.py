@@ -10,7 +10,7 @@ import string
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine.records import parse_json
 
 # torchvision's own loader of weights would unpickle whatever lies in `--assets.dir`.

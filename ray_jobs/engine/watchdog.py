@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from ray_jobs.engine.busy import busy_with
+from ray_jobs.config.busy import busy_with
 
 BEAT_S = 2.0
 CUT_OFF_S = 120  # Ray itself takes up to eight minutes to notice, on the side that is cut off

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from ray_jobs.cluster import ray_internals
+from ray_jobs.config.errors import PREEMPTED, InputError, RunError
 from ray_jobs.engine import surroundings
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.errors import PREEMPTED, InputError, RunError
 from ray_jobs.engine.imports import without
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.recipe import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 ERROR_LOG = "error.log"
 LOCK_FILE = ".lock"

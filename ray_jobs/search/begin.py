@@ -9,7 +9,7 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler,
 from optuna.study import Study
 from sqlalchemy import make_url
 
-from ray_jobs.engine.errors import InputError, first_line
+from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import FRAMES, NOT_COMPARED, Plan
 from ray_jobs.search.recover import recover

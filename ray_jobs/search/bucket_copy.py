@@ -18,12 +18,12 @@ from pathlib import Path
 
 from optuna.study import Study
 
+from ray_jobs.config.errors import InputError, RunError
+from ray_jobs.config.options import OPTIONS_FILE
 from ray_jobs.engine import mirror
 from ray_jobs.engine.bucket import check_address, open_root
-from ray_jobs.engine.errors import InputError, RunError
 from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
-from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.records import SUMMARY_FILE
 from ray_jobs.search.files import (

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine.records import METRIC, Damaged, parse_json
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume

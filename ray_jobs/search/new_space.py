@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.engine import flag_table
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config import flag_table
+from ray_jobs.config.errors import InputError
 from ray_jobs.policies.facts import why_unscored
 from ray_jobs.search.space import Config, Space
 from ray_jobs.search.space_file import read_space

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from ray_jobs.config.errors import InputError, StorageError, StorageFull
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import mirror, preflight
 from ray_jobs.engine.bucket import is_uri
 from ray_jobs.engine.command_line import asks_to_resume, listed, read_flags
-from ray_jobs.engine.errors import InputError, StorageError, StorageFull
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.preflight_data import open_dataset
-from ray_jobs.engine.recipe import Recipe
 from ray_jobs.engine.records import SUCCESS, write_json
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.trust import check_links

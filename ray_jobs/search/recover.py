@@ -9,7 +9,7 @@ from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
-from ray_jobs.engine.options import ASKED, OPTIONS_FILE
+from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.engine.records import Damaged, read_json, read_summary
 from ray_jobs.search.files import A_TRIAL, TRIALS_DIR
 from ray_jobs.search.plan import Plan

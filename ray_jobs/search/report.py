@@ -8,10 +8,10 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from ray_jobs.config.units import duration
 from ray_jobs.engine.page import Section, actions, in_simulator, reproduce, write
 from ray_jobs.engine.records import SUCCESS, SUMMARY_FILE, Damaged, parse_json, read_metrics, read_summary
 from ray_jobs.engine.svg import Chart, bars, parallel, short
-from ray_jobs.engine.units import duration
 from ray_jobs.search.files import (
     BEST_DIR,
     COMMAND_FILE,

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from ray_jobs.cluster.ray_internals import HEAD_NODE
+from ray_jobs.config.errors import InputError
 from ray_jobs.engine import cluster
-from ray_jobs.engine.errors import InputError
 from ray_jobs.search.plan import Plan
 
 MAX_CPU_TRIALS = 4  # at a time, where nothing else says so: a search learns from one trial for the next

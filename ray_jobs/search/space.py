@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_jobs.engine.errors import InputError
+from ray_jobs.config.errors import InputError
 from ray_jobs.policies.facts import facts_of
 from ray_jobs.search import constraints
 

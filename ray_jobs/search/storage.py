@@ -10,7 +10,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import OperationalError
 
-from ray_jobs.engine.errors import InputError, StorageLost
+from ray_jobs.config.errors import InputError, StorageLost
 from ray_jobs.engine.patience import patiently
 from ray_jobs.search.files import STUDY_FILE
 from ray_jobs.search.plan import Plan

@@ -20,7 +20,7 @@ from ray_jobs.engine.imports import without
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDataset
 
-    from ray_jobs.engine.recipe import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 FEW, MOST, SECONDS = 6, 100, 3  # steps of the second training, which are to take so many seconds
 WARM_UP = 2  # steps that are not counted

@@ -15,11 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_jobs.engine import surroundings
-from ray_jobs.engine.busy import busy
-from ray_jobs.engine.cluster import Share
-from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.errors import (
+from ray_jobs.config.busy import busy
+from ray_jobs.config.errors import (
     INTERRUPTED,
     PREEMPTED,
     PRUNED,
@@ -29,14 +26,17 @@ from ray_jobs.engine.errors import (
     StorageLost,
     no_room,
 )
+from ray_jobs.config.options import OPTIONS_FILE
+from ray_jobs.engine import surroundings
+from ray_jobs.engine.cluster import Share
+from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.imports import without
-from ray_jobs.engine.options import OPTIONS_FILE
 from ray_jobs.engine.records import METRIC, read_metrics, read_summary
 from ray_jobs.engine.workers import ERROR_LOG
 from ray_jobs.search.files import trial_place
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.recipe import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 ENDED = ("finished", "stopped early")  # how a run ends that was trained as far as it was to be
 
@@ -98,10 +98,10 @@ def run_trial(
         import torch
         from ray import tune
 
+        from ray_jobs.config.errors import first_line
         from ray_jobs.engine import mirror, watchdog
         from ray_jobs.engine.bucket import is_uri
         from ray_jobs.engine.driver import train_here, train_on_workers
-        from ray_jobs.engine.errors import first_line
         from ray_jobs.engine.faults import Preempted, comes_again
         from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
         from ray_jobs.engine.workers import keep_error, listen_for_stop, teller

@@ -31,9 +31,9 @@ from lerobot.policies.act.configuration_act import ACTConfig  # noqa: E402
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+from ray_jobs.config.options import DataOptions  # noqa: E402
 from ray_jobs.engine.data import training_batches  # noqa: E402
 from ray_jobs.engine.frame_cache import open_frames  # noqa: E402
-from ray_jobs.engine.options import DataOptions  # noqa: E402
 
 BATCH = 8
 POLICIES = {

@@ -23,7 +23,7 @@ from properties import TABLE, DataSet
 from stock import RECORD, STEPS, flags_for, train_as_stock
 
 from ray_jobs import cache, doctor, evaluate, train
-from ray_jobs.engine.errors import InputError, RunError
+from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.engine.records import read_metrics
 

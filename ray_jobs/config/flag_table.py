@@ -4,7 +4,7 @@ LeRobot's dataclasses say what its flags are, but importing them takes 11 s (tor
 `lerobot_flags.json` is what they say for the pinned version, so that a typo is told at once; a test compares the two.
 Another version of LeRobot, or a policy out of a plugin package, is asked itself. After an update:
 
-    python -m ray_jobs.engine.flag_table
+    python -m ray_jobs.config.flag_table
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ import lerobot.policies  # noqa: F401  (registers every --policy.type)
 from lerobot.configs.train import TrainPipelineConfig
 
 import ray_jobs.part_sorting  # noqa: F401  (registers --env.type=part_sorting)
-from ray_jobs.engine.options import Options
+from ray_jobs.config.options import Options
 
 if TYPE_CHECKING:
     from ray_jobs.engine.memory import Memory

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray_jobs.engine.errors import all_mistakes
+from ray_jobs.config.errors import all_mistakes
 
 OPTIONS_FILE = "options.json"  # a run's options, beside LeRobot's checkpoints in the output folder
 NO_CACHE, SOME_CACHE = ("off", "false", "no", "none", "null"), ("auto", "on", "true", "yes")  # no folders
