@@ -130,7 +130,7 @@ def _build_here(words: list[str], say: Callable[[str], None]) -> None:
 
 
 def _folder(data: DataOptions) -> Path:
-    from ray_jobs.engine.cache_folder import default_folder
+    from ray_jobs.storage.cache_folder import default_folder
 
     if data.cache == "off":
         raise InputError("--data.cache=off: no frames are kept there; name a folder, or leave it out.")

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     doing("importing LeRobot")
     with no_garbage_collection():
         from ray_jobs.engine import trained as trained_module
-        from ray_jobs.engine.bucket import local_folder
+        from ray_jobs.storage.bucket import local_folder
     doing("reading the checkpoint")
     simulator = _simulator(flags) if in_simulator else None
     target = local_folder(output_dir, "output_dir") if output_dir else None
@@ -162,10 +162,10 @@ def _new_folder(parent: Path) -> Path:
 
 def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
     """`pretrained_model` folders by a short name, each with what has brought it here, if it lies in a bucket."""
-    from ray_jobs.engine.bucket import is_uri
     from ray_jobs.engine.checkpoint import pretrained_dir
     from ray_jobs.search.bucket_copy import bring
     from ray_jobs.search.trial import ranked_checkpoint
+    from ray_jobs.storage.bucket import is_uri
 
     found = {}
     words = listed(checkpoint)
@@ -264,7 +264,7 @@ def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", fol
 
 def _write(target: Path, results: dict[str, dict], argv: list[str]) -> None:
     from ray_jobs.engine.pictures import errors
-    from ray_jobs.engine.records import write_json
+    from ray_jobs.storage.records import write_json
 
     target.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "ray_jobs.evaluate", *argv])

@@ -21,8 +21,8 @@ from ray_jobs.engine.command_line import read_flags
 from ray_jobs.engine.console import doing, quiet, run_job
 from ray_jobs.engine.flags import check_flags
 from ray_jobs.engine.output_dir import check_output_dir
-from ray_jobs.engine.records import parse_json
 from ray_jobs.policies.facts import FACTS, facts_of
+from ray_jobs.storage.records import parse_json
 
 FLAGS = ("lerobot", "checkpoint", "output_dir", "assets.dir")
 # Fields of today's configs that 0.4.4 refuses, and whether it does without what they ask for. All of its own exist
@@ -58,8 +58,8 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--checkpoint={source}: there is no checkpoint, nor such a folder.")
     check_output_dir(target)
     doing("importing LeRobot")
-    from ray_jobs.engine.bucket import local_folder
     from ray_jobs.engine.checkpoint import pretrained_dir
+    from ray_jobs.storage.bucket import local_folder
 
     source, target = (local_folder(flags[name], name) for name in ("checkpoint", "output_dir"))
     source = pretrained_dir(source)

@@ -154,7 +154,6 @@ def _search(
 
     from ray_jobs.config.errors import first_line
     from ray_jobs.engine.driver import start_fit
-    from ray_jobs.engine.patience import patiently
     from ray_jobs.engine.watchdog import Watchdog
     from ray_jobs.engine.workers import check_node, mark_of
     from ray_jobs.search import answer, dry_run
@@ -170,6 +169,7 @@ def _search(
     from ray_jobs.search.storage import StudyFile, address_of
     from ray_jobs.search.study import finished, trials_of
     from ray_jobs.search.trial import run_trial
+    from ray_jobs.storage.retry import patiently
 
     options = plan.options.tune
     # As many as there is room for, counted here and below, and one that waits: its slot is warm when another trial ends,

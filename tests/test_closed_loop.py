@@ -15,7 +15,7 @@ from test_evaluate import IN_PARTS, PLUGIN, evaluated
 from test_tune import search
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.records import read_json, read_metrics
+from ray_jobs.storage.records import read_json, read_metrics
 
 EPISODES = (*IN_PARTS, "--eval.n_episodes=6", "--eval.batch_size=1")
 

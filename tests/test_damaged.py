@@ -112,7 +112,7 @@ def test_evaluating_a_run(run, tmp_path, name, text):
 
 def test_notes_of_a_cache_are_made_again(tmp_path):
     """What is kept to be faster is no reason to stop."""
-    from ray_jobs.engine.fingerprint import file_hashes
+    from ray_jobs.storage.fingerprint import file_hashes
 
     root = tmp_path / "data"
     root.mkdir()

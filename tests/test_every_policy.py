@@ -16,8 +16,8 @@ from vla import _tokenizer
 from ray_jobs.config.errors import InputError
 from ray_jobs.engine import preflight
 from ray_jobs.engine.preflight_policy import missing_packages
-from ray_jobs.engine.records import read_metrics
 from ray_jobs.engine.resolve import resolve
+from ray_jobs.storage.records import read_metrics
 
 CROP = "--policy.crop_shape=[48,48]"
 # What is told on the machine of the tests, without a network, of a data set without rewards; None: it trains.

@@ -25,12 +25,13 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors import SafetensorError
 
 from ray_jobs.config.errors import InputError, RunError, StorageLost
-from ray_jobs.engine import checkpoint, driver, faults, loop, patience, preflight
+from ray_jobs.engine import checkpoint, driver, faults, loop, preflight
 from ray_jobs.engine import line as line_module
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import Display
 from ray_jobs.engine.faults import in_plain_words
 from ray_jobs.engine.resolve import resolve
+from ray_jobs.storage import retry
 from ray_jobs.train import waiting_for
 
 
@@ -231,7 +232,7 @@ def test_storage_that_fails(parts, tmp_path, monkeypatch):
         def sleep(self, seconds: float) -> None:
             self.now += seconds
 
-    monkeypatch.setattr(patience, "time", Clock())
+    monkeypatch.setattr(retry, "time", Clock())
     monkeypatch.setattr(os, "fsync", fsync)
     away_at.add(2)
     recipe = resolve(flags)
@@ -242,7 +243,7 @@ def test_storage_that_fails(parts, tmp_path, monkeypatch):
     assert any("the checkpoint of step 2 is written: storage is back after 1 s" in t for t in told)
     assert checkpoint.fault(tmp_path / "run/checkpoints/000002") is None
 
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(retry, "PATIENCE_S", 0.5)
     away_at |= {8, 10}
     recipe = resolve([*flags, "--resume=true", "--steps=12"])
     with pytest.raises(

@@ -25,8 +25,8 @@ from ray_jobs import export
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.engine import assets, loop, memory, preflight, quantiles
 from ray_jobs.engine.data import FrameReader
-from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve
+from ray_jobs.storage.records import read_json, read_metrics
 
 LORA = ["--peft.method_type=LORA", "--peft.r=4"]
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from test_data import make as make_numbers
 from test_objective import HELD_OUT, SCORES, built, score
 
-from ray_jobs.engine.records import read_json, read_metrics
+from ray_jobs.storage.records import read_json, read_metrics
 
 # Runs `lerobot-train` once per list of flags. Its log lines have three decimals; the object behind a line has all.
 LEROBOT_TRAIN = """

@@ -16,7 +16,7 @@ from test_parity import LEROBOT_TRAIN, OUR_LOOP, assert_same_training, run_scrip
 from vla import ALL, LARGE, acting, lerobots_environment, record_frames, tiny
 
 from ray_jobs.engine import assets
-from ray_jobs.engine.records import read_json, read_metrics
+from ray_jobs.storage.records import read_json, read_metrics
 
 WEIGHTS = "pretrained_model/model.safetensors"
 

@@ -22,9 +22,9 @@ from test_tune import ACT, search, study_of
 from ray_jobs import evaluate, report
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.engine.command_line import read_flags
-from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.search.command import check_search
+from ray_jobs.storage.records import read_json, read_metrics
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "link", "img"}

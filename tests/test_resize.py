@@ -14,8 +14,8 @@ from test_objective import HELD_OUT, built, score
 from ray_jobs.config.errors import InputError
 from ray_jobs.engine import preflight
 from ray_jobs.engine.frame_cache import default_folder
-from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve
+from ray_jobs.storage.records import read_json, read_metrics
 
 SIZE = [32, 48]  # of 64x64
 RUN = ["--batch_size=2", "--steps=6", "--save_freq=3", f"--data.resize={SIZE}"]

@@ -12,9 +12,9 @@ from test_data import make
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.engine import loop, preflight
-from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.tracking import save_options
+from ray_jobs.storage.records import read_json, read_metrics
 
 LENGTHS = [23, 17, 9, 20]
 CONFIG = "pretrained_model/train_config.json"

@@ -23,8 +23,9 @@ from test_tune import space_file
 
 from ray_jobs import evaluate
 from ray_jobs.config.errors import GO_ON, INTERRUPTED, InputError, RunError
-from ray_jobs.engine import bucket, bucket_lock, checkpoint, mirror, preflight, workers
+from ray_jobs.engine import checkpoint, preflight, workers
 from ray_jobs.engine.resolve import resolve
+from ray_jobs.storage import bucket, lease, mirror
 
 WEIGHTS = "pretrained_model/model.safetensors"
 OPTIMIZER = "training_state/optimizer_state.safetensors"
@@ -225,7 +226,7 @@ def test_two_runs_never_share_an_address(s3, tmp_path, monkeypatch):
     """A second one is refused while the first lives, and waits a while for one that was killed; one that was taken for dead
     stops once it is back."""
     for name, seconds in (("RENEWED_EVERY_S", 0.3), ("LOOK_EVERY_S", 0.1), ("OVER_AFTER_S", 1.5)):
-        monkeypatch.setattr(bucket_lock, name, seconds)
+        monkeypatch.setattr(lease, name, seconds)
     told: list[str] = []
 
     def run(name: str):

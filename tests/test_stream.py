@@ -23,8 +23,8 @@ from torch.utils.data import default_collate
 from ray_jobs import train
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import bucket, preflight, stream_reader
 from ray_jobs.engine import cluster as our_cluster
+from ray_jobs.engine import preflight, stream_reader
 from ray_jobs.engine.data import make_datasets, to_device
 from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.frames import FrameSource
@@ -34,6 +34,7 @@ from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.search.plan import read_command
 from ray_jobs.search.spaces import read_spaces
+from ray_jobs.storage import bucket
 
 STREAM = "--data.source=stream"
 

@@ -38,13 +38,13 @@ from vla import save_base, tiny
 
 from ray_jobs import tune
 from ray_jobs.config.errors import InputError, RunError, StorageLost
-from ray_jobs.engine import patience
-from ray_jobs.engine.records import read_json, read_metrics
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.search import answer, progress
 from ray_jobs.search import storage as storage_module
 from ray_jobs.search.answer import importances
 from ray_jobs.search.study import BASELINE
+from ray_jobs.storage import retry
+from ray_jobs.storage.records import read_json, read_metrics
 
 ACT = {
     "policy": "act",
@@ -419,7 +419,7 @@ def test_study_that_is_away_for_a_while(tmp_path, capsys, monkeypatch):
 def test_study_that_was_given_up_is_not_waited_for_again(tmp_path, monkeypatch):
     """Who was asked to stop waits for a locked file once, not for every question that is left."""
     monkeypatch.setattr(storage_module, "BUSY_S", 1)
-    monkeypatch.setattr(patience, "STOPPING_S", 0.5)
+    monkeypatch.setattr(retry, "STOPPING_S", 0.5)
     storage = storage_module.open_storage(f"sqlite:///{tmp_path / 'study.db'}")
     study = optuna.create_study(storage=storage, study_name="s")
     storage.be_patient(lambda: True)

@@ -14,7 +14,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 
 from ray_jobs.config.busy import busy_with
 from ray_jobs.engine import checkpoint, loop, watchdog
-from ray_jobs.engine.patience import patiently
+from ray_jobs.storage.retry import patiently
 
 
 def beat(rank: int, step: int | None = 7, **more) -> watchdog.Beat:

@@ -11,9 +11,9 @@ from test_data import make
 from test_loop import wandb_runs
 
 from ray_jobs.engine import data, loop, preflight
-from ray_jobs.engine.records import read_json
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.tracking import save_options
+from ray_jobs.storage.records import read_json
 
 STEPS = 3
 ACT = (

@@ -19,10 +19,10 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine import git_lfs
-from ray_jobs.engine.hub import hub_answer, hub_or_cache, offline
-from ray_jobs.engine.records import parse_json
 from ray_jobs.policies.facts import FACTS, facts_of
+from ray_jobs.storage import git_lfs
+from ray_jobs.storage.hub import hub_answer, hub_or_cache, offline
+from ray_jobs.storage.records import parse_json
 
 GATED = {repo for facts in FACTS.values() for repo in facts.gated}
 NUMBERS, WORDS = ["*.safetensors"], ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]

@@ -30,10 +30,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
 from ray_jobs.config.errors import InputError, RunError, first_line
-from ray_jobs.engine import git_lfs
-from ray_jobs.engine.hub import offline
 from ray_jobs.engine.position import Position
-from ray_jobs.engine.trust import check_processor, read_json
+from ray_jobs.storage import git_lfs
+from ray_jobs.storage.hub import offline
+from ray_jobs.storage.trust import check_processor, read_json
 
 BEST_CHECKPOINT_LINK = "best"
 RAW_WEIGHTS = "raw_model.safetensors"  # in training_state: the trained weights behind a saved average

@@ -16,10 +16,10 @@ import torch
 from lerobot.datasets import LeRobotDataset
 
 from ray_jobs.config.errors import RunError
-from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
 from ray_jobs.engine.frame_store import COLUMNS_FILE
 from ray_jobs.engine.preflight_columns import COUNTERS
-from ray_jobs.engine.records import read_json
+from ray_jobs.storage.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
+from ray_jobs.storage.records import read_json
 
 _checked: set[Path] = set()  # arrays that this process found to be good
 

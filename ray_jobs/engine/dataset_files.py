@@ -16,8 +16,9 @@ import av
 import pyarrow.parquet
 
 from ray_jobs.config.errors import InputError, first_line
-from ray_jobs.engine import git_lfs, old_format
-from ray_jobs.engine.trust import check_info, read_json
+from ray_jobs.engine import old_format
+from ray_jobs.storage import git_lfs
+from ray_jobs.storage.trust import check_info, read_json
 
 PARTS = ("meta", "data", "videos")
 FORMAT = "v3.0"  # LeRobot's CODEBASE_VERSION

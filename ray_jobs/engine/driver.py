@@ -199,7 +199,7 @@ def summary_of(recipe: "Recipe", line, outcome: dict, should_stop: Callable[[], 
     """
     import ray
 
-    from ray_jobs.engine.records import SUMMARY_FILE, parse_json, read_summary
+    from ray_jobs.storage.records import SUMMARY_FILE, parse_json, read_summary
 
     if error := ray.get(line.why_failed.remote()):
         if isinstance(error, RunError):
@@ -210,8 +210,8 @@ def summary_of(recipe: "Recipe", line, outcome: dict, should_stop: Callable[[], 
     if "error" in outcome:
         raise RunError(_explain(outcome["error"], recipe))
     if recipe.remote:
-        from ray_jobs.engine.mirror import read_file
-        from ray_jobs.engine.patience import patiently, storage_may_return
+        from ray_jobs.storage.mirror import read_file
+        from ray_jobs.storage.retry import patiently, storage_may_return
 
         read = partial(read_file, recipe.remote, SUMMARY_FILE)
         quietly = lambda text: None  # noqa: E731

@@ -10,7 +10,7 @@ from draccus.utils import DecodingError, DraccusException, ParsingError
 from draccus.wrappers import docstring
 
 from ray_jobs.config.errors import InputError, causes
-from ray_jobs.engine.hub import HUB_ERRORS, hub_answer
+from ray_jobs.storage.hub import HUB_ERRORS, hub_answer
 
 # draccus 0.11 reads a config class's source again for the help text of each of its flags, in every parse: two thirds of
 # its time, in a search's every trial. There is no option that leaves it out.

@@ -31,8 +31,8 @@ import numpy as np
 import xxhash
 
 from ray_jobs.config.errors import RunError
-from ray_jobs.engine.fingerprint import FORMAT, file_hashes, fingerprint_of, replace
-from ray_jobs.engine.records import read_json
+from ray_jobs.storage.fingerprint import FORMAT, file_hashes, fingerprint_of, replace
+from ray_jobs.storage.records import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError, first_line
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import assets, bucket, checkpoint, kernels, parallel, quantiles
+from ray_jobs.engine import assets, checkpoint, kernels, parallel, quantiles
 from ray_jobs.engine.data import (
     make_datasets,
     open_all_frames,
@@ -43,14 +43,15 @@ from ray_jobs.engine.frames import add_resize_step
 from ray_jobs.engine.memory import MAIN, main_memory
 from ray_jobs.engine.meters import Scores, Window, check_validation
 from ray_jobs.engine.objective import Validation
-from ray_jobs.engine.patience import patiently, storage_may_return
 from ray_jobs.engine.policy import OF_TEXTS, build, make_processors
 from ray_jobs.engine.position import START, Position
-from ray_jobs.engine.records import read_metrics
 from ray_jobs.engine.simulator import ClosedLoop
 from ray_jobs.engine.stop_flag import StopFlag
 from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.engine.tracking import Tracker
+from ray_jobs.storage import bucket
+from ray_jobs.storage.records import read_metrics
+from ray_jobs.storage.retry import patiently, storage_may_return
 
 CHECK_EVERY = 200  # steps between looks for NaN where nothing else asks for the loss
 

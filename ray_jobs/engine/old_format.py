@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ray_jobs.engine import git_lfs
+from ray_jobs.storage import git_lfs
 
 VERSION = "v2.1"
 PARTS = ("meta", "data", "videos")

@@ -15,7 +15,7 @@ from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.feature_utils import get_delta_indices
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from ray_jobs.engine.fingerprint import fingerprint_of
+from ray_jobs.storage.fingerprint import fingerprint_of
 
 PARTS = ("meta", "data", "videos")
 _identity = ""

@@ -17,7 +17,8 @@ from PIL import Image
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.config.units import duration
-from ray_jobs.engine.records import (
+from ray_jobs.engine.svg import Chart, short
+from ray_jobs.storage.records import (
     METRIC,
     SUMMARY_FILE,
     Damaged,
@@ -26,7 +27,6 @@ from ray_jobs.engine.records import (
     read_summary,
     write_json,
 )
-from ray_jobs.engine.svg import Chart, short
 
 REPORT_FILE = "report.html"
 DRAWN_FILE = ".predictions.json"  # what a policy predicts, as it was drawn: to open one takes half a minute

@@ -23,8 +23,8 @@ from lerobot.utils.constants import (
 from lerobot.utils.utils import has_method
 
 from ray_jobs.config.errors import InputError, RunError, first_line
-from ray_jobs.engine.trust import check_processor
 from ray_jobs.policies.facts import facts_of
+from ray_jobs.storage.trust import check_processor
 
 # Flags of policies, and what they are in the processor that prepares texts.
 OF_TEXTS = {"tokenizer_max_length": "max_length", "pad_language_to": "padding"}

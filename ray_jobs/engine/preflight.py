@@ -28,13 +28,10 @@ from safetensors import SafetensorError, safe_open
 
 from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import assets, git_lfs, idle, mirror, preflight_stream, quantiles, resume
-from ray_jobs.engine.bucket import is_uri
-from ray_jobs.engine.hub import HUB_WAIT_S
+from ray_jobs.engine import assets, idle, preflight_stream, quantiles, resume
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import check_scored, chunk_length, units
 from ray_jobs.engine.opened import once, own_metadata
-from ray_jobs.engine.patience import may_pass
 from ray_jobs.engine.policy import outline, with_features
 from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.engine.preflight_data import (
@@ -52,8 +49,12 @@ from ray_jobs.engine.preflight_policy import check_rewards, check_type
 from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
 from ray_jobs.engine.tracking import check_wandb
-from ray_jobs.engine.trust import check_processor, read_json
 from ray_jobs.policies.facts import facts_of
+from ray_jobs.storage import git_lfs, mirror
+from ray_jobs.storage.bucket import is_uri
+from ray_jobs.storage.hub import HUB_WAIT_S
+from ray_jobs.storage.retry import may_pass
+from ray_jobs.storage.trust import check_processor, read_json
 
 NAMED_TENSORS = 20  # of those that do not fit
 

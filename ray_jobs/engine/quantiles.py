@@ -20,8 +20,8 @@ from lerobot.datasets import LeRobotDatasetMetadata, aggregate_stats, get_featur
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.cache_folder import default_folder
-from ray_jobs.engine.records import read_json
+from ray_jobs.storage.cache_folder import default_folder
+from ray_jobs.storage.records import read_json
 
 NAMES = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90")}
 

@@ -17,8 +17,8 @@ from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import checkpoint
 from ray_jobs.engine.position import SAMPLER, Position
-from ray_jobs.engine.records import read_metrics
-from ray_jobs.engine.trust import read_json
+from ray_jobs.storage.records import read_metrics
+from ray_jobs.storage.trust import read_json
 
 
 def check(recipe: "Recipe") -> None:

@@ -30,7 +30,7 @@ from lerobot.utils.random_utils import seeded_context
 
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import InputError, first_line
-from ray_jobs.engine.records import SUCCESS
+from ray_jobs.storage.records import SUCCESS
 
 CONFIDENCE = 0.95
 

@@ -30,8 +30,8 @@ from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine.patience import patiently
-from ray_jobs.engine.records import METRICS_FILE, SUMMARY_FILE, json_text, read_metrics, write_json
+from ray_jobs.storage.records import METRICS_FILE, SUMMARY_FILE, json_text, read_metrics, write_json
+from ray_jobs.storage.retry import patiently
 
 PROGRESS_FILE = ".progress"
 

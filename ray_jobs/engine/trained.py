@@ -20,7 +20,7 @@ from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import assets, bucket, kernels, parallel, preflight, quantiles
+from ray_jobs.engine import assets, kernels, parallel, preflight, quantiles
 from ray_jobs.engine.command_line import asked_device, parse_options, split_flags
 from ray_jobs.engine.data import make_datasets
 from ray_jobs.engine.explain import parse
@@ -38,7 +38,8 @@ from ray_jobs.engine.preflight_data import (
     choose_episodes,
     open_dataset,
 )
-from ray_jobs.engine.records import METRIC, Damaged, read_json, read_metrics, read_summary
+from ray_jobs.storage import bucket
+from ray_jobs.storage.records import METRIC, Damaged, read_json, read_metrics, read_summary
 
 PREDICTIONS = 50  # that are timed
 OF_THE_DATA = (

@@ -106,7 +106,7 @@ def keep_error(folder: Path, remote: str | None, error: BaseException) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(traceback.format_exception(error)))
     if remote:
-        from ray_jobs.engine import mirror
+        from ray_jobs.storage import mirror
 
         mirror.send(remote, ERROR_LOG, log)
     return log
@@ -134,7 +134,7 @@ def check_node(root: str | None, output_dir: Path | None, mark: str) -> None:
     """
     import ray
 
-    from ray_jobs.engine.bucket import is_uri
+    from ray_jobs.storage.bucket import is_uri
 
     where = f"on node {ray.util.get_node_ip_address()}"
     if root is not None and not is_uri(root) and not Path(root).is_dir():
@@ -190,9 +190,9 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
 
     from ray_jobs.engine import loop
     from ray_jobs.engine.faults import in_plain_words
-    from ray_jobs.engine.mirror import pull
-    from ray_jobs.engine.patience import patiently, storage_may_return
     from ray_jobs.engine.tracking import save_options
+    from ray_jobs.storage.mirror import pull
+    from ray_jobs.storage.retry import patiently, storage_may_return
 
     report = how["report"]
 
@@ -227,7 +227,7 @@ def _copied(
     should_stop: Callable[[], str],
 ) -> Iterator[Callable[[dict], None]]:
     """Keep a copy of the run in its bucket; yields what to report to instead."""
-    from ray_jobs.engine.mirror import mirrored
+    from ray_jobs.storage.mirror import mirrored
 
     with mirrored(recipe.remote, recipe.output_dir, tell, recipe.run, stop=should_stop) as mirror:
 

@@ -22,7 +22,6 @@ from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.options import OPTIONS_FILE
 from ray_jobs.config.units import duration
 from ray_jobs.engine.cluster import Share
-from ray_jobs.engine.records import SUMMARY_FILE, read_summary, write_json
 from ray_jobs.search import card
 from ray_jobs.search.files import (
     BEST_DIR,
@@ -59,6 +58,7 @@ from ray_jobs.search.study import (
     trials_of,
 )
 from ray_jobs.search.trial import ranked_checkpoint
+from ray_jobs.storage.records import SUMMARY_FILE, read_summary, write_json
 
 # Trials; with fewer, what mattered most is another in every other search.
 SURE_OF_IMPORTANCES = 30

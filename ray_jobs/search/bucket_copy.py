@@ -20,12 +20,7 @@ from optuna.study import Study
 
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.options import OPTIONS_FILE
-from ray_jobs.engine import mirror
-from ray_jobs.engine.bucket import check_address, open_root
-from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
-from ray_jobs.engine.patience import patiently, storage_may_return
-from ray_jobs.engine.records import SUMMARY_FILE
 from ray_jobs.search.files import (
     A_TRIAL,
     BEST_DIR,
@@ -42,6 +37,11 @@ from ray_jobs.search.plan import Plan
 from ray_jobs.search.storage import BUSY_S
 from ray_jobs.search.study import CONFIG, ranking, trials_of
 from ray_jobs.search.trial import ranked_links
+from ray_jobs.storage import mirror
+from ray_jobs.storage.bucket import check_address, open_root
+from ray_jobs.storage.fingerprint import fingerprint_of
+from ray_jobs.storage.records import SUMMARY_FILE
+from ray_jobs.storage.retry import patiently, storage_may_return
 
 SESSION = ".session"  # which session of the search has written last
 SEEN = ".seen"  # which one had when it was fetched

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCardData
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 
 from ray_jobs.engine.preflight_data import open_dataset
-from ray_jobs.engine.records import SUCCESS
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import PRETRAINED
+from ray_jobs.storage.records import SUCCESS
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

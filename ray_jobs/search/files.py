@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.records import METRIC, Damaged, parse_json
+from ray_jobs.storage.records import METRIC, Damaged, parse_json
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 LEFT_OUT = "left_out"  # part of that file

@@ -14,15 +14,12 @@ from pathlib import Path
 
 from ray_jobs.config.errors import InputError, StorageError, StorageFull
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import mirror, preflight
-from ray_jobs.engine.bucket import is_uri
+from ray_jobs.engine import preflight
 from ray_jobs.engine.command_line import asks_to_resume, listed, read_flags
 from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.preflight_data import open_dataset
-from ray_jobs.engine.records import SUCCESS, write_json
 from ray_jobs.engine.resolve import resolve
-from ray_jobs.engine.trust import check_links
 from ray_jobs.search.command import check_steps
 from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_begun, read_search
 from ray_jobs.search.idle import without_effect
@@ -30,6 +27,10 @@ from ray_jobs.search.options import SearchFlags, in_full, parse_search_flags
 from ray_jobs.search.space import Config, SearchSpace, Space, flags
 from ray_jobs.search.space_file import PUSH
 from ray_jobs.search.spaces import theirs
+from ray_jobs.storage import mirror
+from ray_jobs.storage.bucket import is_uri
+from ray_jobs.storage.records import SUCCESS, write_json
+from ray_jobs.storage.trust import check_links
 
 # Validations of a trial, unless told otherwise; with asha one in three goes on at the first and at the third. Of sixteen
 # trials of a recorded table, the best that is left is then within 2 % of the best in 62 of 100 cases, for 33 % of all steps.

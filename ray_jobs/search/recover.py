@@ -10,7 +10,6 @@ from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
-from ray_jobs.engine.records import Damaged, read_json, read_summary
 from ray_jobs.search.files import A_TRIAL, TRIALS_DIR
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import POLICY_TYPE, Parameter, SearchSpace, Space, flag_text
@@ -28,6 +27,7 @@ from ray_jobs.search.study import (
     WALL_S,
 )
 from ray_jobs.search.trial import ENDED, best_values, validations
+from ray_jobs.storage.records import Damaged, read_json, read_summary
 
 
 def trials_left(folder: Path) -> list[Path]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ray_jobs.config.units import duration
 from ray_jobs.engine.page import Section, actions, in_simulator, reproduce, write
-from ray_jobs.engine.records import SUCCESS, SUMMARY_FILE, Damaged, parse_json, read_metrics, read_summary
 from ray_jobs.engine.svg import Chart, bars, parallel, short
 from ray_jobs.search.files import (
     BEST_DIR,
@@ -23,6 +22,7 @@ from ray_jobs.search.files import (
     trial_name,
 )
 from ray_jobs.search.options import MORE_IS_BETTER
+from ray_jobs.storage.records import SUCCESS, SUMMARY_FILE, Damaged, parse_json, read_metrics, read_summary
 
 FIXED_COLUMNS = ("trial", "state", "best_step", "steps", "wall_s", "baseline", "other_seeds", "reason")
 SLICES = 6  # parameters that are shown one by one

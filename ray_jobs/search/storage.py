@@ -11,9 +11,9 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import OperationalError
 
 from ray_jobs.config.errors import InputError, StorageLost
-from ray_jobs.engine.patience import patiently
 from ray_jobs.search.files import STUDY_FILE
 from ray_jobs.search.plan import Plan
+from ray_jobs.storage.retry import patiently
 
 JOURNAL = "journal://"
 # How long SQLite itself waits for others, a dashboard say, who hold the file: not heard by who asks it to stop.

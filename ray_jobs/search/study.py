@@ -5,7 +5,7 @@ import json
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ray_jobs.engine.records import parse_json
+from ray_jobs.storage.records import parse_json
 
 CONFIG, POLICY, BASELINE, SKIPPED, REASON, STEPS, LOST, BEST_STEP, WALL_S, TIMES = (  # user attributes of trials
     "config", "policy", "baseline", "skipped", "reason", "steps", "lost_steps", "best_step", "wall_s", "times",

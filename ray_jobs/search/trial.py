@@ -31,9 +31,9 @@ from ray_jobs.engine import surroundings
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.imports import without
-from ray_jobs.engine.records import METRIC, read_metrics, read_summary
 from ray_jobs.engine.workers import ERROR_LOG
 from ray_jobs.search.files import trial_place
+from ray_jobs.storage.records import METRIC, read_metrics, read_summary
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
@@ -99,12 +99,13 @@ def run_trial(
         from ray import tune
 
         from ray_jobs.config.errors import first_line
-        from ray_jobs.engine import mirror, watchdog
-        from ray_jobs.engine.bucket import is_uri
+        from ray_jobs.engine import watchdog
         from ray_jobs.engine.driver import train_here, train_on_workers
         from ray_jobs.engine.faults import Preempted, comes_again
-        from ray_jobs.engine.patience import may_pass, patiently, storage_may_return
         from ray_jobs.engine.workers import keep_error, listen_for_stop, teller
+        from ray_jobs.storage import mirror
+        from ray_jobs.storage.bucket import is_uri
+        from ray_jobs.storage.retry import may_pass, patiently, storage_may_return
 
     tell_tune = busy("waiting for Ray Tune")(tune.report)  # which decides what comes next
     place, pruned, values, reached = trial_place(search, config["trial"]), False, {}, None
@@ -194,9 +195,10 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recip
     Args:
         folder: Of this node, where the trial's run lives.
     """
-    from ray_jobs.engine import mirror, preflight
-    from ray_jobs.engine.bucket import is_uri
+    from ray_jobs.engine import preflight
     from ray_jobs.engine.resolve import resolve
+    from ray_jobs.storage import mirror
+    from ray_jobs.storage.bucket import is_uri
 
     place = trial_place(search, config["trial"])
     if is_uri(place):

@@ -13,10 +13,10 @@ import torch.utils.checkpoint
 from lerobot.policies.act.modeling_act import ACTPolicy
 from torch import distributed
 
-from ray_jobs.engine import patience
+from ray_jobs.storage import retry
 
 FAULT, FILE = os.environ.get("FAULT"), Path(os.environ.get("FAULT_FILE", "/nowhere"))
-patience.PATIENCE_S = float(os.environ.get("PATIENCE", patience.PATIENCE_S))
+retry.PATIENCE_S = float(os.environ.get("PATIENCE", retry.PATIENCE_S))
 forward, fsync = ACTPolicy.forward, os.fsync
 batches = 0
 

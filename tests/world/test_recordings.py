@@ -20,7 +20,7 @@ from test_tune import space_file, study_of
 from test_world import made, said_by
 
 from ray_jobs import cache, doctor, evaluate, train, tune
-from ray_jobs.engine.records import read_json
+from ray_jobs.storage.records import read_json
 
 JITTER = "CR5 with its jitter"
 TRAINED = [name for name, properties in TABLE.items() if properties.recording and name != JITTER]

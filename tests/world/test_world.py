@@ -25,7 +25,7 @@ from stock import RECORD, STEPS, flags_for, train_as_stock
 from ray_jobs import cache, doctor, evaluate, train
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.engine.preflight_columns import check_kinds
-from ray_jobs.engine.records import read_metrics
+from ray_jobs.storage.records import read_metrics
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
 STOCK = json.loads(RECORD.read_text())

@@ -20,13 +20,13 @@ from pathlib import Path
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
-from ray_jobs.engine.bucket import check_address, open_root
-from ray_jobs.engine.bucket_lock import BucketLock
-from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
-from ray_jobs.engine.patience import patiently, storage_may_return
-from ray_jobs.engine.records import METRICS_FILE, SUMMARY_FILE, parse_json
-from ray_jobs.engine.trust import check_name
+from ray_jobs.storage.bucket import check_address, open_root
+from ray_jobs.storage.fingerprint import fingerprint_of
+from ray_jobs.storage.lease import BucketLock
+from ray_jobs.storage.records import METRICS_FILE, SUMMARY_FILE, parse_json
+from ray_jobs.storage.retry import patiently, storage_may_return
+from ray_jobs.storage.trust import check_name
 
 CHECKPOINTS = "checkpoints"
 EVERY_S = 30  # between looks for what has changed

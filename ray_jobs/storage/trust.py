@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.records import parse_json
+from ray_jobs.storage.records import parse_json
 
 # torchvision's own loader of weights would unpickle whatever lies in `--assets.dir`.
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")

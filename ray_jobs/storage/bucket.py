@@ -14,9 +14,9 @@ import fsspec
 from lerobot.datasets import LeRobotDatasetMetadata
 
 from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
-from ray_jobs.engine.fingerprint import fingerprint_of
 from ray_jobs.engine.frame_cache import default_folder
-from ray_jobs.engine.trust import check_name
+from ray_jobs.storage.fingerprint import fingerprint_of
+from ray_jobs.storage.trust import check_name
 
 ANONYMOUS = "anonymous@"  # Ray Data's sign of a public bucket: s3://anonymous@bucket/set
 KINDS = ("s3", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "file")

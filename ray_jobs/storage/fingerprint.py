@@ -8,7 +8,7 @@ from pathlib import Path
 
 import xxhash
 
-from ray_jobs.engine.records import read_json
+from ray_jobs.storage.records import read_json
 
 FORMAT = 1  # of the frame cache's files
 NOTES = "files.json"
