@@ -106,10 +106,10 @@ def _build_on_node(words: list[str], name: str, line) -> str | None:
 
 
 def _build_here(words: list[str], say: Callable[[str], None]) -> None:
+    from ray_jobs.data.frame_cache import FrameCache, gigabytes
+    from ray_jobs.data.frames import FrameSource
+    from ray_jobs.data.reader import FrameReader
     from ray_jobs.engine import dataset_options
-    from ray_jobs.engine.frame_cache import FrameCache, gigabytes
-    from ray_jobs.engine.frame_reader import FrameReader
-    from ray_jobs.engine.frames import FrameSource
 
     begin = time.monotonic()
     asked = dataset_options.read(words)
@@ -151,7 +151,7 @@ class ListOptions:
 
 def _entries(words: list[str]) -> tuple[ListOptions, dict]:
     """The options, and the entries that the names among the words stand for, by name."""
-    from ray_jobs.engine.frame_store import entries
+    from ray_jobs.data.frame_store import entries
 
     names = [word for word in words if not word.startswith("--")]
     flags, _ = read_flags([word for word in words if word not in names])
@@ -174,7 +174,7 @@ def _entries(words: list[str]) -> tuple[ListOptions, dict]:
 
 def _list(words: list[str]) -> int:
     from ray_jobs.config.units import gigabytes
-    from ray_jobs.engine.frame_store import is_stale
+    from ray_jobs.data.frame_store import is_stale
 
     _, found = _entries(words)
     for name, entry in found.items():
@@ -203,7 +203,7 @@ def _verify(words: list[str]) -> int:
 
 
 def _remove(words: list[str]) -> int:
-    from ray_jobs.engine.frame_store import is_stale, remove_unused_columns
+    from ray_jobs.data.frame_store import is_stale, remove_unused_columns
 
     options, found = _entries(words)
     if not options.all and not options.stale and not [word for word in words if not word.startswith("--")]:

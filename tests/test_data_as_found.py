@@ -25,11 +25,11 @@ from torch.utils.data import default_collate
 from ray_jobs import doctor
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import DataOptions
+from ray_jobs.data.dataset import FrameReader
+from ray_jobs.data.frame_cache import open_frames
+from ray_jobs.data.frames import FrameSource, NoFrame
 from ray_jobs.engine import dataset_files, memory, preflight
 from ray_jobs.engine.checkpoint import pretrained_dir
-from ray_jobs.engine.data import FrameReader
-from ray_jobs.engine.frame_cache import open_frames
-from ray_jobs.engine.frames import FrameSource, NoFrame
 from ray_jobs.engine.resolve import resolve
 
 TOP, SIDE = "observation.images.top", "observation.images.side"

@@ -7,10 +7,10 @@ import pytest
 from conftest import job, tiny_act, train_in_process
 from lerobot.datasets.factory import make_dataset
 
+from ray_jobs.data.dataset import training_batches
+from ray_jobs.data.position import START, Shards
 from ray_jobs.engine import cluster
 from ray_jobs.engine.command_line import parse_options, read_flags
-from ray_jobs.engine.data import training_batches
-from ray_jobs.engine.position import START, Shards
 from ray_jobs.engine.resolve import resolve
 
 # What draws random numbers on each worker, and so depends on who computes a batch.

@@ -26,10 +26,10 @@ from torch.utils.data import default_collate
 from ray_jobs import cache as cache_job
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.options import DataOptions
-from ray_jobs.engine import columns, frame_store
-from ray_jobs.engine.frame_cache import FrameCache, open_frames
-from ray_jobs.engine.frame_reader import FrameReader
-from ray_jobs.engine.frames import FrameSource
+from ray_jobs.data import columns, frame_store
+from ray_jobs.data.frame_cache import FrameCache, open_frames
+from ray_jobs.data.frames import FrameSource
+from ray_jobs.data.reader import FrameReader
 
 torch.set_num_threads(1)
 FORK = multiprocessing.get_context("fork")  # children that have LeRobot already

@@ -13,7 +13,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from test_data import make
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.data import make_datasets
+from ray_jobs.data.dataset import make_datasets
 from ray_jobs.engine.loop import make_processors
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.resolve import resolve

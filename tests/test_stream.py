@@ -23,15 +23,15 @@ from torch.utils.data import default_collate
 from ray_jobs import train
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.recipe import Recipe
+from ray_jobs.data.dataset import make_datasets, to_device
+from ray_jobs.data.frames import FrameSource
+from ray_jobs.data.position import START
+from ray_jobs.data.reader import FrameReader
+from ray_jobs.data.stream import make_streamed_datasets, streamed_batches
 from ray_jobs.engine import cluster as our_cluster
 from ray_jobs.engine import preflight, stream_reader
-from ray_jobs.engine.data import make_datasets, to_device
-from ray_jobs.engine.frame_reader import FrameReader
-from ray_jobs.engine.frames import FrameSource
-from ray_jobs.engine.position import START
 from ray_jobs.engine.preflight_data import choose_episodes, open_dataset
 from ray_jobs.engine.resolve import resolve
-from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.search.plan import read_command
 from ray_jobs.search.spaces import read_spaces
 from ray_jobs.storage import bucket
@@ -345,7 +345,7 @@ def test_a_search_does_not_stream(parts, tmp_path):
 
 
 def test_without_ffmpeg_it_says_so(monkeypatch, tmp_path):
-    from ray_jobs.engine import ffmpeg
+    from ray_jobs.data import ffmpeg
 
     monkeypatch.setattr(ffmpeg, "link", lambda folder: None)
     monkeypatch.setattr(ffmpeg, "links_folder", lambda: tmp_path)

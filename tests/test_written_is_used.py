@@ -10,7 +10,8 @@ from conftest import tiny_act, tiny_diffusion
 from test_data import make
 from test_loop import wandb_runs
 
-from ray_jobs.engine import data, loop, preflight
+from ray_jobs.data import dataset
+from ray_jobs.engine import loop, preflight
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.engine.tracking import save_options
 from ray_jobs.storage.records import read_json
@@ -59,8 +60,8 @@ class Used:
             self._watch(
                 patch, loop, "make_optimizer_and_scheduler", "built", lambda args, made: (args[1], *made)
             )
-            self._watch(patch, data, "EpisodeAwareSampler", "sampler", lambda args, made: made)
-            self._watch(patch, data, "FrameReader", "reader", lambda args, made: made)
+            self._watch(patch, dataset, "EpisodeAwareSampler", "sampler", lambda args, made: made)
+            self._watch(patch, dataset, "FrameReader", "reader", lambda args, made: made)
             self._watch(patch, loop, "make_datasets", "datasets", lambda args, made: made)
             to_device, clip = loop.to_device, loop.clip_gradients
             patch.setattr(

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
 from ray_jobs.config.errors import InputError, RunError, first_line
-from ray_jobs.engine.position import Position
+from ray_jobs.data.position import Position
 from ray_jobs.storage import git_lfs
 from ray_jobs.storage.hub import offline
 from ray_jobs.storage.trust import check_processor, read_json

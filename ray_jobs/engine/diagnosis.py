@@ -19,10 +19,10 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import quantiles
+from ray_jobs.data import quantiles
+from ray_jobs.data.dataset_cache import own_metadata
 from ray_jobs.engine.dataset_files import fault_of, metadata_faults
 from ray_jobs.engine.dataset_options import DatasetOptions
-from ray_jobs.engine.opened import own_metadata
 from ray_jobs.engine.preflight import check_features
 from ray_jobs.engine.preflight_columns import check_tables, tasks_unread
 from ray_jobs.engine.preflight_data import (

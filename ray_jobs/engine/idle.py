@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lerobot.datasets import LeRobotDatasetMetadata
 
-from ray_jobs.engine.frame_reader import FrameReader
+from ray_jobs.data.reader import FrameReader
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe

@@ -29,8 +29,8 @@ from torch.distributed.tensor import DTensor
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError, first_line
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import assets, checkpoint, kernels, parallel, quantiles
-from ray_jobs.engine.data import (
+from ray_jobs.data import quantiles
+from ray_jobs.data.dataset import (
     make_datasets,
     open_all_frames,
     reads_in_a_thread,
@@ -38,16 +38,17 @@ from ray_jobs.engine.data import (
     to_device,
     training_batches,
 )
-from ray_jobs.engine.frame_cache import FrameCache
-from ray_jobs.engine.frames import add_resize_step
+from ray_jobs.data.frame_cache import FrameCache
+from ray_jobs.data.frames import add_resize_step
+from ray_jobs.data.position import START, Position
+from ray_jobs.data.stream import make_streamed_datasets, streamed_batches
+from ray_jobs.engine import assets, checkpoint, kernels, parallel
 from ray_jobs.engine.memory import MAIN, main_memory
 from ray_jobs.engine.meters import Scores, Window, check_validation
 from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.policy import OF_TEXTS, build, make_processors
-from ray_jobs.engine.position import START, Position
 from ray_jobs.engine.simulator import ClosedLoop
 from ray_jobs.engine.stop_flag import StopFlag
-from ray_jobs.engine.stream_data import make_streamed_datasets, streamed_batches
 from ray_jobs.engine.tracking import Tracker
 from ray_jobs.storage import bucket
 from ray_jobs.storage.records import read_metrics

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ray_jobs.config.errors import InputError, RunError, first_line
 from ray_jobs.config.options import RayOptions
-from ray_jobs.engine.position import Shards
+from ray_jobs.data.position import Shards
 from ray_jobs.policies.facts import facts_of
 
 

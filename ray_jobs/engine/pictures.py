@@ -10,7 +10,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 
-from ray_jobs.engine.data import to_device
+from ray_jobs.data.dataset import to_device
 from ray_jobs.engine.objective import Validation
 
 matplotlib.use("Agg")

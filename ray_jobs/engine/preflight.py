@@ -28,10 +28,11 @@ from safetensors import SafetensorError, safe_open
 
 from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import assets, idle, preflight_stream, quantiles, resume
+from ray_jobs.data import quantiles
+from ray_jobs.data.dataset_cache import once, own_metadata
+from ray_jobs.engine import assets, idle, preflight_stream, resume
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import check_scored, chunk_length, units
-from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.policy import outline, with_features
 from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.engine.preflight_data import (

@@ -6,10 +6,10 @@ from lerobot.datasets import LeRobotDatasetMetadata
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import ffmpeg, quantiles
-from ray_jobs.engine.frame_cache import default_folder, gigabytes
-from ray_jobs.engine.frames import frame_shape
-from ray_jobs.engine.stream_data import shuffle_buffer, split_episodes
+from ray_jobs.data import ffmpeg, quantiles
+from ray_jobs.data.frame_cache import default_folder, gigabytes
+from ray_jobs.data.frames import frame_shape
+from ray_jobs.data.stream import shuffle_buffer, split_episodes
 from ray_jobs.storage import bucket
 
 FLAG = "--data.source=stream"

@@ -23,9 +23,10 @@ from ray.data.datasource import LeRobotDatasource, ReadTask
 
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import checkpoint, ffmpeg
-from ray_jobs.engine.frames import resized
-from ray_jobs.engine.stream_data import make_streamed, shuffle_buffer
+from ray_jobs.data import ffmpeg
+from ray_jobs.data.frames import resized
+from ray_jobs.data.stream import make_streamed, shuffle_buffer
+from ray_jobs.engine import checkpoint
 from ray_jobs.storage import bucket
 
 PREFETCHED_BATCHES = 2

@@ -20,15 +20,16 @@ from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import assets, kernels, parallel, preflight, quantiles
+from ray_jobs.data import quantiles
+from ray_jobs.data.dataset import make_datasets
+from ray_jobs.data.dataset_cache import once, own_metadata
+from ray_jobs.data.frame_cache import open_frames
+from ray_jobs.data.reader import FrameReader
+from ray_jobs.engine import assets, kernels, parallel, preflight
 from ray_jobs.engine.command_line import asked_device, parse_options, split_flags
-from ray_jobs.engine.data import make_datasets
 from ray_jobs.engine.explain import parse
 from ray_jobs.engine.flags import as_arguments
-from ray_jobs.engine.frame_cache import open_frames
-from ray_jobs.engine.frame_reader import FrameReader
 from ray_jobs.engine.objective import Validation, chunk_length
-from ray_jobs.engine.opened import once, own_metadata
 from ray_jobs.engine.pictures import Replay, joint_names, replay
 from ray_jobs.engine.policy import check_loaded, loading, make_processors
 from ray_jobs.engine.preflight_data import (

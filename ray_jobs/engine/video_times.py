@@ -8,7 +8,7 @@ import av
 import numpy as np
 from lerobot.datasets import LeRobotDatasetMetadata
 
-from ray_jobs.engine.frames import frame_shape
+from ray_jobs.data.frames import frame_shape
 
 if TYPE_CHECKING:
     from ray_jobs.engine.diagnosis import Diagnosis

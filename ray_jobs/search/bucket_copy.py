@@ -20,7 +20,7 @@ from optuna.study import Study
 
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.options import OPTIONS_FILE
-from ray_jobs.engine.frame_cache import default_folder
+from ray_jobs.data.frame_cache import default_folder
 from ray_jobs.search.files import (
     A_TRIAL,
     BEST_DIR,

@@ -94,10 +94,10 @@ def _on_a_few_episodes(recipe: "Recipe", folder: Path) -> tuple[float, Callable[
         Seconds to decode the rest, and what a step takes by what is logged of it: reading is part of that where nothing is
         read ahead out of a cache.
     """
-    from ray_jobs.engine.data import make_datasets
-    from ray_jobs.engine.frame_cache import FrameCache, default_folder, why_not
-    from ray_jobs.engine.frame_reader import FrameReader
-    from ray_jobs.engine.frames import FrameSource
+    from ray_jobs.data.dataset import make_datasets
+    from ray_jobs.data.frame_cache import FrameCache, default_folder, why_not
+    from ray_jobs.data.frames import FrameSource
+    from ray_jobs.data.reader import FrameReader
 
     cfg, data = recipe.lerobot, recipe.options.data
     validations = cfg.steps // recipe.eval_steps if recipe.eval_steps else 0

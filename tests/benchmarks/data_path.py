@@ -32,8 +32,8 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig  
 from torch.utils.data import DataLoader  # noqa: E402
 
 from ray_jobs.config.options import DataOptions  # noqa: E402
-from ray_jobs.engine.data import training_batches  # noqa: E402
-from ray_jobs.engine.frame_cache import open_frames  # noqa: E402
+from ray_jobs.data.dataset import training_batches  # noqa: E402
+from ray_jobs.data.frame_cache import open_frames  # noqa: E402
 
 BATCH = 8
 POLICIES = {

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset
 
-from ray_jobs.engine.columns import columns_of
-from ray_jobs.engine.frame_cache import FrameCache, can_cache
-from ray_jobs.engine.frames import FrameSource
+from ray_jobs.data.columns import columns_of
+from ray_jobs.data.frame_cache import FrameCache, can_cache
+from ray_jobs.data.frames import FrameSource
 
 
 class FrameReader:

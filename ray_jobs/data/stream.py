@@ -18,7 +18,7 @@ from lerobot.utils.constants import IMAGENET_STATS
 
 from ray_jobs.config.errors import RunError
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine.frames import frame_shape, set_frame_size
+from ray_jobs.data.frames import frame_shape, set_frame_size
 from ray_jobs.storage import bucket
 
 BUFFER_BYTES = 2**30  # of decoded samples that a worker shuffles among, unless told otherwise

@@ -20,9 +20,9 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from ray_jobs.config.errors import RunError
 from ray_jobs.config.options import DataOptions
 from ray_jobs.config.units import duration, gigabytes
-from ray_jobs.engine.columns import cached_columns
-from ray_jobs.engine.frame_store import Entry, entry_folder, fingerprint, open_entry
-from ray_jobs.engine.frames import FrameSource, NoFrame, frame_shape
+from ray_jobs.data.columns import cached_columns
+from ray_jobs.data.frame_store import Entry, entry_folder, fingerprint, open_entry
+from ray_jobs.data.frames import FrameSource, NoFrame, frame_shape
 from ray_jobs.storage.cache_folder import default_folder, free_bytes
 
 TELL_EVERY_S = 15

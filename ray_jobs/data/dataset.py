@@ -30,12 +30,12 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from ray_jobs.config.errors import RunError
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine.columns import check_rows
-from ray_jobs.engine.frame_cache import FrameCache, open_frames
-from ray_jobs.engine.frame_reader import FrameReader
-from ray_jobs.engine.frames import FrameSource, set_frame_size
-from ray_jobs.engine.opened import for_policy, once
-from ray_jobs.engine.position import START, Position, Shards
+from ray_jobs.data.columns import check_rows
+from ray_jobs.data.dataset_cache import for_policy, once
+from ray_jobs.data.frame_cache import FrameCache, open_frames
+from ray_jobs.data.frames import FrameSource, set_frame_size
+from ray_jobs.data.position import START, Position, Shards
+from ray_jobs.data.reader import FrameReader
 
 PREFETCHED = 2  # times what is handed over at once
 HANDED_OVER_BYTES = 2**22  # from the prefetching thread, at a time
