@@ -17,8 +17,8 @@ from ray_jobs.engine.command import LOOKED_INTO, check_command, check_episodes_o
 from ray_jobs.engine.command_line import is_on, read_flags
 from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
 from ray_jobs.engine.dataset_files import metadata_faults, missing_files
-from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.policies.facts import facts_of
+from ray_jobs.policies.lean_imports import unneeded, without
 from ray_jobs.storage.records import json_text
 
 DEFAULT_POLICY = "act"  # that is measured if none is named

@@ -177,8 +177,8 @@ def _merge(source: Path, target: Path, assets_dir: Path) -> None:
     from peft import PeftModel
     from safetensors.torch import save_model
 
-    from ray_jobs.engine import assets
-    from ray_jobs.engine.policy import check_loaded, loading
+    from ray_jobs.policies import assets
+    from ray_jobs.policies.build import check_loaded, loading
 
     config = PreTrainedConfig.from_pretrained(source)
     base = _read(source / "adapter_config.json")["base_model_name_or_path"]

@@ -21,9 +21,9 @@ from ray_jobs.engine import cluster
 from ray_jobs.engine.command import check_command, help_of_training
 from ray_jobs.engine.command_line import asks_to_resume, parse_options, read_flags
 from ray_jobs.engine.console import Display, doing, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.imports import unneeded, without
 from ray_jobs.engine.interruption import interrupt, on_interruption
 from ray_jobs.engine.workers import only_driver, refuse_busy
+from ray_jobs.policies.lean_imports import unneeded, without
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe

@@ -22,9 +22,9 @@ from ray_jobs.config.errors import INTERRUPTED, InputError, RunError, StorageLos
 from ray_jobs.engine import cluster, surroundings
 from ray_jobs.engine.command_line import asks_to_resume, read_flags
 from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.imports import without
 from ray_jobs.engine.line import open_line
 from ray_jobs.engine.workers import only_driver, refuse_busy
+from ray_jobs.policies.lean_imports import without
 from ray_jobs.search import new_space
 from ray_jobs.search.command import check_search
 from ray_jobs.search.files import read_begun

@@ -103,7 +103,7 @@ def no_network(monkeypatch, tmp_path) -> list[str]:
     """An empty Hub cache, and every look-up of a host's name noted (in the list) and refused."""
     from huggingface_hub import constants
 
-    from ray_jobs.engine import assets
+    from ray_jobs.policies import assets
 
     hosts = []
 

@@ -8,7 +8,7 @@ from torch.nn.functional import mse_loss
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
-from ray_jobs.engine.kernels import drop_quickly, fuse, speed_up
+from ray_jobs.policies.kernels import drop_quickly, fuse, speed_up
 
 
 def backbone() -> torch.nn.Module:

@@ -25,8 +25,9 @@ from ray_jobs import export
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset import FrameReader
-from ray_jobs.engine import assets, loop, memory, preflight
+from ray_jobs.engine import loop, memory, preflight
 from ray_jobs.engine.resolve import resolve
+from ray_jobs.policies import assets
 from ray_jobs.storage.records import read_json, read_metrics
 
 LORA = ["--peft.method_type=LORA", "--peft.r=4"]

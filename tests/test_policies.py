@@ -15,7 +15,7 @@ from safetensors.torch import load_file, load_model
 from test_parity import LEROBOT_TRAIN, OUR_LOOP, assert_same_training, run_script
 from vla import ALL, LARGE, acting, lerobots_environment, record_frames, tiny
 
-from ray_jobs.engine import assets
+from ray_jobs.policies import assets
 from ray_jobs.storage.records import read_json, read_metrics
 
 WEIGHTS = "pretrained_model/model.safetensors"

@@ -142,7 +142,7 @@ def save_base(policy: str, folder: Path, real: Path, models: Path, cameras: tupl
     from lerobot.utils.constants import OBS_IMAGES
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
-    from ray_jobs.engine import assets
+    from ray_jobs.policies import assets
 
     flags = [f.replace("--policy.", "--") for f in tiny(policy, real, folder, models) if "--policy." in f]
     flags = [f for f in flags if not f.startswith("--type")]

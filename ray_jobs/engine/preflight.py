@@ -30,10 +30,9 @@ from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset_cache import once, own_metadata
-from ray_jobs.engine import assets, idle, preflight_stream, resume
+from ray_jobs.engine import idle, preflight_stream, resume
 from ray_jobs.engine.memory import estimate
 from ray_jobs.engine.objective import check_scored, chunk_length, units
-from ray_jobs.engine.policy import outline, with_features
 from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.engine.preflight_data import (
     check_files,
@@ -50,6 +49,8 @@ from ray_jobs.engine.preflight_policy import check_rewards, check_type
 from ray_jobs.engine.simulator import SimulatorOptions, check_eval
 from ray_jobs.engine.simulator import check as check_simulator
 from ray_jobs.engine.tracking import check_wandb
+from ray_jobs.policies import assets
+from ray_jobs.policies.build import outline, with_features
 from ray_jobs.policies.facts import facts_of
 from ray_jobs.storage import git_lfs, mirror
 from ray_jobs.storage.bucket import is_uri

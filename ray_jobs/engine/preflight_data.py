@@ -25,8 +25,8 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.data.frames import frame_shape, set_frame_size
 from ray_jobs.data.stream import split_episodes
 from ray_jobs.engine.dataset_files import metadata_faults, missing_files, refuse, wrong_episodes
-from ray_jobs.engine.policy import with_features
 from ray_jobs.engine.preflight_columns import check_metadata, check_tables
+from ray_jobs.policies.build import with_features
 from ray_jobs.storage import bucket
 from ray_jobs.storage.hub import hub_answer, hub_or_cache
 

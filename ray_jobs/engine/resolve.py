@@ -20,7 +20,7 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.options import ASKED, OPTIONS_FILE, Options, at_least
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import assets, resume
+from ray_jobs.engine import resume
 from ray_jobs.engine.checkpoint import checkpoint_steps, last_checkpoint
 from ray_jobs.engine.checkpoint import fault as checkpoint_fault
 from ray_jobs.engine.command_line import asked_device, asks_to_resume, parse_options, read_flags, split_flags
@@ -34,6 +34,7 @@ from ray_jobs.engine.flags import (
 )
 from ray_jobs.engine.output_dir import RUN, check_output_dir
 from ray_jobs.engine.translations import translate
+from ray_jobs.policies import assets
 from ray_jobs.storage import mirror
 from ray_jobs.storage.bucket import check_address, is_uri
 from ray_jobs.storage.hub import hub_or_cache

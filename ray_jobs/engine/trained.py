@@ -25,13 +25,12 @@ from ray_jobs.data.dataset import make_datasets
 from ray_jobs.data.dataset_cache import once, own_metadata
 from ray_jobs.data.frame_cache import open_frames
 from ray_jobs.data.reader import FrameReader
-from ray_jobs.engine import assets, kernels, parallel, preflight
+from ray_jobs.engine import parallel, preflight
 from ray_jobs.engine.command_line import asked_device, parse_options, split_flags
 from ray_jobs.engine.explain import parse
 from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.objective import Validation, chunk_length
 from ray_jobs.engine.pictures import Replay, joint_names, replay
-from ray_jobs.engine.policy import check_loaded, loading, make_processors
 from ray_jobs.engine.preflight_data import (
     check_episodes,
     check_files,
@@ -39,6 +38,8 @@ from ray_jobs.engine.preflight_data import (
     choose_episodes,
     open_dataset,
 )
+from ray_jobs.policies import assets, kernels
+from ray_jobs.policies.build import check_loaded, loading, make_processors
 from ray_jobs.storage import bucket
 from ray_jobs.storage.records import METRIC, Damaged, read_json, read_metrics, read_summary
 

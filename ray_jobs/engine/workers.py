@@ -17,7 +17,7 @@ from ray_jobs.cluster import ray_internals
 from ray_jobs.config.errors import PREEMPTED, InputError, RunError
 from ray_jobs.engine import surroundings
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.imports import without
+from ray_jobs.policies.lean_imports import without
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe

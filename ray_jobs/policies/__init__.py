@@ -1,1 +1,1 @@
-"""What depends on which policy it is."""
+"""All that depends on which policy it is, and only that."""

@@ -6,8 +6,8 @@ from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.flag_table import flags_of
 from ray_jobs.engine.command import check_command
 from ray_jobs.engine.command_line import asks_to_resume
-from ray_jobs.engine.imports import unneeded
 from ray_jobs.policies.facts import why_unscored
+from ray_jobs.policies.lean_imports import unneeded
 from ray_jobs.search.files import SEARCH_FILE
 from ray_jobs.search.options import SearchFlags, parse_search_flags
 from ray_jobs.search.space import Space

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.imports import without
+from ray_jobs.policies.lean_imports import without
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDataset

@@ -30,8 +30,8 @@ from ray_jobs.config.options import OPTIONS_FILE
 from ray_jobs.engine import surroundings
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import no_garbage_collection, quiet
-from ray_jobs.engine.imports import without
 from ray_jobs.engine.workers import ERROR_LOG
+from ray_jobs.policies.lean_imports import without
 from ray_jobs.search.files import trial_place
 from ray_jobs.storage.records import METRIC, read_metrics, read_summary
 
