@@ -35,8 +35,8 @@ from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.simulator import SimulatorOptions
     from ray_jobs.engine.trained import Trained
+    from ray_jobs.training.simulator import SimulatorOptions
 
 GROUPS = ("dataset.", "data.", "env.", "eval.", "ray.", "assets.")
 FLAGS = ("rename_map", "max_eval_samples", "seed", "policy.device", "tolerance_s", "num_workers")
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
         policies.append(trained_module.open_trained(name, folder, flags))
         policies[-1].fetch = fetch
     if simulator:
-        from ray_jobs.engine.simulator import SimulatorOptions, check
+        from ray_jobs.training.simulator import SimulatorOptions, check
 
         for one in policies:
             cfg = one.recipe.lerobot
@@ -139,7 +139,7 @@ def _simulator(flags: dict[str, str]) -> "SimulatorOptions":
 
     import ray_jobs.part_sorting  # noqa: F401  (registers --env.type=part_sorting)
     from ray_jobs.engine.explain import parse
-    from ray_jobs.engine.simulator import SimulatorOptions, check_eval
+    from ray_jobs.training.simulator import SimulatorOptions, check_eval
 
     if "env.type" not in flags:
         name = next(name for name in flags if name.startswith("env."))
@@ -162,10 +162,10 @@ def _new_folder(parent: Path) -> Path:
 
 def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
     """`pretrained_model` folders by a short name, each with what has brought it here, if it lies in a bucket."""
-    from ray_jobs.engine.checkpoint import pretrained_dir
     from ray_jobs.search.bucket_copy import bring
     from ray_jobs.search.trial import ranked_checkpoint
     from ray_jobs.storage.bucket import is_uri
+    from ray_jobs.training.checkpoint import pretrained_dir
 
     found = {}
     words = listed(checkpoint)
@@ -223,7 +223,7 @@ def _evaluate(
 
 def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", folder: Path) -> dict:
     from ray_jobs.engine import rollouts
-    from ray_jobs.engine.simulator import success
+    from ray_jobs.training.simulator import success
 
     workers = int(flags["ray.num_workers"]) if "ray.num_workers" in flags else None
     if workers != 0:

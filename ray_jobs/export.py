@@ -58,8 +58,8 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--checkpoint={source}: there is no checkpoint, nor such a folder.")
     check_output_dir(target)
     doing("importing LeRobot")
-    from ray_jobs.engine.checkpoint import pretrained_dir
     from ray_jobs.storage.bucket import local_folder
+    from ray_jobs.training.checkpoint import pretrained_dir
 
     source, target = (local_folder(flags[name], name) for name in ("checkpoint", "output_dir"))
     source = pretrained_dir(source)

@@ -142,7 +142,7 @@ class Soak:
 
     def look(self) -> None:
         """See that every checkpoint that can be seen is whole."""
-        from ray_jobs.engine import checkpoint
+        from ray_jobs.training import checkpoint
 
         runs = [self.run, *self.run.glob("trials/*")]
         for run in runs:

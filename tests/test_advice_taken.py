@@ -16,15 +16,16 @@ from vla import tiny
 from ray_jobs import doctor, train
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import OPTIONS_FILE
-from ray_jobs.engine import cluster, preflight, tracking
+from ray_jobs.engine import cluster, preflight
 from ray_jobs.engine.command_line import read_flags
 from ray_jobs.engine.console import Display
-from ray_jobs.engine.memory import Memory
 from ray_jobs.engine.output_dir import RUN, check_output_dir
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.policies import assets
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.storage import mirror
+from ray_jobs.training import tracking
+from ray_jobs.training.memory import Memory
 
 
 def check(*flags: str) -> None:
@@ -206,7 +207,7 @@ def test_renaming_is_advised_where_lerobot_renames(parts, tmp_path):
     from lerobot.policies.act.configuration_act import ACTConfig
 
     import ray_jobs.part_sorting  # noqa: F401
-    from ray_jobs.engine import simulator
+    from ray_jobs.training import simulator
 
     env = EnvConfig.get_choice_class("part_sorting")()
     options = simulator.SimulatorOptions(env)

@@ -27,7 +27,8 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from ray_jobs.config.errors import RunError
-from ray_jobs.engine import checkpoint, workers
+from ray_jobs.engine import workers
+from ray_jobs.training import checkpoint
 
 FILE = ROOT / "cluster.yaml"
 

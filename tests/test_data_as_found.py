@@ -28,9 +28,10 @@ from ray_jobs.config.options import DataOptions
 from ray_jobs.data.dataset import FrameReader
 from ray_jobs.data.frame_cache import open_frames
 from ray_jobs.data.frames import FrameSource, NoFrame
-from ray_jobs.engine import dataset_files, memory, preflight
-from ray_jobs.engine.checkpoint import pretrained_dir
+from ray_jobs.engine import dataset_files, preflight
 from ray_jobs.engine.resolve import resolve
+from ray_jobs.training import memory
+from ray_jobs.training.checkpoint import pretrained_dir
 
 TOP, SIDE = "observation.images.top", "observation.images.side"
 LENGTHS = [30, 25, 40]
@@ -452,7 +453,7 @@ def test_a_batch_that_no_memory_holds(pictures, tmp_path, monkeypatch):
     check(*flags, *less[0].split())
     recipe = resolve(flags)
     preflight.check(recipe)
-    from ray_jobs.engine import loop
+    from ray_jobs.training import loop
 
     monkeypatch.setattr(loop, "main_memory", lambda: int(recipe.memory.total / 1.5))
     monkeypatch.setattr(memory, "main_memory", lambda: int(recipe.memory.total / 1.5))

@@ -13,11 +13,12 @@ from conftest import stock, tiny_act, tiny_diffusion
 
 from ray_jobs import evaluate
 from ray_jobs.config.errors import InputError, RunError
-from ray_jobs.engine import loop, preflight, rollouts
+from ray_jobs.engine import preflight, rollouts
 from ray_jobs.engine.resolve import resolve
-from ray_jobs.engine.simulator import wilson
-from ray_jobs.engine.tracking import save_options
 from ray_jobs.engine.trained import open_trained
+from ray_jobs.training import loop
+from ray_jobs.training.simulator import wilson
+from ray_jobs.training.tracking import save_options
 
 PLUGIN = "--discover_packages_path=colour_follower"
 FLAGS = {"act": tiny_act, "diffusion": tiny_diffusion}

@@ -16,7 +16,7 @@ from vla import ALL, acting, record_frames, tiny
 
 from ray_jobs import export
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.checkpoint import pretrained_dir
+from ray_jobs.training.checkpoint import pretrained_dir
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from test_faults import Run
 from test_storage import Bucket, fsspec
 from test_tune import space_file
 
-from ray_jobs.engine import checkpoint
+from ray_jobs.training import checkpoint
 
 pytestmark = pytest.mark.slow
 SPACE = {

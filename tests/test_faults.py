@@ -24,8 +24,8 @@ from conftest import PATIENCE, ROOT, free_port, job, tiny_act
 
 from ray_jobs import train, tune
 from ray_jobs.config.errors import InputError, RunError
-from ray_jobs.engine import checkpoint
 from ray_jobs.engine.interruption import ONE_S
+from ray_jobs.training import checkpoint
 
 STEPS = ("--steps=40", "--save_freq=10")
 WEIGHTS = "checkpoints/000040/pretrained_model/model.safetensors"

@@ -25,10 +25,11 @@ from ray_jobs import export
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset import FrameReader
-from ray_jobs.engine import loop, memory, preflight
+from ray_jobs.engine import preflight
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.policies import assets
 from ray_jobs.storage.records import read_json, read_metrics
+from ray_jobs.training import loop, memory
 
 LORA = ["--peft.method_type=LORA", "--peft.r=4"]
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
@@ -404,7 +405,7 @@ TURNS = """
 import json, os, sys, time
 import torch
 from ray_jobs.config.errors import RunError
-from ray_jobs.engine.parallel import in_turns
+from ray_jobs.training.parallel import in_turns
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")

@@ -18,10 +18,11 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
 from ray_jobs.config.errors import RunError
-from ray_jobs.engine import loop, preflight
-from ray_jobs.engine.checkpoint import checkpoint_steps, fault, last_checkpoint
+from ray_jobs.engine import preflight
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.storage.records import read_json, read_metrics
+from ray_jobs.training import loop
+from ray_jobs.training.checkpoint import checkpoint_steps, fault, last_checkpoint
 
 LENGTHS = [23, 17, 9, 20]
 TIMES = ("train/step_s", "train/data_s", "train/samples_per_s")

@@ -27,7 +27,7 @@ from test_fault_table import SPACE
 from test_faults import Run, nothing_is_left
 from test_tune import space_file
 
-from ray_jobs.engine import checkpoint
+from ray_jobs.training import checkpoint
 
 pytestmark = pytest.mark.slow
 LOST_EARLY = "a worker was lost while they started"

@@ -14,9 +14,9 @@ from test_data import make
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.data.dataset import make_datasets
-from ray_jobs.engine.loop import make_processors
-from ray_jobs.engine.objective import Validation
 from ray_jobs.engine.resolve import resolve
+from ray_jobs.training.loop import make_processors
+from ray_jobs.training.validation import Validation
 
 HELD_OUT = [0, 2]
 SCORES = ("val/loss", "val/action_error", "val/action_error_raw")

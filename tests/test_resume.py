@@ -11,10 +11,11 @@ from conftest import tiny_act, tiny_diffusion, train_in_process
 from test_data import make
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine import loop, preflight
+from ray_jobs.engine import preflight
 from ray_jobs.engine.resolve import resolve
-from ray_jobs.engine.tracking import save_options
 from ray_jobs.storage.records import read_json, read_metrics
+from ray_jobs.training import loop
+from ray_jobs.training.tracking import save_options
 
 LENGTHS = [23, 17, 9, 20]
 CONFIG = "pretrained_model/train_config.json"

@@ -11,10 +11,11 @@ from test_data import make
 from test_loop import wandb_runs
 
 from ray_jobs.data import dataset
-from ray_jobs.engine import loop, preflight
+from ray_jobs.engine import preflight
 from ray_jobs.engine.resolve import resolve
-from ray_jobs.engine.tracking import save_options
 from ray_jobs.storage.records import read_json
+from ray_jobs.training import loop
+from ray_jobs.training.tracking import save_options
 
 STEPS = 3
 ACT = (

@@ -12,7 +12,7 @@ import ray_jobs.part_sorting  # noqa: F401  (registers --env.type=part_sorting)
 from ray_jobs.config.options import Options
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.memory import Memory
+    from ray_jobs.training.memory import Memory
 
 
 @dataclass

@@ -14,9 +14,9 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.data.frame_cache import FrameCache, default_folder
 from ray_jobs.data.frames import FrameSource
 from ray_jobs.data.reader import FrameReader
-from ray_jobs.engine import loop
 from ray_jobs.engine.dataset_options import DatasetOptions
 from ray_jobs.storage.cache_folder import free_bytes
+from ray_jobs.training import loop
 
 SECONDS = 2  # per figure
 STEPS, MOST_STEPS = 4, 200  # of which the first warms up; as many as fit into twice the time

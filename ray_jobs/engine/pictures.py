@@ -11,7 +11,7 @@ from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 
 from ray_jobs.data.dataset import to_device
-from ray_jobs.engine.objective import Validation
+from ray_jobs.training.validation import Validation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

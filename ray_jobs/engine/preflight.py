@@ -31,8 +31,6 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset_cache import once, own_metadata
 from ray_jobs.engine import idle, preflight_stream, resume
-from ray_jobs.engine.memory import estimate
-from ray_jobs.engine.objective import check_scored, chunk_length, units
 from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.engine.preflight_data import (
     check_files,
@@ -46,9 +44,6 @@ from ray_jobs.engine.preflight_data import (
     where_it_is,
 )
 from ray_jobs.engine.preflight_policy import check_rewards, check_type
-from ray_jobs.engine.simulator import SimulatorOptions, check_eval
-from ray_jobs.engine.simulator import check as check_simulator
-from ray_jobs.engine.tracking import check_wandb
 from ray_jobs.policies import assets
 from ray_jobs.policies.build import outline, with_features
 from ray_jobs.policies.facts import facts_of
@@ -57,6 +52,11 @@ from ray_jobs.storage.bucket import is_uri
 from ray_jobs.storage.hub import HUB_WAIT_S
 from ray_jobs.storage.retry import may_pass
 from ray_jobs.storage.trust import check_processor, read_json
+from ray_jobs.training.memory import estimate
+from ray_jobs.training.simulator import SimulatorOptions, check_eval
+from ray_jobs.training.simulator import check as check_simulator
+from ray_jobs.training.tracking import check_wandb
+from ray_jobs.training.validation import check_scored, chunk_length, units
 
 NAMED_TENSORS = 20  # of those that do not fit
 

@@ -21,8 +21,6 @@ from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.options import ASKED, OPTIONS_FILE, Options, at_least
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import resume
-from ray_jobs.engine.checkpoint import checkpoint_steps, last_checkpoint
-from ray_jobs.engine.checkpoint import fault as checkpoint_fault
 from ray_jobs.engine.command_line import asked_device, asks_to_resume, parse_options, read_flags, split_flags
 from ray_jobs.engine.explain import parse
 from ray_jobs.engine.flags import (
@@ -39,6 +37,8 @@ from ray_jobs.storage import mirror
 from ray_jobs.storage.bucket import check_address, is_uri
 from ray_jobs.storage.hub import hub_or_cache
 from ray_jobs.storage.trust import check_links, read_json
+from ray_jobs.training.checkpoint import checkpoint_steps, last_checkpoint
+from ray_jobs.training.checkpoint import fault as checkpoint_fault
 
 
 def resolve(argv: Sequence[str]) -> Recipe:

@@ -16,9 +16,9 @@ from lerobot.utils.constants import (
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data.position import SAMPLER, Position
-from ray_jobs.engine import checkpoint
 from ray_jobs.storage.records import read_metrics
 from ray_jobs.storage.trust import read_json
+from ray_jobs.training import checkpoint
 
 
 def check(recipe: "Recipe") -> None:

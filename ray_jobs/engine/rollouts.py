@@ -47,9 +47,9 @@ def run(
 def _in_this_process(trained, options, batches: list, videos: int) -> Iterator[list[dict]]:
     import torch
 
-    from ray_jobs.engine import parallel
-    from ray_jobs.engine.simulator import Simulator
     from ray_jobs.engine.trained import load
+    from ray_jobs.training import parallel
+    from ray_jobs.training.simulator import Simulator
 
     policy, before, after = load(trained, env=options.env)
     accelerator = parallel.make_accelerator(trained.recipe.lerobot, trained.recipe.options.ray)

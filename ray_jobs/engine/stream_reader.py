@@ -26,8 +26,8 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import ffmpeg
 from ray_jobs.data.frames import resized
 from ray_jobs.data.stream import make_streamed, shuffle_buffer
-from ray_jobs.engine import checkpoint
 from ray_jobs.storage import bucket
+from ray_jobs.training import checkpoint
 
 PREFETCHED_BATCHES = 2
 DTYPES = {"f": np.float32, "i": np.int64, "u": np.int64}  # what LeRobot makes of numbers

@@ -25,11 +25,10 @@ from ray_jobs.data.dataset import make_datasets
 from ray_jobs.data.dataset_cache import once, own_metadata
 from ray_jobs.data.frame_cache import open_frames
 from ray_jobs.data.reader import FrameReader
-from ray_jobs.engine import parallel, preflight
+from ray_jobs.engine import preflight
 from ray_jobs.engine.command_line import asked_device, parse_options, split_flags
 from ray_jobs.engine.explain import parse
 from ray_jobs.engine.flags import as_arguments
-from ray_jobs.engine.objective import Validation, chunk_length
 from ray_jobs.engine.pictures import Replay, joint_names, replay
 from ray_jobs.engine.preflight_data import (
     check_episodes,
@@ -42,6 +41,8 @@ from ray_jobs.policies import assets, kernels
 from ray_jobs.policies.build import check_loaded, loading, make_processors
 from ray_jobs.storage import bucket
 from ray_jobs.storage.records import METRIC, Damaged, read_json, read_metrics, read_summary
+from ray_jobs.training import parallel
+from ray_jobs.training.validation import Validation, chunk_length
 
 PREDICTIONS = 50  # that are timed
 OF_THE_DATA = (

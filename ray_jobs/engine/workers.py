@@ -45,7 +45,7 @@ def work(config: dict) -> None:
         import torch
         from ray.train.torch import get_device
 
-        import ray_jobs.engine.loop  # noqa: F401
+        import ray_jobs.training.loop  # noqa: F401
         from ray_jobs.engine import watchdog
         from ray_jobs.engine.faults import Preempted, comes_again
 
@@ -188,11 +188,11 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
     """The training loop; on the main rank with the run's folder locked, and copied to its bucket if it has one."""
     from lerobot.configs.parser import load_plugin
 
-    from ray_jobs.engine import loop
     from ray_jobs.engine.faults import in_plain_words
-    from ray_jobs.engine.tracking import save_options
     from ray_jobs.storage.mirror import pull
     from ray_jobs.storage.retry import patiently, storage_may_return
+    from ray_jobs.training import loop
+    from ray_jobs.training.tracking import save_options
 
     report = how["report"]
 

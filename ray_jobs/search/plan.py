@@ -16,7 +16,6 @@ from ray_jobs.config.errors import InputError, StorageError, StorageFull
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.engine import preflight
 from ray_jobs.engine.command_line import asks_to_resume, listed, read_flags
-from ray_jobs.engine.objective import chunk_length
 from ray_jobs.engine.output_dir import check_output_dir
 from ray_jobs.engine.preflight_data import open_dataset
 from ray_jobs.engine.resolve import resolve
@@ -31,6 +30,7 @@ from ray_jobs.storage import mirror
 from ray_jobs.storage.bucket import is_uri
 from ray_jobs.storage.records import SUCCESS, write_json
 from ray_jobs.storage.trust import check_links
+from ray_jobs.training.validation import chunk_length
 
 # Validations of a trial, unless told otherwise; with asha one in three goes on at the first and at the third. Of sixteen
 # trials of a recorded table, the best that is left is then within 2 % of the best in 62 of 100 cases, for 33 % of all steps.

@@ -42,18 +42,18 @@ from ray_jobs.data.frame_cache import FrameCache
 from ray_jobs.data.frames import add_resize_step
 from ray_jobs.data.position import START, Position
 from ray_jobs.data.stream import make_streamed_datasets, streamed_batches
-from ray_jobs.engine import checkpoint, parallel
-from ray_jobs.engine.memory import MAIN, main_memory
-from ray_jobs.engine.meters import Scores, Window, check_validation
-from ray_jobs.engine.objective import Validation
-from ray_jobs.engine.simulator import ClosedLoop
-from ray_jobs.engine.stop_flag import StopFlag
-from ray_jobs.engine.tracking import Tracker
 from ray_jobs.policies import assets, kernels
 from ray_jobs.policies.build import OF_TEXTS, build, make_processors
 from ray_jobs.storage import bucket
 from ray_jobs.storage.records import read_metrics
 from ray_jobs.storage.retry import patiently, storage_may_return
+from ray_jobs.training import checkpoint, parallel
+from ray_jobs.training.memory import MAIN, main_memory
+from ray_jobs.training.metrics import Scores, Window, check_validation
+from ray_jobs.training.simulator import ClosedLoop
+from ray_jobs.training.stop_flag import StopFlag
+from ray_jobs.training.tracking import Tracker
+from ray_jobs.training.validation import Validation
 
 CHECK_EVERY = 200  # steps between looks for NaN where nothing else asks for the loss
 

@@ -16,7 +16,7 @@ from lerobot.optim import AdamConfig, AdamWConfig
 from lerobot.policies import get_policy_class
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
-from ray_jobs.engine.parallel import gathered_kinds
+from ray_jobs.training.parallel import gathered_kinds
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe

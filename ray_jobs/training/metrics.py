@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from ray_jobs.config.errors import RunError
 from ray_jobs.config.options import CheckpointOptions
-from ray_jobs.engine import checkpoint
 from ray_jobs.storage.records import METRIC
+from ray_jobs.training import checkpoint
 
 HELPS = (
     "A lower learning rate or gradient clipping usually helps, unless the data set has NaN (ray_jobs.doctor tells); what "

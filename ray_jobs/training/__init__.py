@@ -1,0 +1,1 @@
+"""A training, its validation and what it leaves: torch, LeRobot and accelerate. Never Ray."""
