@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     resumed = asks_to_resume(flags)
     not_needed = () if resumed else unneeded([flags.get("policy.type", "")], flags)
     with no_garbage_collection(), without(not_needed):
-        from ray_jobs.engine import preflight
+        from ray_jobs.checks import preflight
         from ray_jobs.engine.resolve import resolve
 
     doing("looking over the recipe and the data set")

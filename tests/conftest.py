@@ -168,7 +168,7 @@ def tiny_diffusion(root: Path, output_dir: Path, *more: str) -> list[str]:
 
 def train_in_process(flags: list[str]) -> tuple[dict, list[dict]]:
     """Run the bare loop; returns its summary and the events it reported."""
-    from ray_jobs.engine import preflight
+    from ray_jobs.checks import preflight
     from ray_jobs.engine.resolve import resolve
     from ray_jobs.training import loop
 

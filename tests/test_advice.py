@@ -292,14 +292,14 @@ def test_extras_of_policies():
     """Those that are advised where a policy's packages are missing are found in LeRobot's sources."""
     from lerobot.configs.policies import PreTrainedConfig
 
-    from ray_jobs.engine import preflight_policy
+    from ray_jobs.checks import policy
 
     extras = importlib.metadata.metadata("lerobot").get_all("Provides-Extra")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight_policy, "is_package_available", lambda *names: False)
+        patch.setattr(policy, "is_package_available", lambda *names: False)
         for kind in PreTrainedConfig.get_known_choices().values():
             if kind.__module__.startswith("lerobot."):
-                advised = preflight_policy.missing_packages(kind.__new__(kind))
+                advised = policy.missing_packages(kind.__new__(kind))
                 assert set(advised.values()) <= set(extras), (kind, advised)
 
 

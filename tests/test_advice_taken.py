@@ -14,12 +14,13 @@ from test_advice import other_programs, parse_other
 from vla import tiny
 
 from ray_jobs import doctor, train
+from ray_jobs.checks import preflight
+from ray_jobs.checks.output_dir import RUN, check_output_dir
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import OPTIONS_FILE
-from ray_jobs.engine import cluster, preflight
+from ray_jobs.engine import cluster
 from ray_jobs.engine.command_line import read_flags
 from ray_jobs.engine.console import Display
-from ray_jobs.engine.output_dir import RUN, check_output_dir
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.policies import assets
 from ray_jobs.search.options import TuneOptions

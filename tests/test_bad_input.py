@@ -20,9 +20,10 @@ import pytest
 from conftest import job, small_disk, tiny_act, tiny_diffusion, train_in_process
 from huggingface_hub import constants
 
+from ray_jobs.checks import preflight
 from ray_jobs.config import recipe
 from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull
-from ray_jobs.engine import cluster, explain, preflight
+from ray_jobs.engine import cluster, explain
 
 STEP = "checkpoints/000002"
 CAMERA = "observation.images.top"

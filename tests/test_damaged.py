@@ -8,8 +8,8 @@ import pytest
 from conftest import tiny_act
 
 from ray_jobs import evaluate, report, tune
+from ray_jobs.checks import preflight
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine import preflight
 from ray_jobs.engine.resolve import resolve
 
 TABLE = "trial,state,val/action_error,best_step,steps,wall_s,baseline,other_seeds,reason,policy.type\n"

@@ -13,9 +13,9 @@ from lerobot.policies import make_policy
 from test_parity import LEROBOT_TRAIN, assert_same_training, run_script
 from vla import _tokenizer
 
+from ray_jobs.checks import preflight
+from ray_jobs.checks.policy import missing_packages
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine import preflight
-from ray_jobs.engine.preflight_policy import missing_packages
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.storage.records import read_metrics
 

@@ -24,8 +24,9 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors import SafetensorError
 
+from ray_jobs.checks import preflight
 from ray_jobs.config.errors import InputError, RunError, StorageLost
-from ray_jobs.engine import driver, faults, preflight
+from ray_jobs.engine import driver, faults
 from ray_jobs.engine import line as line_module
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.console import Display

@@ -22,9 +22,9 @@ from conftest import tiny_act
 from safetensors.torch import save_file
 
 from ray_jobs import evaluate
+from ray_jobs.checks import preflight
 from ray_jobs.config import recipe
 from ray_jobs.config.errors import InputError, RunError
-from ray_jobs.engine import preflight
 from ray_jobs.search.plan import read_command
 from ray_jobs.search.space_file import read_space
 from ray_jobs.storage import bucket

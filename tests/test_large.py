@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 from vla import PLUGIN, save_base, tiny
 
 from ray_jobs import export
+from ray_jobs.checks import preflight
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset import FrameReader
-from ray_jobs.engine import preflight
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.policies import assets
 from ray_jobs.storage.records import read_json, read_metrics

@@ -17,8 +17,8 @@ from test_data import make
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
+from ray_jobs.checks import preflight
 from ray_jobs.config.errors import RunError
-from ray_jobs.engine import preflight
 from ray_jobs.engine.resolve import resolve
 from ray_jobs.storage.records import read_json, read_metrics
 from ray_jobs.training import loop

@@ -5,20 +5,20 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ray_jobs.config import flag_table
-from ray_jobs.config.errors import all_mistakes
-from ray_jobs.config.flag_table import Flag, flags_of
-from ray_jobs.config.options import Options
-from ray_jobs.engine.command_line import asks_to_resume, help_text, parse_options
-from ray_jobs.engine.dataset_files import (
+from ray_jobs.checks.dataset_files import (
     count_episodes,
     metadata_faults,
     missing_files,
     refuse,
     wrong_episodes,
 )
+from ray_jobs.checks.output_dir import RUN, check_output_dir, check_to_resume
+from ray_jobs.config import flag_table
+from ray_jobs.config.errors import all_mistakes
+from ray_jobs.config.flag_table import Flag, flags_of
+from ray_jobs.config.options import Options
+from ray_jobs.engine.command_line import asks_to_resume, help_text, parse_options
 from ray_jobs.engine.flags import check_flags, check_sources
-from ray_jobs.engine.output_dir import RUN, check_output_dir, check_to_resume
 
 EPISODES = ("dataset.episodes", "data.eval_episodes")  # the flags that list some
 SCHEME = "://"  # of a bucket's address

@@ -17,6 +17,7 @@ from lerobot.configs import parser as lerobot_parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
+from ray_jobs.checks.output_dir import RUN, check_output_dir
 from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.options import ASKED, OPTIONS_FILE, Options, at_least
 from ray_jobs.config.recipe import Recipe
@@ -30,7 +31,6 @@ from ray_jobs.engine.flags import (
     check_sources,
     plugins_of,
 )
-from ray_jobs.engine.output_dir import RUN, check_output_dir
 from ray_jobs.engine.translations import translate
 from ray_jobs.policies import assets
 from ray_jobs.storage import mirror

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 
-from ray_jobs.engine.preflight_data import open_dataset
+from ray_jobs.checks.dataset import open_dataset
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.space import PRETRAINED
 from ray_jobs.storage.records import SUCCESS

@@ -53,7 +53,7 @@ def time_a_slot(words: list[str], trials: int, unneeded: tuple[str, ...]) -> Cos
     """
     quiet()
     with no_garbage_collection(), without(unneeded):
-        from ray_jobs.engine import preflight
+        from ray_jobs.checks import preflight
         from ray_jobs.engine.resolve import resolve
 
     with tempfile.TemporaryDirectory(prefix="ray_jobs_timing_") as folder:

@@ -195,7 +195,7 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recip
     Args:
         folder: Of this node, where the trial's run lives.
     """
-    from ray_jobs.engine import preflight
+    from ray_jobs.checks import preflight
     from ray_jobs.engine.resolve import resolve
     from ray_jobs.storage import mirror
     from ray_jobs.storage.bucket import is_uri

@@ -23,8 +23,8 @@ from properties import TABLE, DataSet
 from stock import RECORD, STEPS, flags_for, train_as_stock
 
 from ray_jobs import cache, doctor, evaluate, train
+from ray_jobs.checks.columns import check_kinds
 from ray_jobs.config.errors import InputError, RunError
-from ray_jobs.engine.preflight_columns import check_kinds
 from ray_jobs.storage.records import read_metrics
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other

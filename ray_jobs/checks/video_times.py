@@ -11,7 +11,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from ray_jobs.data.frames import frame_shape
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.diagnosis import Diagnosis
+    from ray_jobs.checks.diagnosis import Diagnosis
 
 GRID_S = 1e-3  # how far from the grid of the frame rate a video's own frames may be: its clock counts in whole ticks
 

@@ -26,13 +26,9 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
-from ray_jobs.config.recipe import Recipe
-from ray_jobs.data import quantiles
-from ray_jobs.data.dataset_cache import once, own_metadata
-from ray_jobs.engine import idle, preflight_stream, resume
-from ray_jobs.engine.preflight_columns import check_kinds
-from ray_jobs.engine.preflight_data import (
+from ray_jobs.checks import idle, stream
+from ray_jobs.checks.columns import check_kinds
+from ray_jobs.checks.dataset import (
     check_files,
     check_resize,
     check_statistics,
@@ -43,7 +39,12 @@ from ray_jobs.engine.preflight_data import (
     unfit,
     where_it_is,
 )
-from ray_jobs.engine.preflight_policy import check_rewards, check_type
+from ray_jobs.checks.policy import check_rewards, check_type
+from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.data import quantiles
+from ray_jobs.data.dataset_cache import once, own_metadata
+from ray_jobs.engine import resume
 from ray_jobs.policies import assets
 from ray_jobs.policies.build import outline, with_features
 from ray_jobs.policies.facts import facts_of
@@ -67,13 +68,13 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
     """
-    preflight_stream.check_flags(recipe)
+    stream.check_flags(recipe)
     dataset, held_out = recipe.lerobot.dataset, recipe.options.data.eval_episodes
     meta = own_metadata(once(dataset, "metadata", lambda: open_dataset(dataset)))
     choose_episodes(recipe, meta)
     chosen = f"files of episodes {dataset.episodes} and {held_out}"
     once(dataset, chosen, lambda: check_files(dataset, meta, held_out))
-    preflight_stream.check_data(recipe, meta)
+    stream.check_data(recipe, meta)
     features, network = check_policy(recipe, meta)
     _simulator(recipe, features)
     _backbone(recipe.lerobot.policy, features, recipe.options.assets.dir)

@@ -20,12 +20,12 @@ from lerobot.utils.constants import (
 )
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
+from ray_jobs.checks.columns import check_metadata, check_tables
+from ray_jobs.checks.dataset_files import metadata_faults, missing_files, refuse, wrong_episodes
 from ray_jobs.config.errors import InputError, all_mistakes, first_line
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data.frames import frame_shape, set_frame_size
 from ray_jobs.data.stream import split_episodes
-from ray_jobs.engine.dataset_files import metadata_faults, missing_files, refuse, wrong_episodes
-from ray_jobs.engine.preflight_columns import check_metadata, check_tables
 from ray_jobs.policies.build import with_features
 from ray_jobs.storage import bucket
 from ray_jobs.storage.hub import hub_answer, hub_or_cache

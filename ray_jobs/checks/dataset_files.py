@@ -15,8 +15,8 @@ from pathlib import Path
 import av
 import pyarrow.parquet
 
+from ray_jobs.checks import old_format
 from ray_jobs.config.errors import InputError, first_line
-from ray_jobs.engine import old_format
 from ray_jobs.storage import git_lfs
 from ray_jobs.storage.trust import check_info, read_json
 

@@ -17,15 +17,8 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_policy_config
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-from ray_jobs.config.errors import InputError, first_line
-from ray_jobs.config.recipe import Recipe
-from ray_jobs.data import quantiles
-from ray_jobs.data.dataset_cache import own_metadata
-from ray_jobs.engine.dataset_files import fault_of, metadata_faults
-from ray_jobs.engine.dataset_options import DatasetOptions
-from ray_jobs.engine.preflight import check_features
-from ray_jobs.engine.preflight_columns import check_tables, tasks_unread
-from ray_jobs.engine.preflight_data import (
+from ray_jobs.checks.columns import check_tables, tasks_unread
+from ray_jobs.checks.dataset import (
     check_episodes,
     choose_episodes,
     file_faults,
@@ -34,7 +27,14 @@ from ray_jobs.engine.preflight_data import (
     unfit,
     where_it_is,
 )
-from ray_jobs.engine.video_times import camera, some
+from ray_jobs.checks.dataset_files import fault_of, metadata_faults
+from ray_jobs.checks.preflight import check_features
+from ray_jobs.checks.video_times import camera, some
+from ray_jobs.config.errors import InputError, first_line
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.data import quantiles
+from ray_jobs.data.dataset_cache import own_metadata
+from ray_jobs.engine.dataset_options import DatasetOptions
 from ray_jobs.policies.facts import FACTS
 
 TOLERANCE_S = 1e-4  # LeRobot's
