@@ -16,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ray_jobs.cli.command_line import build, read_flags
+from ray_jobs.cli.early_checks import check_data
+from ray_jobs.cli.flags import NO_DATA_SET, check_flags
+from ray_jobs.cli.terminal import doing, quiet, run_job
 from ray_jobs.config.errors import InputError, RunError, all_mistakes
 from ray_jobs.config.flag_table import flags_of
 from ray_jobs.config.options import DataOptions
 from ray_jobs.config.units import duration
 from ray_jobs.engine import cluster
-from ray_jobs.engine.command import check_data
-from ray_jobs.engine.command_line import build, read_flags
-from ray_jobs.engine.console import doing, quiet, run_job
-from ray_jobs.engine.flags import NO_DATA_SET, check_flags
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +55,7 @@ def _build(words: list[str]) -> int:
         return 0
     import ray
 
-    from ray_jobs.engine import dataset_options
+    from ray_jobs.cli import dataset_options
 
     dataset_options.read(words)  # a mistake is told of once, and here
     cluster.start(flags.get("ray.address")).result()
@@ -106,10 +106,10 @@ def _build_on_node(words: list[str], name: str, line) -> str | None:
 
 
 def _build_here(words: list[str], say: Callable[[str], None]) -> None:
+    from ray_jobs.cli import dataset_options
     from ray_jobs.data.frame_cache import FrameCache, gigabytes
     from ray_jobs.data.frames import FrameSource
     from ray_jobs.data.reader import FrameReader
-    from ray_jobs.engine import dataset_options
 
     begin = time.monotonic()
     asked = dataset_options.read(words)

@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_jobs.cli.command_line import build, not_an_address, read_flags
+from ray_jobs.cli.flags import check_flags
+from ray_jobs.cli.terminal import OUTPUT_EVERY_S, doing, quiet, run_job
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.flag_table import flags_of
 from ray_jobs.config.units import duration
 from ray_jobs.engine import cluster
-from ray_jobs.engine.command_line import build, not_an_address, read_flags
-from ray_jobs.engine.console import OUTPUT_EVERY_S, doing, quiet, run_job
-from ray_jobs.engine.flags import check_flags
 
 IMAGE_SIZE = 64  # pixels
 SPACE = Path(__file__).parent.parent / "search_spaces" / "act_demo.yaml"

@@ -12,11 +12,11 @@ import tempfile
 from pathlib import Path
 
 from ray_jobs.checks.dataset_files import metadata_faults, missing_files
+from ray_jobs.cli.command_line import is_on, read_flags
+from ray_jobs.cli.early_checks import LOOKED_INTO, check_command, check_episodes_of, folder_of_data
+from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet, run_job
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.units import duration
-from ray_jobs.engine.command import LOOKED_INTO, check_command, check_episodes_of, folder_of_data
-from ray_jobs.engine.command_line import is_on, read_flags
-from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
 from ray_jobs.policies.facts import facts_of
 from ray_jobs.policies.lean_imports import unneeded, without
 from ray_jobs.storage.records import json_text
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
     with no_garbage_collection(), without(not_needed):
         from ray_jobs.checks import costs, preflight
         from ray_jobs.checks.diagnosis import diagnose
-        from ray_jobs.engine import dataset_options
-        from ray_jobs.engine.resolve import resolve
+        from ray_jobs.cli import dataset_options
+        from ray_jobs.cli.resolve import resolve
 
     named = {"policy.type", "policy.path", "config_path"} & set(flags)
     asked = dataset_options.read(

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.checks.output_dir import check_output_dir
+from ray_jobs.cli.command_line import listed, parse_options, read_flags
+from ray_jobs.cli.flags import as_arguments, check_flags
+from ray_jobs.cli.terminal import OUTPUT_EVERY_S, doing, no_garbage_collection, quiet, run_job
 from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.units import duration
 from ray_jobs.engine import cluster
-from ray_jobs.engine.command_line import listed, parse_options, read_flags
-from ray_jobs.engine.console import OUTPUT_EVERY_S, doing, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.flags import as_arguments, check_flags
 from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _simulator(flags: dict[str, str]) -> "SimulatorOptions":
     import draccus
 
     import ray_jobs.part_sorting  # noqa: F401  (registers --env.type=part_sorting)
-    from ray_jobs.engine.explain import parse
+    from ray_jobs.cli.parse_errors import parse
     from ray_jobs.training.simulator import SimulatorOptions, check_eval
 
     if "env.type" not in flags:

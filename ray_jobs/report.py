@@ -8,12 +8,12 @@ rates (`ray_jobs.evaluate ... --output_dir=outputs/act_search/evaluation`) are t
 
 from pathlib import Path
 
+from ray_jobs.cli.command_line import not_an_address, read_flags
+from ray_jobs.cli.flags import check_flags, plugins_of
+from ray_jobs.cli.terminal import quiet, run_job
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.flag_table import Flag
 from ray_jobs.engine import page
-from ray_jobs.engine.command_line import not_an_address, read_flags
-from ray_jobs.engine.console import quiet, run_job
-from ray_jobs.engine.flags import check_flags, plugins_of
 from ray_jobs.search import report
 from ray_jobs.search.files import SEARCH_FILE
 

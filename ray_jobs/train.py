@@ -15,13 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ray_jobs.cli.command_line import asks_to_resume, parse_options, read_flags
+from ray_jobs.cli.early_checks import check_command, help_of_training
+from ray_jobs.cli.signals import interrupt, on_interruption
+from ray_jobs.cli.terminal import Display, doing, no_garbage_collection, quiet, run_job
 from ray_jobs.config.errors import INTERRUPTED
 from ray_jobs.config.units import duration
 from ray_jobs.engine import cluster
-from ray_jobs.engine.command import check_command, help_of_training
-from ray_jobs.engine.command_line import asks_to_resume, parse_options, read_flags
-from ray_jobs.engine.console import Display, doing, no_garbage_collection, quiet, run_job
-from ray_jobs.engine.interruption import interrupt, on_interruption
 from ray_jobs.engine.workers import only_driver, refuse_busy
 from ray_jobs.policies.lean_imports import unneeded, without
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     not_needed = () if resumed else unneeded([flags.get("policy.type", "")], flags)
     with no_garbage_collection(), without(not_needed):
         from ray_jobs.checks import preflight
-        from ray_jobs.engine.resolve import resolve
+        from ray_jobs.cli.resolve import resolve
 
     doing("looking over the recipe and the data set")
     recipe = resolve(argv)

@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_jobs.cli import environment
+from ray_jobs.cli.command_line import asks_to_resume, read_flags
+from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet, run_job
 from ray_jobs.cluster import ray_internals
 from ray_jobs.config.errors import INTERRUPTED, InputError, RunError, StorageLost
-from ray_jobs.engine import cluster, surroundings
-from ray_jobs.engine.command_line import asks_to_resume, read_flags
-from ray_jobs.engine.console import doing, no_garbage_collection, quiet, run_job
+from ray_jobs.engine import cluster
 from ray_jobs.engine.line import open_line
 from ray_jobs.engine.workers import only_driver, refuse_busy
 from ray_jobs.policies.lean_imports import without
@@ -152,6 +153,7 @@ def _search(
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig
 
+    from ray_jobs.cli.progress import Progress
     from ray_jobs.config.errors import first_line
     from ray_jobs.engine.driver import start_fit
     from ray_jobs.engine.watchdog import Watchdog
@@ -159,7 +161,6 @@ def _search(
     from ray_jobs.search import answer, dry_run
     from ray_jobs.search.files import DONE, TIME_IS_UP, trial_name
     from ray_jobs.search.options import MORE_IS_BETTER
-    from ray_jobs.search.progress import Progress
     from ray_jobs.search.searcher import (
         DEATHS,
         StudyScheduler,
@@ -208,7 +209,7 @@ def _search(
             each=slot.each,
             trials=options.num_samples,
             unneeded=plan.recipe.unneeded,
-            paths=surroundings.handed_on(),
+            paths=environment.handed_on(),
             line=line,
         ),
         tune.PlacementGroupFactory([slot.bundle]),
@@ -322,7 +323,7 @@ def _search(
 
 
 def _help() -> int:
-    from ray_jobs.engine.command_line import help_for
+    from ray_jobs.cli.command_line import help_for
     from ray_jobs.search.options import TuneOptions
 
     print(__doc__)

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from ray_jobs.cli.terminal import doing, quiet
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import doing, quiet
 
 quiet()
 # Before torch is imported. Threads that wait for others by spinning keep a core from them, where several processes train on
@@ -169,7 +169,7 @@ def tiny_diffusion(root: Path, output_dir: Path, *more: str) -> list[str]:
 def train_in_process(flags: list[str]) -> tuple[dict, list[dict]]:
     """Run the bare loop; returns its summary and the events it reported."""
     from ray_jobs.checks import preflight
-    from ray_jobs.engine.resolve import resolve
+    from ray_jobs.cli.resolve import resolve
     from ray_jobs.training import loop
 
     recipe = resolve(flags)

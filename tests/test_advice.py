@@ -14,14 +14,14 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 from ray_jobs import cache, demo, evaluate, export
+from ray_jobs.cli.command_line import build, read_flags
+from ray_jobs.cli.early_checks import check_command
+from ray_jobs.cli.flags import PLUGINS, check_flags
+from ray_jobs.cli.translations import TRANSLATIONS
 from ray_jobs.config import flag_table
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.flag_table import Flag, flags_of
 from ray_jobs.config.options import Options
-from ray_jobs.engine.command import check_command
-from ray_jobs.engine.command_line import build, read_flags
-from ray_jobs.engine.flags import PLUGINS, check_flags
-from ray_jobs.engine.translations import TRANSLATIONS
 from ray_jobs.search import new_space
 from ray_jobs.search.command import check_search
 from ray_jobs.search.options import SearchFlags

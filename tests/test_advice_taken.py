@@ -16,12 +16,12 @@ from vla import tiny
 from ray_jobs import doctor, train
 from ray_jobs.checks import preflight
 from ray_jobs.checks.output_dir import RUN, check_output_dir
+from ray_jobs.cli.command_line import read_flags
+from ray_jobs.cli.resolve import resolve
+from ray_jobs.cli.terminal import Display
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import OPTIONS_FILE
 from ray_jobs.engine import cluster
-from ray_jobs.engine.command_line import read_flags
-from ray_jobs.engine.console import Display
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.policies import assets
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.storage import mirror

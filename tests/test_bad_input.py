@@ -21,9 +21,10 @@ from conftest import job, small_disk, tiny_act, tiny_diffusion, train_in_process
 from huggingface_hub import constants
 
 from ray_jobs.checks import preflight
+from ray_jobs.cli import parse_errors
 from ray_jobs.config import recipe
 from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull
-from ray_jobs.engine import cluster, explain
+from ray_jobs.engine import cluster
 
 STEP = "checkpoints/000002"
 CAMERA = "observation.images.top"
@@ -174,7 +175,7 @@ def test_hub_out_of_reach(act, monkeypatch, network, name):
         port = silent.getsockname()[1] if network == "silent" else 1
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", network == "offline")
-        monkeypatch.setattr(explain, "HUB_WAIT_S", 0.5)
+        monkeypatch.setattr(parse_errors, "HUB_WAIT_S", 0.5)
         begin = time.monotonic()
         message = refusal(*flags)
     assert time.monotonic() - begin < 10

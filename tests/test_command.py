@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, job, tiny_act, train_in_process
 
+from ray_jobs.cli import flags
+from ray_jobs.cli.command_line import read_flags
+from ray_jobs.cli.early_checks import check_command
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config import flag_table
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine import flags
-from ray_jobs.engine.command import check_command
-from ray_jobs.engine.command_line import read_flags
-from ray_jobs.engine.resolve import resolve
 
 # Names that YAML reads as something else: a comment, a number, a date, a mapping, a truth value, a file to open.
 NAMES = [
@@ -173,7 +173,7 @@ def test_what_takes_long_is_said_before_it_begins(parts, run, tmp_path):
     }
     code = f"""
 import contextlib, importlib, io, sys
-from ray_jobs.engine.console import doing
+from ray_jobs.cli.terminal import doing
 sys.modules["torch"] = sys.modules["lerobot"] = None
 for name, argv in {commands!r}.items():
     said = io.StringIO()

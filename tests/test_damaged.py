@@ -9,8 +9,8 @@ from conftest import tiny_act
 
 from ray_jobs import evaluate, report, tune
 from ray_jobs.checks import preflight
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.resolve import resolve
 
 TABLE = "trial,state,val/action_error,best_step,steps,wall_s,baseline,other_seeds,reason,policy.type\n"
 ROW = "0,COMPLETE,0.5,2,2,1.5,True,{},,act\n"

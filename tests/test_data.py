@@ -26,13 +26,13 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.processor import ImageCropResizeProcessorStep
 from torch.utils.data import DataLoader, default_collate
 
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import RunError
 from ray_jobs.config.options import DataOptions
 from ray_jobs.data.dataset import FrameReader, make_datasets, to_device, training_batches
 from ray_jobs.data.frame_cache import FrameCache, open_frames
 from ray_jobs.data.frames import FrameSource
 from ray_jobs.data.position import START, Position
-from ray_jobs.engine.resolve import resolve
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
 

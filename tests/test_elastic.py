@@ -7,11 +7,11 @@ import pytest
 from conftest import job, tiny_act, train_in_process
 from lerobot.datasets.factory import make_dataset
 
+from ray_jobs.cli.command_line import parse_options, read_flags
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.data.dataset import training_batches
 from ray_jobs.data.position import START, Shards
 from ray_jobs.engine import cluster
-from ray_jobs.engine.command_line import parse_options, read_flags
-from ray_jobs.engine.resolve import resolve
 
 # What draws random numbers on each worker, and so depends on who computes a batch.
 CALM = ("--policy.use_vae=false", "--policy.dropout=0", "--dataset.episodes=[0,1,2]")

@@ -15,8 +15,8 @@ from vla import _tokenizer
 
 from ray_jobs.checks import preflight
 from ray_jobs.checks.policy import missing_packages
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.storage.records import read_metrics
 
 CROP = "--policy.crop_shape=[48,48]"

@@ -23,8 +23,8 @@ import pytest
 from conftest import PATIENCE, ROOT, free_port, job, tiny_act
 
 from ray_jobs import train, tune
+from ray_jobs.cli.signals import ONE_S
 from ray_jobs.config.errors import InputError, RunError
-from ray_jobs.engine.interruption import ONE_S
 from ray_jobs.training import checkpoint
 
 STEPS = ("--steps=40", "--save_freq=10")
@@ -420,7 +420,7 @@ def test_ctrl_c_twice_within_a_moment_is_one():
     """As `uv run` hands it on, though Python hears of the second one late, after a computation; not later ones."""
     program = """
 import hashlib, os, signal, threading, time
-from ray_jobs.engine.interruption import ONE_S, on_interruption
+from ray_jobs.cli.signals import ONE_S, on_interruption
 
 heard = []
 on_interruption(lambda *_: heard.append(1))

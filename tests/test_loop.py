@@ -18,8 +18,8 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
 from ray_jobs.checks import preflight
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import RunError
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.storage.records import read_json, read_metrics
 from ray_jobs.training import loop
 from ray_jobs.training.checkpoint import checkpoint_steps, fault, last_checkpoint

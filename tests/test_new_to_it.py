@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from ray_jobs.cli.command_line import asks_to_resume, listed, read_flags
+from ray_jobs.cli.early_checks import check_command
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import DataOptions
-from ray_jobs.engine.command import check_command
-from ray_jobs.engine.command_line import asks_to_resume, listed, read_flags
 
 TRAIN = ("--dataset.repo_id=me/parts", "--policy.type=act")
 LONG = "a" * 300

@@ -12,9 +12,9 @@ from lerobot.policies import make_policy
 from lerobot.policies.act.modeling_act import ACTPolicy
 from test_data import make
 
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
 from ray_jobs.data.dataset import make_datasets
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.training.loop import make_processors
 from ray_jobs.training.validation import Validation
 

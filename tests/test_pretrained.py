@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vla import RESNET, save_base, tiny
 
+from ray_jobs.cli.command_line import read_flags
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.command_line import read_flags
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.policies import assets
 from ray_jobs.storage.records import read_json
 

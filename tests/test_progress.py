@@ -1,7 +1,7 @@
 """What a search says while it runs, in a log file: something, and nothing twice."""
 
-from ray_jobs.search import progress
-from ray_jobs.search.progress import Progress
+from ray_jobs.cli import progress
+from ray_jobs.cli.progress import Progress
 
 
 def lines_of(monkeypatch, capsys, events: dict[int, list[dict]], seconds: int) -> list[str]:

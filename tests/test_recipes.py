@@ -12,7 +12,7 @@ from conftest import ROOT, job, train_in_process
 from test_faults import Run
 from vla import PLUGIN, save_base
 
-from ray_jobs.engine.resolve import resolve
+from ray_jobs.cli.resolve import resolve
 
 COMMANDS = ROOT.parent / "shared" / "seed" / "commands.json"
 PI = [PLUGIN, "--policy.image_resolution=[28,28]"]

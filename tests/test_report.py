@@ -20,9 +20,9 @@ from test_evaluate import evaluated, trained
 from test_tune import ACT, search, study_of
 
 from ray_jobs import evaluate, report
+from ray_jobs.cli.command_line import read_flags
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, RunError
-from ray_jobs.engine.command_line import read_flags
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.search.command import check_search
 from ray_jobs.storage.records import read_json, read_metrics
 

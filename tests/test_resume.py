@@ -11,8 +11,8 @@ from conftest import tiny_act, tiny_diffusion, train_in_process
 from test_data import make
 
 from ray_jobs.checks import preflight
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.storage.records import read_json, read_metrics
 from ray_jobs.training import loop
 from ray_jobs.training.tracking import save_options

@@ -13,8 +13,8 @@ from conftest import ROOT
 from lerobot.configs.policies import PreTrainedConfig
 from optuna.trial import TrialState
 
+from ray_jobs.cli.flags import check_flags
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.flags import check_flags
 from ray_jobs.search import constraints
 from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.options import SAMPLERS, TuneOptions

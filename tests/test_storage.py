@@ -23,9 +23,9 @@ from test_tune import space_file
 
 from ray_jobs import evaluate
 from ray_jobs.checks import preflight
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import GO_ON, INTERRUPTED, InputError, RunError
 from ray_jobs.engine import workers
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.storage import bucket, lease, mirror
 from ray_jobs.training import checkpoint
 

@@ -14,7 +14,8 @@ import pytest
 import ray
 from conftest import PATIENCE, ROOT, job, tiny_act
 
-from ray_jobs.engine import cluster, surroundings
+from ray_jobs.cli import environment
+from ray_jobs.engine import cluster
 
 SETTLED = """
 import json, os
@@ -25,7 +26,7 @@ print(json.dumps({k: os.environ.get(k) for k in {*before, *os.environ} if before
 """
 PRINTS = """
 import sys
-from ray_jobs.engine.console import run_job
+from ray_jobs.cli.terminal import run_job
 
 def main(argv):
     for _ in range(3000):
@@ -67,16 +68,16 @@ def test_paths_in_the_environment_are_made_absolute(tmp_path, name):
 
 def test_a_worker_takes_over_what_its_node_has_not(tmp_path, monkeypatch):
     """Where a Ray is joined that somebody has started without these variables."""
-    for name in surroundings.HANDED_ON:
+    for name in environment.HANDED_ON:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HOME", "/only/on/the/driver")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    paths = surroundings.handed_on()
+    paths = environment.handed_on()
     monkeypatch.delenv("HF_LEROBOT_HOME")
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("TORCH_HOME", "/of/the/node")
-    surroundings.take_over(paths)
+    environment.take_over(paths)
     assert os.environ["HF_LEROBOT_HOME"] == str(tmp_path)
     assert "HF_HOME" not in os.environ and os.environ["TORCH_HOME"] == "/of/the/node"
 
@@ -213,7 +214,7 @@ def test_printing_never_ends_a_job(tmp_path, how, encoding):
 
 # ---------------------------------------------------------------------- `ray job submit`
 
-AS_SUBMITTED = {surroundings.SUBMITTED: "{}"}  # which Ray sets for its jobs' drivers
+AS_SUBMITTED = {environment.SUBMITTED: "{}"}  # which Ray sets for its jobs' drivers
 
 
 @pytest.mark.parametrize(
@@ -254,11 +255,11 @@ def test_a_submitted_job_writes_nothing_into_rays_folder(words, told, tmp_path):
     ],
 )
 def test_whole_paths_are_taken(monkeypatch, words):
-    monkeypatch.setenv(surroundings.SUBMITTED, "{}")
-    for name in surroundings.PATHS:
+    monkeypatch.setenv(environment.SUBMITTED, "{}")
+    for name in environment.PATHS:
         monkeypatch.delenv(name, raising=False)
     name, *flags = words.split()
-    surroundings.check_submitted(name, flags)
+    environment.check_submitted(name, flags)
 
 
 def test_its_environment_is_looked_at_as_well():

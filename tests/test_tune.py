@@ -37,9 +37,10 @@ from test_loop import wandb_runs
 from vla import save_base, tiny
 
 from ray_jobs import tune
+from ray_jobs.cli import progress
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, RunError, StorageLost
-from ray_jobs.engine.resolve import resolve
-from ray_jobs.search import answer, progress
+from ray_jobs.search import answer
 from ray_jobs.search import storage as storage_module
 from ray_jobs.search.answer import importances
 from ray_jobs.search.study import BASELINE

@@ -11,8 +11,8 @@ from test_data import make
 from test_loop import wandb_runs
 
 from ray_jobs.checks import preflight
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.data import dataset
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.storage.records import read_json
 from ray_jobs.training import loop
 from ray_jobs.training.tracking import save_options

@@ -30,11 +30,11 @@ from ray_jobs.checks.dataset import (
 from ray_jobs.checks.dataset_files import fault_of, metadata_faults
 from ray_jobs.checks.preflight import check_features
 from ray_jobs.checks.video_times import camera, some
+from ray_jobs.cli.dataset_options import DatasetOptions
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset_cache import own_metadata
-from ray_jobs.engine.dataset_options import DatasetOptions
 from ray_jobs.policies.facts import FACTS
 
 TOLERANCE_S = 1e-4  # LeRobot's

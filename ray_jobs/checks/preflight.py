@@ -40,11 +40,11 @@ from ray_jobs.checks.dataset import (
     where_it_is,
 )
 from ray_jobs.checks.policy import check_rewards, check_type
+from ray_jobs.cli import resume
 from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset_cache import once, own_metadata
-from ray_jobs.engine import resume
 from ray_jobs.policies import assets
 from ray_jobs.policies.build import outline, with_features
 from ray_jobs.policies.facts import facts_of

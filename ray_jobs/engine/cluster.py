@@ -16,9 +16,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_jobs.cli import environment
 from ray_jobs.cluster import ray_internals
 from ray_jobs.config.errors import InputError, RunError
-from ray_jobs.engine import surroundings
 
 # For Ray Train's controller and workers.
 TRAIN_ENV = {
@@ -105,7 +105,7 @@ def start(address: str | None) -> Future:
             # A cluster that is started here hands its environment down to all of its processes.
             given = {} if found else dict(OWN_CLUSTER_ENV)
             if not found:
-                surroundings.prepare_for_ray()
+                environment.prepare_for_ray()
             if not GPU_DEVICE.exists():
                 # Ray Tune has no place for the environment of the processes that trials run in. (On a cluster that
                 # is joined, trainings have it, trials not.)

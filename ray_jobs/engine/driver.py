@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ray_jobs.cli import environment
 from ray_jobs.cluster import ray_internals
 from ray_jobs.config.errors import InputError, RunError, StorageFull, StorageLost
-from ray_jobs.engine import surroundings
 from ray_jobs.engine.cluster import Share
 from ray_jobs.engine.workers import keep_error, mark_of, run_loop, work
 
@@ -151,7 +151,7 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
             "recipe": pickle.dumps(recipe),
             "line": line,
             "unneeded": recipe.unneeded,
-            "paths": surroundings.handed_on(),
+            "paths": environment.handed_on(),
         },
         torch_config=TorchConfig(timeout_s=LONGEST_WAIT_S),
         scaling_config=ScalingConfig(

@@ -4,8 +4,8 @@ import contextlib
 import pickle
 from collections.abc import Callable, Iterator
 
+from ray_jobs.cli.terminal import no_garbage_collection, quiet
 from ray_jobs.config.errors import InputError, RunError, first_line
-from ray_jobs.engine.console import no_garbage_collection, quiet
 
 
 def run(

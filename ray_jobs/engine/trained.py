@@ -19,6 +19,9 @@ from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 
 from ray_jobs.checks import preflight
 from ray_jobs.checks.dataset import check_episodes, check_files, check_resize, choose_episodes, open_dataset
+from ray_jobs.cli.command_line import asked_device, parse_options, split_flags
+from ray_jobs.cli.flags import as_arguments
+from ray_jobs.cli.parse_errors import parse
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.config.recipe import Recipe
@@ -27,9 +30,6 @@ from ray_jobs.data.dataset import make_datasets
 from ray_jobs.data.dataset_cache import once, own_metadata
 from ray_jobs.data.frame_cache import open_frames
 from ray_jobs.data.reader import FrameReader
-from ray_jobs.engine.command_line import asked_device, parse_options, split_flags
-from ray_jobs.engine.explain import parse
-from ray_jobs.engine.flags import as_arguments
 from ray_jobs.engine.pictures import Replay, joint_names, replay
 from ray_jobs.policies import assets, kernels
 from ray_jobs.policies.build import check_loaded, loading, make_processors

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from ray_jobs.cli import environment
+from ray_jobs.cli.terminal import no_garbage_collection, quiet
 from ray_jobs.cluster import ray_internals
 from ray_jobs.config.errors import PREEMPTED, InputError, RunError
-from ray_jobs.engine import surroundings
-from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.policies.lean_imports import without
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def work(config: dict) -> None:
     line = config["line"]
     if ray.get(line.why_failed.remote()):
         return  # Ray has started this worker in place of one that knew better
-    surroundings.take_over(config["paths"])
+    environment.take_over(config["paths"])
     quiet()
     line.tell.remote({"kind": "doing", "text": "a worker imports LeRobot"})
     with no_garbage_collection(), without(config["unneeded"]):

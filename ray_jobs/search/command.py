@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
+from ray_jobs.cli.command_line import asks_to_resume
+from ray_jobs.cli.early_checks import check_command
 from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.flag_table import flags_of
-from ray_jobs.engine.command import check_command
-from ray_jobs.engine.command_line import asks_to_resume
 from ray_jobs.policies.facts import why_unscored
 from ray_jobs.policies.lean_imports import unneeded
 from ray_jobs.search.files import SEARCH_FILE

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import optuna
 import ray
 
+from ray_jobs.cli.terminal import doing
 from ray_jobs.config.units import duration
 from ray_jobs.engine import cluster
-from ray_jobs.engine.console import doing
 from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.slot import Slot

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
+from ray_jobs.cli.command_line import build
+from ray_jobs.cli.flags import closest
 from ray_jobs.config.errors import all_mistakes
 from ray_jobs.config.options import at_least
-from ray_jobs.engine.command_line import build
-from ray_jobs.engine.flags import closest
 
 METRICS = ("val/action_error", "val/loss", "val/inference_ms", "env/success_rate")  # what trials report
 MORE_IS_BETTER = ("env/success_rate",)

@@ -15,10 +15,10 @@ from pathlib import Path
 from ray_jobs.checks import preflight
 from ray_jobs.checks.dataset import open_dataset
 from ray_jobs.checks.output_dir import check_output_dir
+from ray_jobs.cli.command_line import asks_to_resume, listed, read_flags
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, StorageError, StorageFull
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine.command_line import asks_to_resume, listed, read_flags
-from ray_jobs.engine.resolve import resolve
 from ray_jobs.search.command import check_steps
 from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_begun, read_search
 from ray_jobs.search.idle import without_effect

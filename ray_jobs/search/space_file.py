@@ -27,9 +27,9 @@ from typing import Any
 
 import yaml
 
+from ray_jobs.cli.flags import PLUGINS
 from ray_jobs.config import flag_table
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.flags import PLUGINS
 from ray_jobs.search import constraints
 from ray_jobs.search.space import (
     POLICY_TYPE,

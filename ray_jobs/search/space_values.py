@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
+from ray_jobs.cli.flags import nearest
 from ray_jobs.config import flag_table
 from ray_jobs.config.flag_table import Flag
 from ray_jobs.config.options import Options
-from ray_jobs.engine.flags import nearest
 from ray_jobs.search.space import Range, encoded, plain
 
 NO_NUMBERS = ("bool", "str", "path", "list", "tuple", "dict")  # types that no range can have

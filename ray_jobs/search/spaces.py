@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from ray_jobs.cli.command_line import listed
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.command_line import listed
 from ray_jobs.search.new_space import SHIPPED
 from ray_jobs.search.options import is_ours
 from ray_jobs.search.space import POLICY_TYPE, PRETRAINED, SearchSpace, Space

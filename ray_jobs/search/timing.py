@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_jobs.engine.console import no_garbage_collection, quiet
+from ray_jobs.cli.terminal import no_garbage_collection, quiet
 from ray_jobs.policies.lean_imports import without
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def time_a_slot(words: list[str], trials: int, unneeded: tuple[str, ...]) -> Cos
     quiet()
     with no_garbage_collection(), without(unneeded):
         from ray_jobs.checks import preflight
-        from ray_jobs.engine.resolve import resolve
+        from ray_jobs.cli.resolve import resolve
 
     with tempfile.TemporaryDirectory(prefix="ray_jobs_timing_") as folder:
         recipe = resolve([*words, f"--output_dir={Path(folder) / 'first'}"])

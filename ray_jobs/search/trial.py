@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_jobs.cli import environment
+from ray_jobs.cli.terminal import no_garbage_collection, quiet
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import (
     INTERRUPTED,
@@ -27,9 +29,7 @@ from ray_jobs.config.errors import (
     no_room,
 )
 from ray_jobs.config.options import OPTIONS_FILE
-from ray_jobs.engine import surroundings
 from ray_jobs.engine.cluster import Share
-from ray_jobs.engine.console import no_garbage_collection, quiet
 from ray_jobs.engine.workers import ERROR_LOG
 from ray_jobs.policies.lean_imports import without
 from ray_jobs.search.files import trial_place
@@ -90,7 +90,7 @@ def run_trial(
         paths: Of the driver's environment (see `surroundings`).
         line: Handle of the search's `line.Line`.
     """
-    surroundings.take_over(paths)
+    environment.take_over(paths)
     quiet()
     os.environ["WANDB_RUN_GROUP"] = group
     with no_garbage_collection(), without(unneeded):
@@ -196,7 +196,7 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recip
         folder: Of this node, where the trial's run lives.
     """
     from ray_jobs.checks import preflight
-    from ray_jobs.engine.resolve import resolve
+    from ray_jobs.cli.resolve import resolve
     from ray_jobs.storage import mirror
     from ray_jobs.storage.bucket import is_uri
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-from ray_jobs.engine.console import quiet
+from ray_jobs.cli.terminal import quiet
 
 quiet()
 os.environ["SVT_LOG"] = "1"  # the AV1 encoder: errors only

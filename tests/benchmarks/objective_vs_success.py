@@ -20,7 +20,7 @@ from lerobot.utils.constants import CHECKPOINTS_DIR
 from scipy.stats import spearmanr
 
 from ray_jobs import evaluate
-from ray_jobs.engine.console import quiet
+from ray_jobs.cli.terminal import quiet
 
 IMAGE_SIZE = 64  # the demo's
 

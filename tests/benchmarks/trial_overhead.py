@@ -52,7 +52,7 @@ def building(dataset: Path) -> float:
     from lerobot.datasets import LeRobotDatasetMetadata
     from lerobot.policies import make_policy
 
-    from ray_jobs.engine.resolve import resolve
+    from ray_jobs.cli.resolve import resolve
 
     recipe = resolve(tiny_act(dataset, Path(tempfile.mkdtemp()) / "run"))
     meta = LeRobotDatasetMetadata("local/numbers", root=dataset)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import optuna
 
-from ray_jobs.engine.console import quiet
+from ray_jobs.cli.terminal import quiet
 from ray_jobs.search.files import SEARCH_FILE
 from ray_jobs.search.space import flags
 

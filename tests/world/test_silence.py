@@ -14,7 +14,7 @@ from properties import TABLE
 from stock import flags_for
 from test_world import made
 
-from ray_jobs.engine import console
+from ray_jobs.cli import terminal
 
 ALLOWED_S = 5.5  # on a machine that has nothing else to do
 
@@ -70,12 +70,12 @@ def test_the_clock_begins_with_what_goes_on(monkeypatch):
             heard.append((time.monotonic(), text))
             return len(text)
 
-    monkeypatch.setattr(console, "STILL_EVERY_S", 2)
+    monkeypatch.setattr(terminal, "STILL_EVERY_S", 2)
     monkeypatch.setattr(sys, "stdout", Ear())
-    console.doing("one thing")
+    terminal.doing("one thing")
     time.sleep(0.3)
-    console.doing("another")
+    terminal.doing("another")
     time.sleep(3)
-    console.doing("")
+    terminal.doing("")
     begun, again = [when for when, text in heard if "another" in text][:2]
     assert 2 <= again - begun < 3

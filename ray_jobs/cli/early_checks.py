@@ -13,12 +13,12 @@ from ray_jobs.checks.dataset_files import (
     wrong_episodes,
 )
 from ray_jobs.checks.output_dir import RUN, check_output_dir, check_to_resume
+from ray_jobs.cli.command_line import asks_to_resume, help_text, parse_options
+from ray_jobs.cli.flags import check_flags, check_sources
 from ray_jobs.config import flag_table
 from ray_jobs.config.errors import all_mistakes
 from ray_jobs.config.flag_table import Flag, flags_of
 from ray_jobs.config.options import Options
-from ray_jobs.engine.command_line import asks_to_resume, help_text, parse_options
-from ray_jobs.engine.flags import check_flags, check_sources
 
 EPISODES = ("dataset.episodes", "data.eval_episodes")  # the flags that list some
 SCHEME = "://"  # of a bucket's address

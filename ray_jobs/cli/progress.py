@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ray_jobs.cli.terminal import OUTPUT_EVERY_S
 from ray_jobs.config.units import duration
-from ray_jobs.engine.console import OUTPUT_EVERY_S
 
 SHOWN = 12  # rows at most
 EARLY_S = 5  # how often a log file hears what is waited for, until the first step

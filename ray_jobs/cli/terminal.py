@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ray_jobs.cli import environment
+from ray_jobs.cli.signals import interrupt, on_interruption, take_back
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.units import duration
-from ray_jobs.engine import surroundings
-from ray_jobs.engine.interruption import interrupt, on_interruption, take_back
 
 WORKER_LOST = "a worker was lost"
 STILL_EVERY_S = 5  # how often is said what goes on before the first step
@@ -30,7 +30,7 @@ OUTPUT_EVERY_S = 30  # how often a log file (no terminal) hears of the progress 
 def quiet() -> None:
     """Keep warnings and logs of dependencies away from the terminal (`RAY_JOBS_DEBUG=1` shows them), and see to what they
     read from the environment."""
-    surroundings.settle()
+    environment.settle()
     if os.environ.get("RAY_JOBS_DEBUG"):
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -86,10 +86,10 @@ def no_garbage_collection() -> Iterator[None]:
 
 def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> None:
     """Run a job's main, then `at_end`, and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
-    surroundings.be_heard()
+    environment.be_heard()
     on_interruption(interrupt)
     try:
-        surroundings.check_submitted(Path(sys.argv[0]).stem, sys.argv[1:])
+        environment.check_submitted(Path(sys.argv[0]).stem, sys.argv[1:])
         status = main(sys.argv[1:])
     except BaseException as error:
         doing("")

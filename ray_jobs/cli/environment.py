@@ -190,8 +190,8 @@ def check_submitted(job: str, words: list[str]) -> None:
     """
     if SUBMITTED not in os.environ:
         return
+    from ray_jobs.cli.command_line import read_flags
     from ray_jobs.config.options import NO_CACHE, SOME_CACHE
-    from ray_jobs.engine.command_line import read_flags
 
     flags = {}
     with contextlib.suppress(InputError):  # the job says it

@@ -7,13 +7,13 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import LeRobotDataset
 
 from ray_jobs.checks.dataset import check_files, check_resize, open_dataset, where_it_is
+from ray_jobs.cli.command_line import read_flags
+from ray_jobs.cli.flags import NO_DATA_SET, as_arguments
+from ray_jobs.cli.parse_errors import parse
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.options import DataOptions, RayOptions
 from ray_jobs.data.columns import check_rows
 from ray_jobs.data.frames import set_frame_size
-from ray_jobs.engine.command_line import read_flags
-from ray_jobs.engine.explain import parse
-from ray_jobs.engine.flags import NO_DATA_SET, as_arguments
 from ray_jobs.storage import bucket
 
 

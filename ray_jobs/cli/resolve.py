@@ -18,20 +18,14 @@ from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
 from ray_jobs.checks.output_dir import RUN, check_output_dir
+from ray_jobs.cli import resume
+from ray_jobs.cli.command_line import asked_device, asks_to_resume, parse_options, read_flags, split_flags
+from ray_jobs.cli.flags import LEAST, as_arguments, check_flags, check_sources, plugins_of
+from ray_jobs.cli.parse_errors import parse
+from ray_jobs.cli.translations import translate
 from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.options import ASKED, OPTIONS_FILE, Options, at_least
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.engine import resume
-from ray_jobs.engine.command_line import asked_device, asks_to_resume, parse_options, read_flags, split_flags
-from ray_jobs.engine.explain import parse
-from ray_jobs.engine.flags import (
-    LEAST,
-    as_arguments,
-    check_flags,
-    check_sources,
-    plugins_of,
-)
-from ray_jobs.engine.translations import translate
 from ray_jobs.policies import assets
 from ray_jobs.storage import mirror
 from ray_jobs.storage.bucket import check_address, is_uri

@@ -15,9 +15,9 @@ import draccus
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 
+from ray_jobs.cli.flags import as_arguments
+from ray_jobs.cli.parse_errors import parse
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine.explain import parse
-from ray_jobs.engine.flags import as_arguments
 
 if TYPE_CHECKING:
     pass

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from draccus.wrappers.docstring import get_attribute_docstring
 
+from ray_jobs.cli.translations import translate
 from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.flag_table import PATHS, Flag, flags_of
 from ray_jobs.config.options import Options
-from ray_jobs.engine.translations import translate
 
 # Flags that name files or folders here, some of them several with commas.
 OUR_PATHS = ("output_dir", "data.cache", "assets.dir", "checkpoint", "space")

@@ -1,0 +1,1 @@
+"""Words of a command line to a recipe, events to text on a terminal."""
