@@ -35,7 +35,7 @@ from ray_jobs.engine import cluster
 from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
 
 if TYPE_CHECKING:
-    from ray_jobs.engine.trained import Trained
+    from ray_jobs.evaluation.trained import Trained
     from ray_jobs.training.simulator import SimulatorOptions
 
 GROUPS = ("dataset.", "data.", "env.", "eval.", "ray.", "assets.")
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         cluster.start(flags.get("ray.address"))
     doing("importing LeRobot")
     with no_garbage_collection():
-        from ray_jobs.engine import trained as trained_module
+        from ray_jobs.evaluation import trained as trained_module
         from ray_jobs.storage.bucket import local_folder
     doing("reading the checkpoint")
     simulator = _simulator(flags) if in_simulator else None
@@ -190,8 +190,8 @@ def _evaluate(
     one: "Trained", flags: dict, simulator: "SimulatorOptions | None", target: Path, results: dict[str, dict]
 ) -> None:
     """Put all about one checkpoint into `results`, as soon as it is known; writes its pictures and videos."""
-    from ray_jobs.engine.pictures import predicted_against_recorded
-    from ray_jobs.engine.trained import score
+    from ray_jobs.evaluation.pictures import predicted_against_recorded
+    from ray_jobs.evaluation.trained import score
 
     print(f"{one.name}: {one.recipe.lerobot.policy.type}" + (f", step {one.step}" if one.step else ""))
     name = one.name if ".." not in Path(one.name).parts else str(Path(one.name).resolve())
@@ -263,7 +263,7 @@ def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", fol
 
 
 def _write(target: Path, results: dict[str, dict], argv: list[str]) -> None:
-    from ray_jobs.engine.pictures import errors
+    from ray_jobs.evaluation.pictures import errors
     from ray_jobs.storage.records import write_json
 
     target.mkdir(parents=True, exist_ok=True)

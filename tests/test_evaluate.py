@@ -16,7 +16,7 @@ from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.engine import rollouts
-from ray_jobs.engine.trained import open_trained
+from ray_jobs.evaluation.trained import open_trained
 from ray_jobs.training import loop
 from ray_jobs.training.simulator import wilson
 from ray_jobs.training.tracking import save_options

@@ -97,7 +97,7 @@ def _draw_actions(checkpoint: Path, size: int, say: Callable[[str], None]) -> li
         return [Section("Predicted against recorded actions", [text])]
     say("drawing    what the best policy predicts: to open it takes half a minute, once")
     try:
-        from ray_jobs.engine.trained import open_trained, score
+        from ray_jobs.evaluation.trained import open_trained, score
 
         with contextlib.redirect_stdout(io.StringIO()):
             result, drawn = score(

@@ -47,7 +47,7 @@ def run(
 def _in_this_process(trained, options, batches: list, videos: int) -> Iterator[list[dict]]:
     import torch
 
-    from ray_jobs.engine.trained import load
+    from ray_jobs.evaluation.trained import load
     from ray_jobs.training import parallel
     from ray_jobs.training.simulator import Simulator
 
@@ -99,7 +99,7 @@ def _worker(work: bytes, plugins: list[str], batches: list, videos: int) -> Iter
     with no_garbage_collection():
         from lerobot.configs.parser import load_plugin
 
-        import ray_jobs.engine.trained  # noqa: F401
+        import ray_jobs.evaluation.trained  # noqa: F401
 
     for package in plugins:
         load_plugin(package)

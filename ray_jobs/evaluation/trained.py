@@ -30,7 +30,7 @@ from ray_jobs.data.dataset import make_datasets
 from ray_jobs.data.dataset_cache import once, own_metadata
 from ray_jobs.data.frame_cache import open_frames
 from ray_jobs.data.reader import FrameReader
-from ray_jobs.engine.pictures import Replay, joint_names, replay
+from ray_jobs.evaluation.pictures import Replay, joint_names, replay
 from ray_jobs.policies import assets, kernels
 from ray_jobs.policies.build import check_loaded, loading, make_processors
 from ray_jobs.storage import bucket

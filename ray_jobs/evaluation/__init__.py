@@ -1,0 +1,1 @@
+"""Trained policies, opened again, scored and shown."""
