@@ -20,11 +20,11 @@ from ray_jobs.cli.command_line import build, read_flags
 from ray_jobs.cli.early_checks import check_data
 from ray_jobs.cli.flags import NO_DATA_SET, check_flags
 from ray_jobs.cli.terminal import doing, quiet, run_job
+from ray_jobs.cluster import connect
 from ray_jobs.config.errors import InputError, RunError, all_mistakes
 from ray_jobs.config.flag_table import flags_of
 from ray_jobs.config.options import DataOptions
 from ray_jobs.config.units import duration
-from ray_jobs.engine import cluster
 
 
 def main(argv: list[str]) -> int:
@@ -58,11 +58,11 @@ def _build(words: list[str]) -> int:
     from ray_jobs.cli import dataset_options
 
     dataset_options.read(words)  # a mistake is told of once, and here
-    cluster.start(flags.get("ray.address")).result()
+    connect.start(flags.get("ray.address")).result()
     from ray.exceptions import RayError
 
-    from ray_jobs.engine.faults import if_helper_dies, why
-    from ray_jobs.engine.line import open_line
+    from ray_jobs.cluster.channel import open_line
+    from ray_jobs.cluster.faults import if_helper_dies, why
 
     line = open_line()
     names = {}
@@ -218,4 +218,4 @@ def _remove(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, at_end=cluster.leave)
+    run_job(main, at_end=connect.leave)

@@ -14,10 +14,10 @@ from pathlib import Path
 from ray_jobs.cli.command_line import build, not_an_address, read_flags
 from ray_jobs.cli.flags import check_flags
 from ray_jobs.cli.terminal import OUTPUT_EVERY_S, doing, quiet, run_job
+from ray_jobs.cluster import connect
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.flag_table import flags_of
 from ray_jobs.config.units import duration
-from ray_jobs.engine import cluster
 
 IMAGE_SIZE = 64  # pixels
 SPACE = Path(__file__).parent.parent / "search_spaces" / "act_demo.yaml"
@@ -127,4 +127,4 @@ def _recipe(dataset: Path, run: Path, options: DemoOptions, held_out: list[int])
 
 
 if __name__ == "__main__":
-    run_job(main, at_end=cluster.leave)
+    run_job(main, at_end=connect.leave)

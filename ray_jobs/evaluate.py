@@ -29,9 +29,9 @@ from ray_jobs.checks.output_dir import check_output_dir
 from ray_jobs.cli.command_line import listed, parse_options, read_flags
 from ray_jobs.cli.flags import as_arguments, check_flags
 from ray_jobs.cli.terminal import OUTPUT_EVERY_S, doing, no_garbage_collection, quiet, run_job
+from ray_jobs.cluster import connect
 from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.units import duration
-from ray_jobs.engine import cluster
 from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         in_simulator
         and parse_options({k: v for k, v in flags.items() if k.startswith("ray.")}).ray.num_workers
     ):
-        cluster.start(flags.get("ray.address"))
+        connect.start(flags.get("ray.address"))
     doing("importing LeRobot")
     with no_garbage_collection():
         from ray_jobs.evaluation import trained as trained_module
@@ -222,12 +222,12 @@ def _evaluate(
 
 
 def _run_simulator(one: "Trained", flags: dict, options: "SimulatorOptions", folder: Path) -> dict:
-    from ray_jobs.engine import rollouts
+    from ray_jobs.cluster import rollouts
     from ray_jobs.training.simulator import success
 
     workers = int(flags["ray.num_workers"]) if "ray.num_workers" in flags else None
     if workers != 0:
-        cluster.start(flags.get("ray.address")).result()
+        connect.start(flags.get("ray.address")).result()
     started = told = time.monotonic()
 
     def show(done: list[dict]) -> None:
@@ -356,4 +356,4 @@ def _last_screen(target: Path, results: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_job(main, at_end=cluster.leave)
+    run_job(main, at_end=connect.leave)

@@ -19,10 +19,10 @@ from ray_jobs.cli.command_line import asks_to_resume, parse_options, read_flags
 from ray_jobs.cli.early_checks import check_command, help_of_training
 from ray_jobs.cli.signals import interrupt, on_interruption
 from ray_jobs.cli.terminal import Display, doing, no_garbage_collection, quiet, run_job
+from ray_jobs.cluster import connect
+from ray_jobs.cluster.worker import only_driver, refuse_busy
 from ray_jobs.config.errors import INTERRUPTED
 from ray_jobs.config.units import duration
-from ray_jobs.engine import cluster
-from ray_jobs.engine.workers import only_driver, refuse_busy
 from ray_jobs.policies.lean_imports import unneeded, without
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     on_ray = recipe.options.ray.num_workers > 0
     try:
         if on_ray:
-            cluster.start(recipe.options.ray.address).result()  # before there is a folder
+            connect.start(recipe.options.ray.address).result()  # before there is a folder
         doing("starting the worker(s)" if on_ray else "opening the data set")
         train = _train_on_ray if on_ray else _train_here
         summary = train(recipe, display)
@@ -79,13 +79,13 @@ def _start_ray(flags: dict[str, str]) -> bool:
     options = parse_options(flags).ray
     if not options.num_workers or asks_to_resume(flags):
         return False
-    cluster.start(options.address)
+    connect.start(options.address)
     return True
 
 
 def _train_here(recipe: "Recipe", display: Display) -> dict:
     """Run the loop in this process; returns the summary."""
-    from ray_jobs.engine.driver import train_here
+    from ray_jobs.cluster.driver import train_here
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # it has a handler of its own
     with only_driver(recipe.output_dir), _interrupts(display) as asked:
@@ -97,13 +97,13 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
     import ray
     import ray.train.torch  # not where Ray starts: two threads that import its parts trip each other
 
+    from ray_jobs.cluster.driver import train_on_workers
     from ray_jobs.cluster.ray_internals import has_room
-    from ray_jobs.engine.driver import train_on_workers
 
     options = recipe.options.ray
     streamed = recipe.options.data.source == "stream"
     reserved = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
-    each = cluster.share(*reserved, decoders=streamed, at_least=options.min_workers)
+    each = connect.share(*reserved, decoders=streamed, at_least=options.min_workers)
 
     def should_stop() -> str:
         if display.waits_since and time.monotonic() - display.waits_since > WAITED_S:
@@ -117,7 +117,7 @@ def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
         return train_on_workers(recipe, each, display.show, should_stop)
 
 
-def waiting_for(workers: int, each: cluster.Share, free: dict[str, float] | None) -> str:
+def waiting_for(workers: int, each: connect.Share, free: dict[str, float] | None) -> str:
     """What a run that has not begun after a while waits for.
 
     Args:
@@ -126,7 +126,7 @@ def waiting_for(workers: int, each: cluster.Share, free: dict[str, float] | None
     they = f"{workers} workers with {each} each" if workers > 1 else f"a worker with {each}"
     if free is None:
         return f"still waiting: {they} {'are' if workers > 1 else 'is'} starting (imports, data, models)"
-    left = cluster.Share(free.get("CPU", 0), free.get("GPU", 0))
+    left = connect.Share(free.get("CPU", 0), free.get("GPU", 0))
     return f"still waiting for room for {they}: the cluster has {left} that nobody uses now"
 
 
@@ -190,4 +190,4 @@ def _help(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, at_end=cluster.leave)
+    run_job(main, at_end=connect.leave)

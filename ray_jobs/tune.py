@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 from ray_jobs.cli import environment
 from ray_jobs.cli.command_line import asks_to_resume, read_flags
 from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet, run_job
-from ray_jobs.cluster import ray_internals
+from ray_jobs.cluster import connect, ray_internals
+from ray_jobs.cluster.channel import open_line
+from ray_jobs.cluster.worker import only_driver, refuse_busy
 from ray_jobs.config.errors import INTERRUPTED, InputError, RunError, StorageLost
-from ray_jobs.engine import cluster
-from ray_jobs.engine.line import open_line
-from ray_jobs.engine.workers import only_driver, refuse_busy
 from ray_jobs.policies.lean_imports import without
 from ray_jobs.search import new_space
 from ray_jobs.search.command import check_search
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> int:
     not_needed = check_search(flags)
     on_ray = not asks_to_resume(flags)
     if on_ray:
-        cluster.start(flags.get("ray.address"))
+        connect.start(flags.get("ray.address"))
     elif "://" not in place:
         read_begun(Path(place))
     doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
@@ -83,8 +82,8 @@ def main(argv: list[str]) -> int:
     plan.recipe.unneeded = not_needed
     for notice in plan.notices:
         print(notice)
-    cluster.start(plan.recipe.options.ray.address).result()
-    from ray_jobs.engine.faults import if_helper_dies  # not while Ray starts: it imports parts of it
+    connect.start(plan.recipe.options.ray.address).result()
+    from ray_jobs.cluster.faults import if_helper_dies  # not while Ray starts: it imports parts of it
 
     slot = decide(plan)
     doing("")
@@ -154,10 +153,10 @@ def _search(
     from ray.tune import FailureConfig, RunConfig, TuneConfig
 
     from ray_jobs.cli.progress import Progress
+    from ray_jobs.cluster.driver import start_fit
+    from ray_jobs.cluster.watchdog import Watchdog
+    from ray_jobs.cluster.worker import check_node, mark_of
     from ray_jobs.config.errors import first_line
-    from ray_jobs.engine.driver import start_fit
-    from ray_jobs.engine.watchdog import Watchdog
-    from ray_jobs.engine.workers import check_node, mark_of
     from ray_jobs.search import answer, dry_run
     from ray_jobs.search.files import DONE, TIME_IS_UP, trial_name
     from ray_jobs.search.options import MORE_IS_BETTER
@@ -283,7 +282,7 @@ def _search(
                     for node in ray_internals.draining_nodes():
                         line.leave.remote(node)
                     if counted:
-                        room = cluster.room_for(slot.each) // options.workers_per_trial
+                        room = connect.room_for(slot.each) // options.workers_per_trial
                         options.max_concurrent = max(1, room) + waiting
                 if (
                     options.time_budget_s
@@ -335,4 +334,4 @@ def _help() -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, at_end=cluster.leave)
+    run_job(main, at_end=connect.leave)

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.cli.terminal import doing, quiet
-from ray_jobs.engine import cluster
+from ray_jobs.cluster import connect
 
 quiet()
 # Before torch is imported. Threads that wait for others by spinning keep a core from them, where several processes train on
@@ -53,10 +53,10 @@ PATIENCE = float(os.environ.get("RAY_JOBS_TEST_PATIENCE", "1"))  # with other pr
 def ray_of_the_module():
     """A Ray that a module's tests have started in this process ends with them: others kill Ray's processes."""
     yield
-    if cluster._ready is not None:
-        cluster._ready.exception()  # however long: no job waits here, but other modules' tests come
-    cluster.leave()
-    cluster._ready = None
+    if connect._ready is not None:
+        connect._ready.exception()  # however long: no job waits here, but other modules' tests come
+    connect.leave()
+    connect._ready = None
 
 
 @pytest.fixture(autouse=True)

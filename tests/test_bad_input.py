@@ -22,9 +22,9 @@ from huggingface_hub import constants
 
 from ray_jobs.checks import preflight
 from ray_jobs.cli import parse_errors
+from ray_jobs.cluster import connect
 from ray_jobs.config import recipe
 from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull
-from ray_jobs.engine import cluster
 
 STEP = "checkpoints/000002"
 CAMERA = "observation.images.top"
@@ -389,10 +389,10 @@ def test_no_ray_at_the_address(parts, tmp_path):
 def test_addresses_of_other_kinds(monkeypatch, address):
     """One for Ray's client, one for `ray job submit`, one without a port: as a flag and in the shell."""
     with pytest.raises(InputError, match=f"--ray.address={address}: must be the host:port"):
-        cluster.start(address)
+        connect.start(address)
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(InputError, match=f"RAY_ADDRESS={address}: must be the host:port"):
-        cluster.start("auto")
+        connect.start("auto")
 
 
 def test_backbone_weights_out_of_reach(parts, tmp_path, monkeypatch):

@@ -26,8 +26,8 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
+from ray_jobs.cluster import worker
 from ray_jobs.config.errors import RunError
-from ray_jobs.engine import workers
 from ray_jobs.training import checkpoint
 
 FILE = ROOT / "cluster.yaml"
@@ -98,7 +98,7 @@ def test_spot_first_then_on_demand(launched):
             SchedulingRequest(
                 node_type_configs=config.get_node_type_configs(),
                 max_num_nodes=config.get_max_num_nodes(),
-                resource_requests=ResourceRequestUtil.group_by_count([demand] * workers),
+                resource_requests=ResourceRequestUtil.group_by_count([demand] * worker),
                 disable_launch_config_check=True,
                 idle_timeout_s=None,
                 recoverable_resource_availabilities=availability,
@@ -532,13 +532,13 @@ def test_upload_is_small(tmp_path):
 def test_a_node_without_the_drivers_folders_is_named(tmp_path):
     """A node with a folder of the same name that is another one, and one without the data set."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    mark = workers.mark_of(ours)
-    workers.check_node(str(tmp_path), ours, mark)
-    workers.mark_of(theirs)
+    mark = worker.mark_of(ours)
+    worker.check_node(str(tmp_path), ours, mark)
+    worker.mark_of(theirs)
     for root, output_dir, told in (
         (str(tmp_path / "set"), ours, r"--dataset.root=.*/set is not there on node \d"),
         (None, theirs, r"--output_dir=.*/theirs is not on node \d.* what it is on the driver's node"),
         (None, tmp_path / "nowhere", r"--output_dir=.*/nowhere is not on node \d"),
     ):
         with pytest.raises(RunError, match=told):
-            workers.check_node(root, output_dir, mark)
+            worker.check_node(root, output_dir, mark)

@@ -14,8 +14,8 @@ from conftest import stock, tiny_act, tiny_diffusion
 from ray_jobs import evaluate
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
+from ray_jobs.cluster import rollouts
 from ray_jobs.config.errors import InputError, RunError
-from ray_jobs.engine import rollouts
 from ray_jobs.evaluation.trained import open_trained
 from ray_jobs.training import loop
 from ray_jobs.training.simulator import wilson

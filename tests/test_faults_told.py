@@ -27,11 +27,11 @@ from safetensors import SafetensorError
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cli.terminal import Display
+from ray_jobs.cluster import channel as line_module
+from ray_jobs.cluster import driver, faults
+from ray_jobs.cluster.connect import Share
+from ray_jobs.cluster.faults import in_plain_words
 from ray_jobs.config.errors import InputError, RunError, StorageLost
-from ray_jobs.engine import driver, faults
-from ray_jobs.engine import line as line_module
-from ray_jobs.engine.cluster import Share
-from ray_jobs.engine.faults import in_plain_words
 from ray_jobs.storage import retry
 from ray_jobs.train import waiting_for
 from ray_jobs.training import checkpoint, loop

@@ -9,10 +9,10 @@ from ray.cluster_utils import Cluster
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.cli.resolve import resolve
+from ray_jobs.cluster import connect as our_cluster
+from ray_jobs.cluster.channel import open_line
+from ray_jobs.cluster.driver import make_trainer
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine import cluster as our_cluster
-from ray_jobs.engine.driver import make_trainer
-from ray_jobs.engine.line import open_line
 
 pytestmark = pytest.mark.slow
 

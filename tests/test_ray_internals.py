@@ -39,8 +39,7 @@ from ray.tune.experiment import Trial
 from ray.util.placement_group import placement_group, placement_group_table
 
 from ray_jobs import tune
-from ray_jobs.cluster import ray_internals
-from ray_jobs.engine import cluster
+from ray_jobs.cluster import connect, ray_internals
 
 RAY = Path(ray.__file__).parent
 
@@ -63,10 +62,10 @@ def test_ray_init_has_no_new_argument():
 def test_names_are_rays():
     assert ray_internals.HEAD_NODE == HEAD_NODE_RESOURCE_NAME
     assert ray_internals.SUBMITTED == RAY_JOB_CONFIG_JSON_ENV_VAR
-    assert f'"{cluster.BOOTSTRAP}"' in (RAY / "tune/execution/cluster_info.py").read_text()
+    assert f'"{connect.BOOTSTRAP}"' in (RAY / "tune/execution/cluster_info.py").read_text()
 
 
-@pytest.mark.parametrize("module", [cluster, tune])
+@pytest.mark.parametrize("module", [connect, tune])
 def test_settings_are_still_read(module):
     """Ray takes no notice of a variable that it does not know."""
     names = set(re.findall(r'"((?:RAY|TUNE)_\w+)"', Path(module.__file__).read_text())) - {"RAY_JOBS_DEBUG"}
@@ -124,7 +123,7 @@ def test_raylet_can_be_silenced(monkeypatch):
 
 @pytest.fixture(scope="module")
 def started() -> None:
-    cluster.start("local").result()
+    connect.start("local").result()
 
 
 def test_nodes_that_drain_are_told_nowhere_else(started):

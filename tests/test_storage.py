@@ -24,8 +24,8 @@ from test_tune import space_file
 from ray_jobs import evaluate
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
+from ray_jobs.cluster import worker
 from ray_jobs.config.errors import GO_ON, INTERRUPTED, InputError, RunError
-from ray_jobs.engine import workers
 from ray_jobs.storage import bucket, lease, mirror
 from ray_jobs.training import checkpoint
 
@@ -117,7 +117,7 @@ def train(flags: list[str], stop_after: int | None = None) -> tuple[dict, list[d
     preflight.check(recipe)
     events: list[dict] = []
     stop = lambda: INTERRUPTED if stop_after and events[-1].get("step") == stop_after else GO_ON  # noqa: E731
-    return workers.run_loop(recipe, main=True, device="cpu", report=events.append, should_stop=stop), events
+    return worker.run_loop(recipe, main=True, device="cpu", report=events.append, should_stop=stop), events
 
 
 def flags(root, output_dir, *more: str) -> list[str]:
@@ -167,7 +167,7 @@ def test_another_run_of_the_same_address(parts, s3):
         flags(parts, s3.address, "--steps=1", "--save_freq=1")
     )  # the driver's node knows nothing of it
     kept.rename(here)
-    summary = workers.run_loop(
+    summary = worker.run_loop(
         recipe, main=True, device="cpu", report=lambda e: None, should_stop=lambda: GO_ON
     )
     assert (summary["start_step"], summary["status"]) == (0, "finished")

@@ -24,6 +24,8 @@ from ray_jobs import train
 from ray_jobs.checks import preflight
 from ray_jobs.checks.dataset import choose_episodes, open_dataset
 from ray_jobs.cli.resolve import resolve
+from ray_jobs.cluster import connect as our_cluster
+from ray_jobs.cluster import stream_reader
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data.dataset import make_datasets, to_device
@@ -31,8 +33,6 @@ from ray_jobs.data.frames import FrameSource
 from ray_jobs.data.position import START
 from ray_jobs.data.reader import FrameReader
 from ray_jobs.data.stream import make_streamed_datasets, streamed_batches
-from ray_jobs.engine import cluster as our_cluster
-from ray_jobs.engine import stream_reader
 from ray_jobs.search.plan import read_command
 from ray_jobs.search.spaces import read_spaces
 from ray_jobs.storage import bucket

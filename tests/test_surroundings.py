@@ -15,7 +15,7 @@ import ray
 from conftest import PATIENCE, ROOT, job, tiny_act
 
 from ray_jobs.cli import environment
-from ray_jobs.engine import cluster
+from ray_jobs.cluster import connect
 
 SETTLED = """
 import json, os
@@ -282,7 +282,7 @@ def test_ray_is_started_once_more(monkeypatch):
         return init(*args, **kwargs)
 
     monkeypatch.setattr(ray, "init", busy_at_first)
-    assert cluster.start("local").result(timeout=180 * PATIENCE) is None
+    assert connect.start("local").result(timeout=180 * PATIENCE) is None
     assert ray.is_initialized() and failed
 
 

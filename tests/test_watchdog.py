@@ -12,8 +12,8 @@ import torch.utils.checkpoint
 from conftest import tiny_act, train_in_process
 from lerobot.policies.act.modeling_act import ACTPolicy
 
+from ray_jobs.cluster import watchdog
 from ray_jobs.config.busy import busy_with
-from ray_jobs.engine import watchdog
 from ray_jobs.storage.retry import patiently
 from ray_jobs.training import checkpoint, loop
 

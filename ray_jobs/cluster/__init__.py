@@ -1,1 +1,1 @@
-"""Ray: what the jobs ask of it."""
+"""All of Ray that a run needs: started or joined, workers, the channel between them, faults."""

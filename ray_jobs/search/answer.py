@@ -18,10 +18,10 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from ray_jobs.cluster.connect import Share
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.options import OPTIONS_FILE
 from ray_jobs.config.units import duration
-from ray_jobs.engine.cluster import Share
 from ray_jobs.search import card
 from ray_jobs.search.files import (
     BEST_DIR,

@@ -11,8 +11,8 @@ import optuna
 import ray
 
 from ray_jobs.cli.terminal import doing
+from ray_jobs.cluster import connect
 from ray_jobs.config.units import duration
-from ray_jobs.engine import cluster
 from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.slot import Slot
@@ -99,11 +99,11 @@ class Estimate:
 
 def estimate(plan: Plan, slot: Slot) -> Estimate:
     """Time slots, all at once, with the baselines."""
-    from ray_jobs.engine.faults import if_helper_dies
+    from ray_jobs.cluster.faults import if_helper_dies
 
     tune, spaces = plan.options.tune, plan.space.spaces
     slots = min(at_once(plan, slot), tune.num_samples)
-    copies = max(1, min(MOST_TIMED, slots, cluster.room_for(slot.each, now=True)))
+    copies = max(1, min(MOST_TIMED, slots, connect.room_for(slot.each, now=True)))
     run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus, max_calls=1)(time_a_slot)
     costs, starts = [], []
     for space in spaces:

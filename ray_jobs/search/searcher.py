@@ -19,8 +19,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ray_jobs.cluster import ray_internals
+from ray_jobs.cluster.faults import why
 from ray_jobs.config.errors import INTERRUPTED
-from ray_jobs.engine.faults import why
 from ray_jobs.search.files import trial_name
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.space import SearchSpace, flags

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from ray_jobs.cluster import connect
 from ray_jobs.cluster.ray_internals import HEAD_NODE
 from ray_jobs.config.errors import InputError
-from ray_jobs.engine import cluster
 from ray_jobs.search.plan import Plan
 
 MAX_CPU_TRIALS = 4  # at a time, where nothing else says so: a search learns from one trial for the next
@@ -19,7 +19,7 @@ class Slot:
 
     bundle: dict[str, float]
     """Resources of the trial's own process."""
-    each: cluster.Share
+    each: connect.Share
     """Of each worker, where a trial has several."""
     at_once: int
     """Trials that the cluster holds, with the nodes that its autoscaler may add."""
@@ -32,21 +32,21 @@ def decide(plan: Plan) -> Slot:
         InputError: Not even an empty cluster has room for one trial.
     """
     tune, options = plan.options.tune, plan.recipe.options.ray
-    nodes = cluster.nodes()
+    nodes = connect.nodes()
     total_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     gpus, cpus = tune.gpus_per_trial, options.cpus_per_worker
     workers = tune.workers_per_trial
     if gpus is None and workers == 1 and total_gpus and (plan.recipe.device or "cuda").startswith("cuda"):
         gpus = 1.0
     most = max(node.get("GPU", 0) for node in nodes)
-    if gpus and gpus > most and workers == 1 and not cluster.may_grow():
+    if gpus and gpus > most and workers == 1 and not connect.may_grow():
         raise InputError(
             f"--tune.gpus_per_trial={gpus:g}: no node of this cluster has more than {most:g} GPUs."
         )
     if workers > 1:
         of_each = None if gpus is None else gpus / workers
-        each = cluster.share(workers, cpus, of_each, plan.recipe.device, asked="--tune.workers_per_trial")
-        return Slot(WATCHER, each, max(1, cluster.room_for(each) // workers))
+        each = connect.share(workers, cpus, of_each, plan.recipe.device, asked="--tune.workers_per_trial")
+        return Slot(WATCHER, each, max(1, connect.room_for(each) // workers))
     gpus = gpus or 0.0
     hosts = [node for node in nodes if node.get("GPU", 0) >= gpus]
     if cpus is None:
@@ -54,8 +54,8 @@ def decide(plan: Plan) -> Slot:
         largest = max((int(node.get("CPU", 0)) for node in hosts), default=1)
         near = sum(int(node.get("CPU", 0)) for node in hosts)  # a head without GPUs lends none
         cpus = max(1, min(near // max(1, at_once), largest, 8 if gpus else largest))
-    each = cluster.Share(cpus, gpus)
-    room = cluster.room_for(each)
-    if not room and not cluster.may_grow():
+    each = connect.Share(cpus, gpus)
+    room = connect.room_for(each)
+    if not room and not connect.may_grow():
         raise InputError(f"--ray.cpus_per_worker={cpus}: no node of this cluster has {each}.")
     return Slot(each.resources, each, max(1, room))

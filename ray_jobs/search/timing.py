@@ -149,7 +149,7 @@ def _longest(of_set: "LeRobotDataset", frames: int | None) -> list[int]:
 
 def _train(recipe: "Recipe", steps: int, timed: Callable[[dict], float]) -> dict:
     """Train as a slot does; how long it took, and what of it were steps and validations."""
-    from ray_jobs.engine.driver import train_here
+    from ray_jobs.cluster.driver import train_here
 
     recipe.lerobot.steps = recipe.eval_steps = recipe.lerobot.save_freq = steps
     recipe.lerobot.log_freq, recipe.lerobot.wandb.enable = 1, False

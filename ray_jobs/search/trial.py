@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.cli import environment
 from ray_jobs.cli.terminal import no_garbage_collection, quiet
+from ray_jobs.cluster.connect import Share
+from ray_jobs.cluster.worker import ERROR_LOG
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import (
     INTERRUPTED,
@@ -29,8 +31,6 @@ from ray_jobs.config.errors import (
     no_room,
 )
 from ray_jobs.config.options import OPTIONS_FILE
-from ray_jobs.engine.cluster import Share
-from ray_jobs.engine.workers import ERROR_LOG
 from ray_jobs.policies.lean_imports import without
 from ray_jobs.search.files import trial_place
 from ray_jobs.storage.records import METRIC, read_metrics, read_summary
@@ -98,11 +98,11 @@ def run_trial(
         import torch
         from ray import tune
 
+        from ray_jobs.cluster import watchdog
+        from ray_jobs.cluster.driver import train_here, train_on_workers
+        from ray_jobs.cluster.faults import Preempted, comes_again
+        from ray_jobs.cluster.worker import keep_error, listen_for_stop, teller
         from ray_jobs.config.errors import first_line
-        from ray_jobs.engine import watchdog
-        from ray_jobs.engine.driver import train_here, train_on_workers
-        from ray_jobs.engine.faults import Preempted, comes_again
-        from ray_jobs.engine.workers import keep_error, listen_for_stop, teller
         from ray_jobs.storage import mirror
         from ray_jobs.storage.bucket import is_uri
         from ray_jobs.storage.retry import may_pass, patiently, storage_may_return

@@ -21,7 +21,7 @@ import optuna
 import psutil
 
 from ray_jobs import tune as job
-from ray_jobs.engine import cluster
+from ray_jobs.cluster import connect
 
 
 def slots() -> list[psutil.Process]:
@@ -97,7 +97,7 @@ def main() -> None:
           f"{len(study.trials) - finished} unfinished W&B runs")  # fmt: skip
     print(*alive, sep="\n")
     ray.shutdown()
-    cluster.leave()
+    connect.leave()
 
 
 def _actors(list_actors) -> list[str]:

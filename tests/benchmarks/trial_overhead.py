@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import optuna
 
 from ray_jobs import tune as job
-from ray_jobs.engine import cluster
+from ray_jobs.cluster import connect
 
 
 def ours(folder: Path, dataset: Path, trials: int) -> list[dict]:
@@ -126,7 +126,7 @@ def main() -> None:
     print(f"  {'ours, without building the model':50} {mine:7.2f}")
     print(f"  {'a TorchTrainer inside each Tune trial':50} {other:7.2f}")
     print(f"  ratio {other / mine:.0f}")
-    cluster.leave()
+    connect.leave()
 
 
 if __name__ == "__main__":

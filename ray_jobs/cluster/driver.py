@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.cli import environment
 from ray_jobs.cluster import ray_internals
+from ray_jobs.cluster.connect import Share
+from ray_jobs.cluster.worker import keep_error, mark_of, run_loop, work
 from ray_jobs.config.errors import InputError, RunError, StorageFull, StorageLost
-from ray_jobs.engine.cluster import Share
-from ray_jobs.engine.workers import keep_error, mark_of, run_loop, work
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
@@ -54,9 +54,9 @@ def train_on_workers(
     """
     import ray
 
-    from ray_jobs.engine.faults import if_helper_dies
-    from ray_jobs.engine.line import open_line
-    from ray_jobs.engine.watchdog import Watchdog
+    from ray_jobs.cluster.channel import open_line
+    from ray_jobs.cluster.faults import if_helper_dies
+    from ray_jobs.cluster.watchdog import Watchdog
 
     line = open_line()
     fitting, outcome = start_fit(Training(recipe, each, line))
@@ -89,7 +89,7 @@ class Training:
         from ray.exceptions import OutOfMemoryError, RayActorError
         from ray.train import ControllerError, WorkerGroupError
 
-        from ray_jobs.engine.faults import of_a_loss, why
+        from ray_jobs.cluster.faults import of_a_loss, why
 
         most, losses = self.recipe.options.ray.max_failures, 0
         while True:
@@ -133,14 +133,14 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from ray_jobs.engine.faults import Witness
+    from ray_jobs.cluster.faults import Witness
 
     options = recipe.options.ray
     if not recipe.remote:
         recipe.mark = mark_of(recipe.output_dir)
     datasets = {}
     if recipe.options.data.source == "stream":
-        from ray_jobs.engine import stream_reader
+        from ray_jobs.cluster import stream_reader
 
         datasets["train"] = stream_reader.source_of(recipe)
     return ray_internals.torch_trainer(
@@ -222,7 +222,7 @@ def summary_of(recipe: "Recipe", line, outcome: dict, should_stop: Callable[[], 
 
 def _explain(error: Exception, recipe: "Recipe") -> str:
     """Why Ray Train gave up, in two lines; the whole story goes into the run's error.log."""
-    from ray_jobs.engine.faults import describe, of_a_loss, why
+    from ray_jobs.cluster.faults import describe, of_a_loss, why
 
     if failures := getattr(error, "worker_failures", None):
         told, (_, error) = describe(failures), min(failures.items())

@@ -46,8 +46,8 @@ def work(config: dict) -> None:
         from ray.train.torch import get_device
 
         import ray_jobs.training.loop  # noqa: F401
-        from ray_jobs.engine import watchdog
-        from ray_jobs.engine.faults import Preempted, comes_again
+        from ray_jobs.cluster import watchdog
+        from ray_jobs.cluster.faults import Preempted, comes_again
 
     recipe = pickle.loads(config["recipe"])
     context = ray.train.get_context()
@@ -82,7 +82,7 @@ def work(config: dict) -> None:
     try:
         stream = None
         if recipe.options.data.source == "stream":
-            from ray_jobs.engine import stream_reader
+            from ray_jobs.cluster import stream_reader
 
             stream = stream_reader.epochs(
                 recipe, ray.train.get_dataset_shard("train"), pinned=get_device().type == "cuda"
@@ -188,7 +188,7 @@ def run_loop(recipe: "Recipe", *, main: bool, **how) -> dict:
     """The training loop; on the main rank with the run's folder locked, and copied to its bucket if it has one."""
     from lerobot.configs.parser import load_plugin
 
-    from ray_jobs.engine.faults import in_plain_words
+    from ray_jobs.cluster.faults import in_plain_words
     from ray_jobs.storage.mirror import pull
     from ray_jobs.storage.retry import patiently, storage_may_return
     from ray_jobs.training import loop

@@ -65,7 +65,7 @@ def _on_workers(
 ) -> Iterator[list[dict]]:
     import ray
 
-    from ray_jobs.engine import cluster
+    from ray_jobs.cluster import connect
 
     asked = trained.recipe.options.ray
     total = int(ray.cluster_resources().get("CPU", 1))
@@ -74,7 +74,7 @@ def _on_workers(
     gpus = asked.gpus_per_worker
     if gpus is None and (trained.recipe.device or "cuda").startswith("cuda"):
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)  # several share one
-    each = cluster.share(workers, cpus, gpus or 0.0, trained.recipe.device, alone=True)
+    each = connect.share(workers, cpus, gpus or 0.0, trained.recipe.device, alone=True)
     task = ray.remote(
         num_cpus=each.cpus, num_gpus=each.gpus, num_returns="streaming", runtime_env={"env_vars": each.env}
     )(_worker)
