@@ -25,15 +25,15 @@ from ray_jobs.cluster.channel import open_line
 from ray_jobs.cluster.worker import only_driver, refuse_busy
 from ray_jobs.config.errors import INTERRUPTED, InputError, RunError, StorageLost
 from ray_jobs.policies.lean_imports import without
-from ray_jobs.search import new_space
-from ray_jobs.search.command import check_search
+from ray_jobs.search.early_checks import check_search
 from ray_jobs.search.files import read_begun
 from ray_jobs.search.options import in_full
+from ray_jobs.search.spaces.chosen import new_space
 
 if TYPE_CHECKING:
     from ray_jobs.search.bucket_copy import BucketCopy
     from ray_jobs.search.plan import Plan
-    from ray_jobs.search.slot import Slot
+    from ray_jobs.search.resources import Slot
 
 # For Ray Tune, which reads them while it is imported, or when a search begins.
 TUNE_ENV = {
@@ -69,12 +69,12 @@ def main(argv: list[str]) -> int:
         from sqlalchemy.exc import SQLAlchemyError
 
         from ray_jobs.config.errors import first_line
-        from ray_jobs.search import answer, bucket_copy, dry_run, report
-        from ray_jobs.search.begin import open_study
+        from ray_jobs.search import bucket_copy, estimate, report, results
         from ray_jobs.search.files import DONE, SEARCH_FILE, SPACES_DIR
         from ray_jobs.search.plan import make_plan, read_command
-        from ray_jobs.search.slot import decide
-        from ray_jobs.search.spaces import read_spaces
+        from ray_jobs.search.resources import decide
+        from ray_jobs.search.spaces.chosen.chosen import read_spaces
+        from ray_jobs.search.study.study.begin import open_study
 
     doing("looking over the spaces and the data set")
     typed, options, resume, notices = read_command(argv)
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     slot = decide(plan)
     doing("")
     if options.tune.dry_run:
-        dry_run.show(plan, slot, print)
+        estimate.show(plan, slot, print)
         return 0
 
     stopped = threading.Event()  # from now on nothing is waited for that has failed
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
             raise
         if not new:
             plan.save()
-            answer.reopen(plan)
+            results.reopen(plan)
         with bucket_copy.kept(plan, study, print, stopped.is_set) as copy:
             started = time.monotonic()
             with if_helper_dies("the search's helper process", "The study is intact; --resume=true goes on."):
@@ -114,15 +114,15 @@ def main(argv: list[str]) -> int:
             try:
                 if copy:
                     copy.gather(plan, study)
-                summary = answer.write(plan, study, status, time.monotonic() - started, slot.each)
+                summary = results.write(plan, study, status, time.monotonic() - started, slot.each)
             except StorageLost as failure:
                 raise RunError(error or str(failure)) from failure
             except (OSError, SQLAlchemyError) as failure:  # a disk that is full, say
                 more = f"what was found cannot be written: {first_line(failure)}"
                 raise RunError(f"{error or more}\nThe study is intact; --resume=true goes on.") from failure
-            answer.last_screen(plan, summary, print)
+            results.last_screen(plan, summary, print)
             if plan.pushes and summary["best"]:
-                print(answer.upload(plan))
+                print(results.upload(plan))
             try:
                 print(f"report      {report.write_search(plan.output_dir)}")
             except Exception as failure:  # out of memory, say; what was found is whole
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> int:
     if status == INTERRUPTED and not error:
         return 130
     if error or not summary["best"]:
-        raise RunError(error or answer.why_nothing(study, status))
+        raise RunError(error or results.why_nothing(study, status))
     return 0
 
 
@@ -157,17 +157,12 @@ def _search(
     from ray_jobs.cluster.watchdog import Watchdog
     from ray_jobs.cluster.worker import check_node, mark_of
     from ray_jobs.config.errors import first_line
-    from ray_jobs.search import answer, dry_run
+    from ray_jobs.search import estimate, results
     from ray_jobs.search.files import DONE, TIME_IS_UP, trial_name
     from ray_jobs.search.options import MORE_IS_BETTER
-    from ray_jobs.search.searcher import (
-        DEATHS,
-        StudyScheduler,
-        StudySearch,
-        TrialWitness,
-    )
-    from ray_jobs.search.storage import StudyFile, address_of
-    from ray_jobs.search.study import finished, trials_of
+    from ray_jobs.search.ray_tune import DEATHS, StudyScheduler, StudySearch, TrialWitness
+    from ray_jobs.search.study.study.storage import StudyFile, address_of
+    from ray_jobs.search.study.study.study import finished, trials_of
     from ray_jobs.search.trial import run_trial
     from ray_jobs.storage.retry import patiently
 
@@ -188,7 +183,9 @@ def _search(
         # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
         if event["kind"] == "ended":
             notice = lambda text: told.put({"kind": "notice", "text": text})  # noqa: E731
-            hopeless = patiently(partial(answer.note, plan, study), "trials.csv", notice, stop=stopped.is_set)
+            hopeless = patiently(
+                partial(results.note, plan, study), "trials.csv", notice, stop=stopped.is_set
+            )
             if copy:
                 copy.ended(hopeless)
         told.put(event)
@@ -246,7 +243,7 @@ def _search(
         best=(best[0].values[0], trial_name(best[0].number)) if best else None,
         slots=slot.at_once,
     )
-    progress.say(dry_run.intro(plan, slot))
+    progress.say(estimate.intro(plan, slot))
     # Trials with several workers look after these themselves.
     watchdog = Watchdog(line, plan.recipe.options.ray.hang_timeout if options.workers_per_trial == 1 else 0)
     fitting, outcome = start_fit(tuner)

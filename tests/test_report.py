@@ -23,7 +23,7 @@ from ray_jobs import evaluate, report
 from ray_jobs.cli.command_line import read_flags
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, RunError
-from ray_jobs.search.command import check_search
+from ray_jobs.search.early_checks import check_search
 from ray_jobs.storage.records import read_json, read_metrics
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

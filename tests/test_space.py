@@ -12,16 +12,16 @@ import yaml
 from conftest import ROOT
 from lerobot.configs.policies import PreTrainedConfig
 from optuna.trial import TrialState
+from ray_jobs.search.spaces.chosen.space import SearchSpace, flags
+from ray_jobs.search.spaces.chosen.space_file import read_space
+from ray_jobs.search.study.study.begin import make_sampler
 
 from ray_jobs.cli.flags import check_flags
 from ray_jobs.config.errors import InputError
-from ray_jobs.search import constraints
-from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.options import SAMPLERS, TuneOptions
 from ray_jobs.search.plan import steps_between
-from ray_jobs.search.searcher import DEATHS, StudyScheduler, StudySearch
-from ray_jobs.search.space import SearchSpace, flags
-from ray_jobs.search.space_file import read_space
+from ray_jobs.search.ray_tune import DEATHS, StudyScheduler, StudySearch
+from ray_jobs.search.spaces.chosen import constraints
 
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 GOOD = """\
@@ -390,7 +390,7 @@ def test_all_mistakes_at_once_and_without_lerobot(tmp_path):
     files[1].write_text("policy: actt\nserach: {}\n")
     command = [
         "import sys, time; start = time.monotonic()",
-        "from ray_jobs.search.spaces import read_spaces",
+        "from ray_jobs.search.spaces.chosen import read_spaces",
         "from ray_jobs.config.errors import InputError",
         f"words = {{'space': '{files[0]},{files[1]}'}}",
         "try: read_spaces(words, [])",

@@ -30,6 +30,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
+from ray_jobs.search.study.study.study import BASELINE
 from safetensors.torch import load_file
 from test_data import make
 from test_faults import Run, alive
@@ -40,10 +41,9 @@ from ray_jobs import tune
 from ray_jobs.cli import progress
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, RunError, StorageLost
-from ray_jobs.search import answer
-from ray_jobs.search import storage as storage_module
-from ray_jobs.search.answer import importances
-from ray_jobs.search.study import BASELINE
+from ray_jobs.search import results
+from ray_jobs.search.results import importances
+from ray_jobs.search.study.study import storage as storage_module
 from ray_jobs.storage import retry
 from ray_jobs.storage.records import read_json, read_metrics
 
@@ -275,7 +275,7 @@ def test_failed_trials_do_not_stop_the_search(common, tmp_path, capsys, monkeypa
             uploaded.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
             raise ConnectionError("no network")
 
-    monkeypatch.setattr(answer, "HfApi", Hub)
+    monkeypatch.setattr(results, "HfApi", Hub)
     monkeypatch.setattr(progress, "OUTPUT_EVERY_S", 0)  # a line in a log file comes every half a minute
     push = ("--policy.push_to_hub=true", "--policy.repo_id=me/best")
     wild = {**ACT, "search": {"policy.optimizer_lr": {"choices": [1e-5, 1e-3, 1e30]}}}

@@ -1,1 +1,1 @@
-"""What a hyper-parameter search is made of: the declared space, the study, the trials, the answer."""
+"""A search: Optuna's side of it, its trials and results; Ray Tune in one module, `ray_tune`."""

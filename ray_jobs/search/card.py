@@ -9,7 +9,7 @@ from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 
 from ray_jobs.checks.dataset import open_dataset
 from ray_jobs.search.plan import Plan
-from ray_jobs.search.space import PRETRAINED
+from ray_jobs.search.spaces.chosen.space import PRETRAINED
 from ray_jobs.storage.records import SUCCESS
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

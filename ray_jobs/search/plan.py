@@ -19,13 +19,13 @@ from ray_jobs.cli.command_line import asks_to_resume, listed, read_flags
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, StorageError, StorageFull
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.search.command import check_steps
+from ray_jobs.search.early_checks import check_steps
 from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_begun, read_search
-from ray_jobs.search.idle import without_effect
 from ray_jobs.search.options import SearchFlags, in_full, parse_search_flags
-from ray_jobs.search.space import Config, SearchSpace, Space, flags
-from ray_jobs.search.space_file import PUSH
-from ray_jobs.search.spaces import theirs
+from ray_jobs.search.spaces.chosen.chosen import theirs
+from ray_jobs.search.spaces.chosen.idle import without_effect
+from ray_jobs.search.spaces.chosen.space import Config, SearchSpace, Space, flags
+from ray_jobs.search.spaces.chosen.space_file import PUSH
 from ray_jobs.storage import mirror
 from ray_jobs.storage.bucket import is_uri
 from ray_jobs.storage.records import SUCCESS, write_json

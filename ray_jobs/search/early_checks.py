@@ -10,8 +10,8 @@ from ray_jobs.policies.facts import why_unscored
 from ray_jobs.policies.lean_imports import unneeded
 from ray_jobs.search.files import SEARCH_FILE
 from ray_jobs.search.options import SearchFlags, parse_search_flags
-from ray_jobs.search.space import Space
-from ray_jobs.search.spaces import read_spaces
+from ray_jobs.search.spaces.chosen.chosen import read_spaces
+from ray_jobs.search.spaces.chosen.space import Space
 
 
 def check_search(flags: Mapping[str, str]) -> tuple[str, ...]:

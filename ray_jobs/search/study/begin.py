@@ -12,9 +12,9 @@ from sqlalchemy import make_url
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import FRAMES, NOT_COMPARED, Plan
-from ray_jobs.search.recover import recover
-from ray_jobs.search.storage import PatientStorage, address_of, open_storage
-from ray_jobs.search.study import BASELINE, OPTIMIZED, POLICY, SPACE, TERMS, damage
+from ray_jobs.search.study.study.recover import recover
+from ray_jobs.search.study.study.storage import PatientStorage, address_of, open_storage
+from ray_jobs.search.study.study.study import BASELINE, OPTIMIZED, POLICY, SPACE, TERMS, damage
 
 
 def open_study(plan: Plan, seed: int, stop: Callable[[], object] = lambda: False) -> Study:

@@ -13,10 +13,10 @@ import ray
 from ray_jobs.cli.terminal import doing
 from ray_jobs.cluster import connect
 from ray_jobs.config.units import duration
-from ray_jobs.search.begin import make_sampler
 from ray_jobs.search.plan import Plan
-from ray_jobs.search.slot import Slot
-from ray_jobs.search.space import flags
+from ray_jobs.search.resources import Slot
+from ray_jobs.search.spaces.chosen.space import flags
+from ray_jobs.search.study.study.begin import make_sampler
 from ray_jobs.search.timing import time_a_slot
 
 MOST_TIMED = 8  # slots at once

@@ -1,0 +1,1 @@
+"""Search spaces: read, checked, and what follows from them."""

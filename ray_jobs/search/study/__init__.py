@@ -1,0 +1,1 @@
+"""A search's Optuna study: where it lies, begun or gone on with, asked, rebuilt."""
