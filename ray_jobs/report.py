@@ -13,8 +13,7 @@ from ray_jobs.cli.flags import check_flags, plugins_of
 from ray_jobs.cli.terminal import quiet, run_job
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.flag_table import Flag
-from ray_jobs.engine import page
-from ray_jobs.search import report
+from ray_jobs.reports import page, search
 from ray_jobs.search.files import SEARCH_FILE
 
 PLACE = Flag("output_dir", "path")
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--output_dir={folder}: there is no such folder.")
     if plugins:
         check_flags(plugins)
-    write = report.write_search if (folder / SEARCH_FILE).is_file() else page.write_run
+    write = search.write_search if (folder / SEARCH_FILE).is_file() else page.write_run
     print(f"report      {write(folder.absolute(), print)}")
     return 0
 

@@ -28,7 +28,7 @@ from ray_jobs.policies.lean_imports import without
 from ray_jobs.search.early_checks import check_search
 from ray_jobs.search.files import read_begun
 from ray_jobs.search.options import in_full
-from ray_jobs.search.spaces.chosen import new_space
+from ray_jobs.search.spaces import new_space
 
 if TYPE_CHECKING:
     from ray_jobs.search.bucket_copy import BucketCopy
@@ -69,12 +69,13 @@ def main(argv: list[str]) -> int:
         from sqlalchemy.exc import SQLAlchemyError
 
         from ray_jobs.config.errors import first_line
-        from ray_jobs.search import bucket_copy, estimate, report, results
+        from ray_jobs.reports import search
+        from ray_jobs.search import bucket_copy, estimate, results
         from ray_jobs.search.files import DONE, SEARCH_FILE, SPACES_DIR
         from ray_jobs.search.plan import make_plan, read_command
         from ray_jobs.search.resources import decide
-        from ray_jobs.search.spaces.chosen.chosen import read_spaces
-        from ray_jobs.search.study.study.begin import open_study
+        from ray_jobs.search.spaces.chosen import read_spaces
+        from ray_jobs.search.study.begin import open_study
 
     doing("looking over the spaces and the data set")
     typed, options, resume, notices = read_command(argv)
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> int:
             if plan.pushes and summary["best"]:
                 print(results.upload(plan))
             try:
-                print(f"report      {report.write_search(plan.output_dir)}")
+                print(f"report      {search.write_search(plan.output_dir)}")
             except Exception as failure:  # out of memory, say; what was found is whole
                 again = f"python -m ray_jobs.report --output_dir={shlex.quote(str(plan.output_dir))}"
                 print(f"no report   {type(failure).__name__}: {first_line(failure)}; once more: {again}")
@@ -161,8 +162,8 @@ def _search(
     from ray_jobs.search.files import DONE, TIME_IS_UP, trial_name
     from ray_jobs.search.options import MORE_IS_BETTER
     from ray_jobs.search.ray_tune import DEATHS, StudyScheduler, StudySearch, TrialWitness
-    from ray_jobs.search.study.study.storage import StudyFile, address_of
-    from ray_jobs.search.study.study.study import finished, trials_of
+    from ray_jobs.search.study.storage import StudyFile, address_of
+    from ray_jobs.search.study.study import finished, trials_of
     from ray_jobs.search.trial import run_trial
     from ray_jobs.storage.retry import patiently
 

@@ -24,7 +24,7 @@ from ray_jobs.config.flag_table import Flag, flags_of
 from ray_jobs.config.options import Options
 from ray_jobs.search.early_checks import check_search
 from ray_jobs.search.options import SearchFlags
-from ray_jobs.search.spaces.chosen import new_space
+from ray_jobs.search.spaces import new_space
 
 BUILT = "\0"  # stands for what a text gets while the program runs
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.\0-]*)(?:=('[^']*'|\[[^\]]*\]|[^\s`'\",;:)|\]]*))?")

@@ -167,7 +167,7 @@ def test_cpus_that_are_left_to_decode(monkeypatch):
 
 def test_driver_of_a_database(monkeypatch):
     """It is advised where it is missing, not where the server is."""
-    from ray_jobs.search.study.study.begin import open_study
+    from ray_jobs.search.study.begin import open_study
 
     storage = "postgresql://me@127.0.0.1:1/studies"
     plan = SimpleNamespace(

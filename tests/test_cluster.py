@@ -268,7 +268,7 @@ def machine(tmp_path_factory):
 PROBE = """
 import json, os, ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
-from ray_jobs.engine import cluster
+from ray_jobs.cluster import connect
 
 @ray.remote(num_cpus=2)
 def look():
@@ -276,9 +276,9 @@ def look():
 
 ray.init()
 seen = [ray.get(look.options(scheduling_strategy=On(node["NodeID"], False)).remote()) for node in ray.nodes()]
-shares = [str(cluster.share(3, None, None, None))]
+shares = [str(connect.share(3, None, None, None))]
 try:
-    cluster.share(4, None, 1.0, None)
+    connect.share(4, None, 1.0, None)
 except Exception as error:
     shares.append(str(error))
 print("seen", json.dumps({"nodes": seen, "shares": shares}))

@@ -329,10 +329,11 @@ def test_sigterm_beside_ray():
     """Its handler would print its stack and abort the process 3 s later, in the middle of what is saved."""
     program = """
 import os, signal, time
-from ray_jobs.engine import cluster, console
+from ray_jobs.cli import terminal
+from ray_jobs.cluster import connect
 
 def main(argv):
-    cluster.start("local").result()
+    connect.start("local").result()
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
@@ -341,7 +342,7 @@ def main(argv):
         print("saved")
         raise
 
-console.run_job(main, at_end=cluster.leave)
+terminal.run_job(main, at_end=connect.leave)
 """
     result = run_program(program)
     assert (result.returncode, result.stdout, result.stderr) == (130, "saved\n", "interrupted.\n")
@@ -352,7 +353,7 @@ def test_ctrl_c_while_ray_and_this_process_import():
     and that thread, which is about to start Ray, would hang with the whole job."""
     program = """
 import _imp, os, signal, threading, time
-from ray_jobs.engine import console
+from ray_jobs.cli import terminal
 
 held, imported = threading.Event(), threading.Event()
 
@@ -372,7 +373,7 @@ def main(argv):
     import wave
     time.sleep(60)
 
-console.run_job(main, at_end=lambda: print(imported.wait(10)))
+terminal.run_job(main, at_end=lambda: print(imported.wait(10)))
 """
     result = run_program(program)
     assert (result.returncode, result.stdout, result.stderr) == (130, "True\n", "interrupted.\n")
@@ -401,14 +402,15 @@ def test_a_ray_that_does_not_come_up_holds_nobody_up():
     """As after `timeout` or a batch system has ended parts of it: Ray waits for them a minute, and then for others."""
     program = """
 from concurrent.futures import Future
-from ray_jobs.engine import cluster, console
+from ray_jobs.cli import terminal
+from ray_jobs.cluster import connect
 from ray_jobs.config.errors import InputError
 
 def main(argv):
-    cluster._ready = Future()
+    connect._ready = Future()
     raise InputError("wrong")
 
-console.run_job(main, at_end=cluster.leave)
+terminal.run_job(main, at_end=connect.leave)
 """
     begin = time.monotonic()
     result = run_program(program)
@@ -446,13 +448,13 @@ def test_ctrl_c_that_fails_an_import(tmp_path):
     )
     program = f"""
 import sys
-from ray_jobs.engine import console
+from ray_jobs.cli import terminal
 
 def main(argv):
     sys.path.insert(0, {str(tmp_path)!r})
     import starts_processes
 
-console.run_job(main, at_end=lambda: None)
+terminal.run_job(main, at_end=lambda: None)
 """
     result = run_program(program)
     assert (result.returncode, result.stderr) == (130, "interrupted.\n")

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny_act
-from ray_jobs.search.spaces.chosen.space_file import read_space
 from safetensors.torch import save_file
 
 from ray_jobs import evaluate
@@ -27,6 +26,7 @@ from ray_jobs.checks import preflight
 from ray_jobs.config import recipe
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.search.plan import read_command
+from ray_jobs.search.spaces.space_file import read_space
 from ray_jobs.storage import bucket
 from ray_jobs.training import loop
 

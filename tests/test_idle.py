@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_act, tiny_diffusion, train_in_process
-from ray_jobs.search.spaces.chosen.chosen import read_spaces
 from test_data import make
 from test_tune import space_file
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.policies.facts import FACTS
 from ray_jobs.search.plan import make_plan, read_command
+from ray_jobs.search.spaces.chosen import read_spaces
 
 ENDS = {  # of each flag
     "vision_backbone": ("resnet18", "resnet34"),

@@ -7,9 +7,6 @@ import optuna
 import pytest
 import yaml
 from conftest import ROOT
-from ray_jobs.search.spaces.chosen.new_space import SHIPPED, space_for
-from ray_jobs.search.spaces.chosen.space import SearchSpace, encoded
-from ray_jobs.search.spaces.chosen.space_file import read_space
 from test_data import make
 from test_idle import plan_of
 
@@ -18,6 +15,9 @@ from ray_jobs.config import flag_table
 from ray_jobs.config.errors import InputError
 from ray_jobs.policies.facts import facts_of
 from ray_jobs.search.early_checks import check_search
+from ray_jobs.search.spaces.new_space import SHIPPED, space_for
+from ray_jobs.search.spaces.space import SearchSpace, encoded
+from ray_jobs.search.spaces.space_file import read_space
 
 ALL = flag_table.load().policies
 POLICIES = [policy for policy in ALL if facts_of(policy).scored]

@@ -129,7 +129,7 @@ def test_opens_in_stock_lerobot(actions, scratch, models, flags, policy):
 # On a node where there is never room for two policies at a time.
 IN_TURNS = """
 from types import SimpleNamespace
-from ray_jobs.engine import parallel
+from ray_jobs.training import parallel
 parallel.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=1))
 """
 

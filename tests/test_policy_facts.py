@@ -20,8 +20,8 @@ KNOWN = flag_table.load().policies
 # Where a policy is named all the same, and how often.
 ALLOWED = {
     ("doctor.py", "act"): 1,  # that is measured if none is asked for
-    ("engine/flags.py", "act"): 1,  # the example in a help text
-    ("engine/translations.py", "smolvla"): 3,  # flags of its older recipes: a table of such flags
+    ("cli/flags.py", "act"): 1,  # the example in a help text
+    ("cli/translations.py", "smolvla"): 3,  # flags of its older recipes: a table of such flags
 }
 
 

@@ -12,16 +12,16 @@ import yaml
 from conftest import ROOT
 from lerobot.configs.policies import PreTrainedConfig
 from optuna.trial import TrialState
-from ray_jobs.search.spaces.chosen.space import SearchSpace, flags
-from ray_jobs.search.spaces.chosen.space_file import read_space
-from ray_jobs.search.study.study.begin import make_sampler
 
 from ray_jobs.cli.flags import check_flags
 from ray_jobs.config.errors import InputError
 from ray_jobs.search.options import SAMPLERS, TuneOptions
 from ray_jobs.search.plan import steps_between
 from ray_jobs.search.ray_tune import DEATHS, StudyScheduler, StudySearch
-from ray_jobs.search.spaces.chosen import constraints
+from ray_jobs.search.spaces import constraints
+from ray_jobs.search.spaces.space import SearchSpace, flags
+from ray_jobs.search.spaces.space_file import read_space
+from ray_jobs.search.study.begin import make_sampler
 
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 GOOD = """\

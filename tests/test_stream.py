@@ -16,7 +16,6 @@ from conftest import job, tiny_act, tiny_diffusion
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.factory import make_pre_post_processors
 from numpy.random import SeedSequence
-from ray_jobs.search.spaces.chosen.chosen import read_spaces
 from test_data import make
 from test_faults import Run
 from torch.utils.data import default_collate
@@ -35,6 +34,7 @@ from ray_jobs.data.position import START
 from ray_jobs.data.reader import FrameReader
 from ray_jobs.data.stream import make_streamed_datasets, streamed_batches
 from ray_jobs.search.plan import read_command
+from ray_jobs.search.spaces.chosen import read_spaces
 from ray_jobs.storage import bucket
 
 STREAM = "--data.source=stream"

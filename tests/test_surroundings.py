@@ -19,9 +19,9 @@ from ray_jobs.cluster import connect
 
 SETTLED = """
 import json, os
-from ray_jobs.engine import surroundings
+from ray_jobs.cli import environment
 before = dict(os.environ)
-surroundings.settle()
+environment.settle()
 print(json.dumps({k: os.environ.get(k) for k in {*before, *os.environ} if before.get(k) != os.environ.get(k)}))
 """
 PRINTS = """

@@ -30,7 +30,6 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
-from ray_jobs.search.study.study.study import BASELINE
 from safetensors.torch import load_file
 from test_data import make
 from test_faults import Run, alive
@@ -43,7 +42,8 @@ from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, RunError, StorageLost
 from ray_jobs.search import results
 from ray_jobs.search.results import importances
-from ray_jobs.search.study.study import storage as storage_module
+from ray_jobs.search.study import storage as storage_module
+from ray_jobs.search.study.study import BASELINE
 from ray_jobs.storage import retry
 from ray_jobs.storage.records import read_json, read_metrics
 

@@ -2,7 +2,7 @@
 
 Seen in Ray 2.60. At the next version `tests/test_ray_internals.py` tells which name has gone, and which workaround is no longer
 needed. Ray is imported within the functions, for nothing here may cost a command time that does not start Ray, and some of this
-is called before Ray's other parts may be imported (see `engine.cluster.start`).
+is called before Ray's other parts may be imported (see `connect.start`).
 """
 
 import atexit

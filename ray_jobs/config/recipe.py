@@ -52,7 +52,7 @@ class Recipe:
     gpu_share: float = 1.0
     """Of a GPU, that a worker may use."""
     unneeded: tuple[str, ...] = ()
-    """Packages that workers do without (see `imports`)."""
+    """Packages that workers do without (see `lean_imports`)."""
 
     @property
     def output_dir(self) -> Path:

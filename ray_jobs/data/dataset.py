@@ -2,7 +2,7 @@
 
 The frames, their order and their shards are LeRobot's: `make_dataset`, `EpisodeAwareSampler`, accelerate's
 `BatchSamplerShard`. What differs is how a batch is read: as a batch, by one thread of this process, one batch ahead
-(see `frame_reader`). No worker processes: nothing to spawn, nothing to copy.
+(see `reader`). No worker processes: nothing to spawn, nothing to copy.
 """
 
 import copy

@@ -34,8 +34,8 @@ from ray_jobs.search.files import (
     trial_place,
 )
 from ray_jobs.search.plan import Plan
-from ray_jobs.search.study.study.storage import BUSY_S
-from ray_jobs.search.study.study.study import CONFIG, ranking, trials_of
+from ray_jobs.search.study.storage import BUSY_S
+from ray_jobs.search.study.study import CONFIG, ranking, trials_of
 from ray_jobs.search.trial import ranked_links
 from ray_jobs.storage import mirror
 from ray_jobs.storage.bucket import check_address, open_root

@@ -9,7 +9,7 @@ from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 
 from ray_jobs.checks.dataset import open_dataset
 from ray_jobs.search.plan import Plan
-from ray_jobs.search.spaces.chosen.space import PRETRAINED
+from ray_jobs.search.spaces.space import PRETRAINED
 from ray_jobs.storage.records import SUCCESS
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -19,7 +19,7 @@ def write(plan: Plan, summary: dict, checkpoint: Path) -> Path:
     """Write README.md beside the weights, where `hf upload` and the Hub expect it; returns the file.
 
     Args:
-        summary: Of the search, see `answer.write`.
+        summary: Of the search, see `results.write`.
         checkpoint: The copy of the best trial's checkpoint.
     """
     best, baseline = summary["best"], summary["baseline"]

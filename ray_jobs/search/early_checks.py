@@ -10,15 +10,15 @@ from ray_jobs.policies.facts import why_unscored
 from ray_jobs.policies.lean_imports import unneeded
 from ray_jobs.search.files import SEARCH_FILE
 from ray_jobs.search.options import SearchFlags, parse_search_flags
-from ray_jobs.search.spaces.chosen.chosen import read_spaces
-from ray_jobs.search.spaces.chosen.space import Space
+from ray_jobs.search.spaces.chosen import read_spaces
+from ray_jobs.search.spaces.space import Space
 
 
 def check_search(flags: Mapping[str, str]) -> tuple[str, ...]:
     """Look over the flags of a search, and the spaces that they name.
 
     Returns:
-        Packages that its trials do without (see `imports`).
+        Packages that its trials do without (see `lean_imports`).
 
     Raises:
         InputError: All mistakes that show without importing anything.

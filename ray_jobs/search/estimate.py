@@ -15,8 +15,8 @@ from ray_jobs.cluster import connect
 from ray_jobs.config.units import duration
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.resources import Slot
-from ray_jobs.search.spaces.chosen.space import flags
-from ray_jobs.search.study.study.begin import make_sampler
+from ray_jobs.search.spaces.space import flags
+from ray_jobs.search.study.begin import make_sampler
 from ray_jobs.search.timing import time_a_slot
 
 MOST_TIMED = 8  # slots at once

@@ -22,10 +22,10 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.search.early_checks import check_steps
 from ray_jobs.search.files import LEFT_OUT, SEARCH_FILE, SPACES_DIR, read_begun, read_search
 from ray_jobs.search.options import SearchFlags, in_full, parse_search_flags
-from ray_jobs.search.spaces.chosen.chosen import theirs
-from ray_jobs.search.spaces.chosen.idle import without_effect
-from ray_jobs.search.spaces.chosen.space import Config, SearchSpace, Space, flags
-from ray_jobs.search.spaces.chosen.space_file import PUSH
+from ray_jobs.search.spaces.chosen import theirs
+from ray_jobs.search.spaces.idle import without_effect
+from ray_jobs.search.spaces.space import Config, SearchSpace, Space, flags
+from ray_jobs.search.spaces.space_file import PUSH
 from ray_jobs.storage import mirror
 from ray_jobs.storage.bucket import is_uri
 from ray_jobs.storage.records import SUCCESS, write_json

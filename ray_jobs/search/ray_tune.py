@@ -23,8 +23,8 @@ from ray_jobs.cluster.faults import why
 from ray_jobs.config.errors import INTERRUPTED
 from ray_jobs.search.files import trial_name
 from ray_jobs.search.options import TuneOptions
-from ray_jobs.search.spaces.chosen.space import SearchSpace, flags
-from ray_jobs.search.study.study.study import (
+from ray_jobs.search.spaces.space import SearchSpace, flags
+from ray_jobs.search.study.study import (
     BASELINE,
     BEST_STEP,
     CONFIG,

@@ -37,8 +37,8 @@ from ray_jobs.search.files import (
 )
 from ray_jobs.search.options import MORE_IS_BETTER
 from ray_jobs.search.plan import PUSH, Plan
-from ray_jobs.search.spaces.chosen.space import flags
-from ray_jobs.search.study.study.study import (
+from ray_jobs.search.spaces.space import flags
+from ray_jobs.search.study.study import (
     BASELINE,
     BEST_STEP,
     CONFIG,

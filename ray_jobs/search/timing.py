@@ -49,7 +49,7 @@ def time_a_slot(words: list[str], trials: int, unneeded: tuple[str, ...]) -> Cos
     Args:
         words: The command line of a trial, without its folder.
         trials: How many will read the data (see `Recipe.trainings`).
-        unneeded: Packages that they do without (see `imports`).
+        unneeded: Packages that they do without (see `lean_imports`).
     """
     quiet()
     with no_garbage_collection(), without(unneeded):

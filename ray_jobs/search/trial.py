@@ -81,13 +81,13 @@ def run_trial(
         config: From `StudySearch.suggest`.
         base: Command-line arguments that all trials share.
         search: The search's `--output_dir`, an absolute path or an address in a bucket.
-        check: Raises RunError where a node has not the folders that the driver's has (see `workers.check_node`).
+        check: Raises RunError where a node has not the folders that the driver's has (see `worker.check_node`).
         group: The study's name, for W&B.
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
         trials: How many will read the data: whether to keep its frames depends on it.
-        unneeded: Packages that the trials do without (see `imports`).
-        paths: Of the driver's environment (see `surroundings`).
+        unneeded: Packages that the trials do without (see `lean_imports`).
+        paths: Of the driver's environment (see `environment`).
         line: Handle of the search's `line.Line`.
     """
     environment.take_over(paths)

@@ -36,12 +36,12 @@ from optuna.distributions import CategoricalDistribution
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
-from ray_jobs.search.spaces.chosen.space import SearchSpace
-from ray_jobs.search.spaces.chosen.space_file import read_space
-from ray_jobs.search.study.study.begin import make_sampler
 
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import steps_between
+from ray_jobs.search.spaces.space import SearchSpace
+from ray_jobs.search.spaces.space_file import read_space
+from ray_jobs.search.study.begin import make_sampler
 
 HERE = Path(__file__).parent
 TABLES = {name: HERE / f"act_trials_{name}.json" for name in ("demo", "real")}

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
-from ray_jobs.search.spaces.chosen.space import flags
 
 from ray_jobs.cli.terminal import quiet
 from ray_jobs.search.files import SEARCH_FILE
+from ray_jobs.search.spaces.space import flags
 
 SIZE = (96, 128)
 SMALL = ["--policy.dim_model=128", "--policy.dim_feedforward=512", "--policy.n_encoder_layers=2"]

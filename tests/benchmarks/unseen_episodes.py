@@ -15,8 +15,9 @@ from pathlib import Path
 
 import optuna
 from lerobot.datasets import LeRobotDatasetMetadata
-from ray_jobs.search.spaces.chosen.space import flags
 from tune_vs_loop import SMALL, SPACE, run
+
+from ray_jobs.search.spaces.space import flags
 
 SEEDS = (1, 2, 3)
 

@@ -10,10 +10,10 @@ import yaml
 from ray_jobs.cli.command_line import listed
 from ray_jobs.config.errors import InputError
 from ray_jobs.search.options import is_ours
-from ray_jobs.search.spaces.chosen.new_space import SHIPPED
-from ray_jobs.search.spaces.chosen.space import POLICY_TYPE, PRETRAINED, SearchSpace, Space
-from ray_jobs.search.spaces.chosen.space_file import NOT_TYPED, PUSH, read_space
-from ray_jobs.search.spaces.chosen.values import known_flags, typed
+from ray_jobs.search.spaces.new_space import SHIPPED
+from ray_jobs.search.spaces.space import POLICY_TYPE, PRETRAINED, SearchSpace, Space
+from ray_jobs.search.spaces.space_file import NOT_TYPED, PUSH, read_space
+from ray_jobs.search.spaces.values import known_flags, typed
 
 FOLDERS = {"dataset.root", "policy.path", "policy.pretrained_path", "data.cache"}
 

@@ -5,8 +5,8 @@ flags and get the same weights.
 """
 
 from ray_jobs.policies.facts import facts_of
-from ray_jobs.search.spaces.chosen import constraints
-from ray_jobs.search.spaces.chosen.space import Space
+from ray_jobs.search.spaces import constraints
+from ray_jobs.search.spaces.space import Space
 
 IMAGES = ("dataset.image_transforms.", "dataset.use_imagenet_stats")
 PRESET, OF_THE_PRESET = "use_policy_training_preset", ("policy.optimizer_", "policy.scheduler_")

@@ -11,9 +11,9 @@ from typing import Any
 from ray_jobs.config import flag_table
 from ray_jobs.config.errors import InputError
 from ray_jobs.policies.facts import why_unscored
-from ray_jobs.search.spaces.chosen.space import Config, Space
-from ray_jobs.search.spaces.chosen.space_file import read_space
-from ray_jobs.search.spaces.chosen.values import default, known_flags, meant
+from ray_jobs.search.spaces.space import Config, Space
+from ray_jobs.search.spaces.space_file import read_space
+from ray_jobs.search.spaces.values import default, known_flags, meant
 
 WORD = "--new-space"
 SHIPPED = Path(__file__).parent.parent.parent / "search_spaces"

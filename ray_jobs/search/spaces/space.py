@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.policies.facts import facts_of
-from ray_jobs.search.spaces.chosen import constraints
+from ray_jobs.search.spaces import constraints
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

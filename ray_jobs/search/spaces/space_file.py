@@ -30,8 +30,8 @@ import yaml
 from ray_jobs.cli.flags import PLUGINS
 from ray_jobs.config import flag_table
 from ray_jobs.config.errors import InputError
-from ray_jobs.search.spaces.chosen import constraints
-from ray_jobs.search.spaces.chosen.space import (
+from ray_jobs.search.spaces import constraints
+from ray_jobs.search.spaces.space import (
     POLICY_TYPE,
     PRETRAINED,
     Config,
@@ -41,7 +41,7 @@ from ray_jobs.search.spaces.chosen.space import (
     flag_text,
     words,
 )
-from ray_jobs.search.spaces.chosen.values import (
+from ray_jobs.search.spaces.values import (
     as_number,
     default,
     known_flags,

@@ -9,7 +9,7 @@ from ray_jobs.cli.flags import nearest
 from ray_jobs.config import flag_table
 from ray_jobs.config.flag_table import Flag
 from ray_jobs.config.options import Options
-from ray_jobs.search.spaces.chosen.space import Range, encoded, plain
+from ray_jobs.search.spaces.space import Range, encoded, plain
 
 NO_NUMBERS = ("bool", "str", "path", "list", "tuple", "dict")  # types that no range can have
 FEW = 10  # names that can be told

@@ -12,9 +12,9 @@ from sqlalchemy import make_url
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import FRAMES, NOT_COMPARED, Plan
-from ray_jobs.search.study.study.recover import recover
-from ray_jobs.search.study.study.storage import PatientStorage, address_of, open_storage
-from ray_jobs.search.study.study.study import BASELINE, OPTIMIZED, POLICY, SPACE, TERMS, damage
+from ray_jobs.search.study.recover import recover
+from ray_jobs.search.study.storage import PatientStorage, address_of, open_storage
+from ray_jobs.search.study.study import BASELINE, OPTIMIZED, POLICY, SPACE, TERMS, damage
 
 
 def open_study(plan: Plan, seed: int, stop: Callable[[], object] = lambda: False) -> Study:
@@ -22,7 +22,7 @@ def open_study(plan: Plan, seed: int, stop: Callable[[], object] = lambda: False
     its trials takes them over from their folders.
 
     Args:
-        stop: Whether the search was asked to stop, which does not wait for the study (see `patience`).
+        stop: Whether the search was asked to stop, which does not wait for the study (see `retry`).
 
     Raises:
         InputError: The storage cannot be opened, or holds a study of that name for something else.

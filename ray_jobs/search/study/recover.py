@@ -12,8 +12,8 @@ from optuna.trial import Trial, TrialState
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.search.files import A_TRIAL, TRIALS_DIR
 from ray_jobs.search.plan import Plan
-from ray_jobs.search.spaces.chosen.space import POLICY_TYPE, Parameter, SearchSpace, Space, flag_text
-from ray_jobs.search.study.study.study import (
+from ray_jobs.search.spaces.space import POLICY_TYPE, Parameter, SearchSpace, Space, flag_text
+from ray_jobs.search.study.study import (
     BASELINE,
     BEST_STEP,
     CONFIG,

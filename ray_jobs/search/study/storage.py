@@ -71,7 +71,7 @@ def open_storage(address: str) -> BaseStorage:
 
 
 class PatientStorage(RDBStorage):
-    """Optuna's database, whose disk or server may be away for a while (see `patience`), once it has been opened. Each of its
+    """Optuna's database, whose disk or server may be away for a while (see `retry`), once it has been opened. Each of its
     methods is one transaction, which can be tried again."""
 
     patient = False

@@ -17,7 +17,7 @@ from PIL import Image
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.config.units import duration
-from ray_jobs.engine.svg import Chart, short
+from ray_jobs.reports.charts import Chart, short
 from ray_jobs.storage.records import (
     METRIC,
     SUMMARY_FILE,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ray_jobs.config.units import duration
-from ray_jobs.engine.page import Section, actions, in_simulator, reproduce, write
-from ray_jobs.engine.svg import Chart, bars, parallel, short
+from ray_jobs.reports.charts import Chart, bars, parallel, short
+from ray_jobs.reports.page import Section, actions, in_simulator, reproduce, write
 from ray_jobs.search.files import (
     BEST_DIR,
     COMMAND_FILE,

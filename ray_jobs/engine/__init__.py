@@ -1,1 +1,0 @@
-"""What the jobs are made of: recipe, data, loop, objective, checkpoints, tracking."""
