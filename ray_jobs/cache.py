@@ -19,8 +19,9 @@ from pathlib import Path
 from ray_jobs.cli.command_line import build, read_flags
 from ray_jobs.cli.early_checks import check_data
 from ray_jobs.cli.flags import NO_DATA_SET, check_flags
-from ray_jobs.cli.terminal import doing, quiet, run_job
+from ray_jobs.cli.terminal import doing, quiet
 from ray_jobs.cluster import connect
+from ray_jobs.cluster.job import run_job
 from ray_jobs.config.errors import InputError, RunError, all_mistakes
 from ray_jobs.config.flag_table import flags_of
 from ray_jobs.config.options import DataOptions
@@ -107,7 +108,8 @@ def _build_on_node(words: list[str], name: str, line) -> str | None:
 
 def _build_here(words: list[str], say: Callable[[str], None]) -> None:
     from ray_jobs.cli import dataset_options
-    from ray_jobs.data.frame_cache import FrameCache, gigabytes
+    from ray_jobs.config.units import gigabytes
+    from ray_jobs.data.frame_cache import FrameCache
     from ray_jobs.data.frames import FrameSource
     from ray_jobs.data.reader import FrameReader
 

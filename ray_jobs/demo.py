@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ray_jobs.cli.command_line import build, not_an_address, read_flags
 from ray_jobs.cli.flags import check_flags
-from ray_jobs.cli.terminal import OUTPUT_EVERY_S, doing, quiet, run_job
+from ray_jobs.cli.terminal import OUTPUT_EVERY_S, doing, quiet
 from ray_jobs.cluster import connect
+from ray_jobs.cluster.job import run_job
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.flag_table import flags_of
 from ray_jobs.config.units import duration

@@ -14,7 +14,8 @@ from pathlib import Path
 from ray_jobs.checks.dataset_files import metadata_faults, missing_files
 from ray_jobs.cli.command_line import is_on, read_flags
 from ray_jobs.cli.early_checks import LOOKED_INTO, check_command, check_episodes_of, folder_of_data
-from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet, run_job
+from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet
+from ray_jobs.cluster.job import run_job
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.units import duration
 from ray_jobs.policies.facts import facts_of

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING
 from ray_jobs.checks.output_dir import check_output_dir
 from ray_jobs.cli.command_line import listed, parse_options, read_flags
 from ray_jobs.cli.flags import as_arguments, check_flags
-from ray_jobs.cli.terminal import OUTPUT_EVERY_S, doing, no_garbage_collection, quiet, run_job
+from ray_jobs.cli.terminal import OUTPUT_EVERY_S, doing, no_garbage_collection, quiet
 from ray_jobs.cluster import connect
+from ray_jobs.cluster.job import run_job
 from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.units import duration
 from ray_jobs.search.files import SEARCH_FILE, TRIALS_DIR, read_search

@@ -18,7 +18,8 @@ from pathlib import Path
 from ray_jobs.checks.output_dir import check_output_dir
 from ray_jobs.cli.command_line import read_flags
 from ray_jobs.cli.flags import check_flags
-from ray_jobs.cli.terminal import doing, quiet, run_job
+from ray_jobs.cli.terminal import doing, quiet
+from ray_jobs.cluster.job import run_job
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.flag_table import Flag
 from ray_jobs.policies.facts import FACTS, facts_of

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ray_jobs.cli.command_line import not_an_address, read_flags
 from ray_jobs.cli.flags import check_flags, plugins_of
-from ray_jobs.cli.terminal import quiet, run_job
+from ray_jobs.cli.terminal import quiet
+from ray_jobs.cluster.job import run_job
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.flag_table import Flag
 from ray_jobs.reports import page, search

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from ray_jobs.cli.command_line import asks_to_resume, parse_options, read_flags
 from ray_jobs.cli.early_checks import check_command, help_of_training
 from ray_jobs.cli.signals import interrupt, on_interruption
-from ray_jobs.cli.terminal import Display, doing, no_garbage_collection, quiet, run_job
+from ray_jobs.cli.terminal import Display, doing, no_garbage_collection, quiet
 from ray_jobs.cluster import connect
+from ray_jobs.cluster.job import run_job
 from ray_jobs.cluster.worker import only_driver, refuse_busy
 from ray_jobs.config.errors import INTERRUPTED
 from ray_jobs.config.units import duration

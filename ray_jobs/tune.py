@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.cli import environment
 from ray_jobs.cli.command_line import asks_to_resume, read_flags
-from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet, run_job
+from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet
 from ray_jobs.cluster import connect, ray_internals
 from ray_jobs.cluster.channel import open_line
+from ray_jobs.cluster.job import run_job
 from ray_jobs.cluster.worker import only_driver, refuse_busy
 from ray_jobs.config.errors import INTERRUPTED, InputError, RunError, StorageLost
 from ray_jobs.policies.lean_imports import without

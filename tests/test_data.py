@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader, default_collate
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import RunError
 from ray_jobs.config.options import DataOptions
-from ray_jobs.data.dataset import FrameReader, make_datasets, to_device, training_batches
+from ray_jobs.data.dataset import make_datasets, to_device, training_batches
 from ray_jobs.data.frame_cache import FrameCache, open_frames
 from ray_jobs.data.frames import FrameSource
 from ray_jobs.data.position import START, Position
+from ray_jobs.data.reader import FrameReader
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
 

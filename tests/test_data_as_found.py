@@ -27,9 +27,9 @@ from ray_jobs.checks import dataset_files, preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import DataOptions
-from ray_jobs.data.dataset import FrameReader
 from ray_jobs.data.frame_cache import open_frames
 from ray_jobs.data.frames import FrameSource, NoFrame
+from ray_jobs.data.reader import FrameReader
 from ray_jobs.training import memory
 from ray_jobs.training.checkpoint import pretrained_dir
 

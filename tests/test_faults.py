@@ -329,8 +329,8 @@ def test_sigterm_beside_ray():
     """Its handler would print its stack and abort the process 3 s later, in the middle of what is saved."""
     program = """
 import os, signal, time
-from ray_jobs.cli import terminal
 from ray_jobs.cluster import connect
+from ray_jobs.cluster.job import run_job
 
 def main(argv):
     connect.start("local").result()
@@ -342,7 +342,7 @@ def main(argv):
         print("saved")
         raise
 
-terminal.run_job(main, at_end=connect.leave)
+run_job(main, at_end=connect.leave)
 """
     result = run_program(program)
     assert (result.returncode, result.stdout, result.stderr) == (130, "saved\n", "interrupted.\n")
@@ -353,7 +353,7 @@ def test_ctrl_c_while_ray_and_this_process_import():
     and that thread, which is about to start Ray, would hang with the whole job."""
     program = """
 import _imp, os, signal, threading, time
-from ray_jobs.cli import terminal
+from ray_jobs.cluster.job import run_job
 
 held, imported = threading.Event(), threading.Event()
 
@@ -373,7 +373,7 @@ def main(argv):
     import wave
     time.sleep(60)
 
-terminal.run_job(main, at_end=lambda: print(imported.wait(10)))
+run_job(main, at_end=lambda: print(imported.wait(10)))
 """
     result = run_program(program)
     assert (result.returncode, result.stdout, result.stderr) == (130, "True\n", "interrupted.\n")
@@ -402,15 +402,15 @@ def test_a_ray_that_does_not_come_up_holds_nobody_up():
     """As after `timeout` or a batch system has ended parts of it: Ray waits for them a minute, and then for others."""
     program = """
 from concurrent.futures import Future
-from ray_jobs.cli import terminal
 from ray_jobs.cluster import connect
+from ray_jobs.cluster.job import run_job
 from ray_jobs.config.errors import InputError
 
 def main(argv):
     connect._ready = Future()
     raise InputError("wrong")
 
-terminal.run_job(main, at_end=connect.leave)
+run_job(main, at_end=connect.leave)
 """
     begin = time.monotonic()
     result = run_program(program)
@@ -448,13 +448,13 @@ def test_ctrl_c_that_fails_an_import(tmp_path):
     )
     program = f"""
 import sys
-from ray_jobs.cli import terminal
+from ray_jobs.cluster.job import run_job
 
 def main(argv):
     sys.path.insert(0, {str(tmp_path)!r})
     import starts_processes
 
-terminal.run_job(main, at_end=lambda: None)
+run_job(main, at_end=lambda: None)
 """
     result = run_program(program)
     assert (result.returncode, result.stderr) == (130, "interrupted.\n")

@@ -26,7 +26,7 @@ from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.data import quantiles
-from ray_jobs.data.dataset import FrameReader
+from ray_jobs.data.reader import FrameReader
 from ray_jobs.policies import assets
 from ray_jobs.storage.records import read_json, read_metrics
 from ray_jobs.training import loop, memory

@@ -15,7 +15,7 @@ from test_data import make
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
 from ray_jobs.data.dataset import make_datasets
-from ray_jobs.training.loop import make_processors
+from ray_jobs.policies.build import make_processors
 from ray_jobs.training.validation import Validation
 
 HELD_OUT = [0, 2]

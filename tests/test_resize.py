@@ -14,7 +14,7 @@ from test_objective import HELD_OUT, built, score
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
-from ray_jobs.data.frame_cache import default_folder
+from ray_jobs.storage.cache_folder import default_folder
 from ray_jobs.storage.records import read_json, read_metrics
 
 SIZE = [32, 48]  # of 64x64

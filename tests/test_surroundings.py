@@ -16,6 +16,8 @@ from conftest import PATIENCE, ROOT, job, tiny_act
 
 from ray_jobs.cli import environment
 from ray_jobs.cluster import connect
+from ray_jobs.cluster.job import check_submitted
+from ray_jobs.cluster.ray_internals import SUBMITTED
 
 SETTLED = """
 import json, os
@@ -26,7 +28,7 @@ print(json.dumps({k: os.environ.get(k) for k in {*before, *os.environ} if before
 """
 PRINTS = """
 import sys
-from ray_jobs.cli.terminal import run_job
+from ray_jobs.cluster.job import run_job
 
 def main(argv):
     for _ in range(3000):
@@ -214,7 +216,7 @@ def test_printing_never_ends_a_job(tmp_path, how, encoding):
 
 # ---------------------------------------------------------------------- `ray job submit`
 
-AS_SUBMITTED = {environment.SUBMITTED: "{}"}  # which Ray sets for its jobs' drivers
+AS_SUBMITTED = {SUBMITTED: "{}"}  # which Ray sets for its jobs' drivers
 
 
 @pytest.mark.parametrize(
@@ -255,11 +257,11 @@ def test_a_submitted_job_writes_nothing_into_rays_folder(words, told, tmp_path):
     ],
 )
 def test_whole_paths_are_taken(monkeypatch, words):
-    monkeypatch.setenv(environment.SUBMITTED, "{}")
+    monkeypatch.setenv(SUBMITTED, "{}")
     for name in environment.PATHS:
         monkeypatch.delenv(name, raising=False)
     name, *flags = words.split()
-    environment.check_submitted(name, flags)
+    check_submitted(name, flags)
 
 
 def test_its_environment_is_looked_at_as_well():

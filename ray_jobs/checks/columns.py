@@ -14,11 +14,11 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.config.errors import InputError
+from ray_jobs.data.columns import COUNTERS
 from ray_jobs.data.frames import frame_shape
 from ray_jobs.policies.facts import facts_of
 
 READ = (OBS_STATE, OBS_ENV_STATE, ACTION)  # the numbers that LeRobot's policies compute with
-COUNTERS = ("timestamp", "episode_index", "index", "task_index")
 
 
 def check_metadata(name: str, meta: LeRobotDatasetMetadata) -> None:

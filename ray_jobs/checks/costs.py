@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_jobs.cli.dataset_options import DatasetOptions
+from ray_jobs.checks.dataset import DatasetOptions
 from ray_jobs.config.errors import GO_ON, PRUNED
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.data.frame_cache import FrameCache, default_folder
+from ray_jobs.data.frame_cache import FrameCache
 from ray_jobs.data.frames import FrameSource
 from ray_jobs.data.reader import FrameReader
-from ray_jobs.storage.cache_folder import free_bytes
+from ray_jobs.storage.cache_folder import default_folder, free_bytes
 from ray_jobs.training import loop
 
 SECONDS = 2  # per figure

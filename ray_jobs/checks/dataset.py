@@ -1,12 +1,13 @@
 """Checks of the data set, before anything expensive is scheduled: is it there, whole, and in today's format?"""
 
 import contextlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
-from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.datasets.utils import has_legacy_hub_download_metadata
 from lerobot.processor.converters import to_tensor
 from lerobot.utils.constants import (
@@ -23,7 +24,9 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from ray_jobs.checks.columns import check_metadata, check_tables
 from ray_jobs.checks.dataset_files import metadata_faults, missing_files, refuse, wrong_episodes
 from ray_jobs.config.errors import InputError, all_mistakes, first_line
+from ray_jobs.config.options import DataOptions, RayOptions
 from ray_jobs.config.recipe import Recipe
+from ray_jobs.data.columns import check_rows
 from ray_jobs.data.frames import frame_shape, set_frame_size
 from ray_jobs.data.stream import split_episodes
 from ray_jobs.policies.build import with_features
@@ -265,3 +268,43 @@ def _tasks(meta: LeRobotDatasetMetadata, episodes: list[int]) -> int:
     """How many tasks LeRobot finds in these episodes: it goes by each one's first."""
     tasks = list(meta.episodes["tasks"])
     return len({tasks[episode][0] if tasks[episode] else "" for episode in episodes})
+
+
+@dataclass
+class DatasetOptions:
+    """Which data set, how it is read, and on which cluster."""
+
+    dataset: DatasetConfig
+    data: DataOptions = field(default_factory=DataOptions)
+    ray: RayOptions = field(default_factory=RayOptions)
+    tolerance_s: float = 1e-4  # LeRobot's default
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        return where_it_is(self.dataset)[0]
+
+    def open(self) -> LeRobotDataset:
+        """The data set, looked over as before a training; its metadata tell of resized frames.
+
+        Raises:
+            InputError: It is not there, not whole, or cannot be resized.
+        """
+        meta = open_dataset(self.dataset)
+        check_files(self.dataset, meta)
+        check_resize(self.data.resize, meta)
+        try:
+            dataset = LeRobotDataset(
+                self.dataset.repo_id,
+                root=self.dataset.root,
+                episodes=self.dataset.episodes,
+                revision=self.dataset.revision,
+                video_backend=self.dataset.video_backend,
+                tolerance_s=self.tolerance_s,
+                return_uint8=True,
+            )
+        except Exception as error:
+            raise InputError(f"{self.name}: the data set cannot be opened: {first_line(error)}") from None
+        check_rows(dataset)
+        set_frame_size(dataset.meta, self.data.resize)
+        return dataset

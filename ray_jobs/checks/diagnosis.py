@@ -19,6 +19,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ray_jobs.checks.columns import check_tables, tasks_unread
 from ray_jobs.checks.dataset import (
+    DatasetOptions,
     check_episodes,
     choose_episodes,
     file_faults,
@@ -30,7 +31,6 @@ from ray_jobs.checks.dataset import (
 from ray_jobs.checks.dataset_files import fault_of, metadata_faults
 from ray_jobs.checks.preflight import check_features
 from ray_jobs.checks.video_times import camera, some
-from ray_jobs.cli.dataset_options import DatasetOptions
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import quantiles

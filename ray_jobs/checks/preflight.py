@@ -26,7 +26,7 @@ from lerobot.utils.constants import (
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError, safe_open
 
-from ray_jobs.checks import idle, stream
+from ray_jobs.checks import idle, resume, stream
 from ray_jobs.checks.columns import check_kinds
 from ray_jobs.checks.dataset import (
     check_files,
@@ -40,7 +40,6 @@ from ray_jobs.checks.dataset import (
     where_it_is,
 )
 from ray_jobs.checks.policy import check_rewards, check_type
-from ray_jobs.cli import resume
 from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import quantiles

@@ -6,11 +6,12 @@ from lerobot.datasets import LeRobotDatasetMetadata
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.recipe import Recipe
+from ray_jobs.config.units import gigabytes
 from ray_jobs.data import ffmpeg, quantiles
-from ray_jobs.data.frame_cache import default_folder, gigabytes
 from ray_jobs.data.frames import frame_shape
 from ray_jobs.data.stream import shuffle_buffer, split_episodes
 from ray_jobs.storage import bucket
+from ray_jobs.storage.cache_folder import default_folder
 
 FLAG = "--data.source=stream"
 

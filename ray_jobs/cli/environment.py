@@ -8,14 +8,10 @@ import contextlib
 import getpass
 import io
 import os
-import re
 import secrets
 import sys
 import tempfile
 from pathlib import Path
-
-from ray_jobs.cluster.ray_internals import SUBMITTED
-from ray_jobs.config.errors import InputError
 
 # All that LeRobot, and what it stands on, take for a file or a folder.
 PATHS = (
@@ -61,15 +57,7 @@ HANDED_ON = (
     "TORCH_HOME",
 )
 WRITTEN = ("HF_DATASETS_CACHE", "RAY_JOBS_CACHE")  # by every training; into the others goes what is fetched
-RELATIVE = re.compile(r"(?![/~]|[\w+]+://).")
-RELATIVE_FILE = re.compile(r"(sqlite(\+\w+)?:///|journal://)(?!/)")  # as a study's storage
 LONGEST_FOR_RAY = 107 - len("/ray/session_2026-12-01_02-22-51_200122_1234567/sockets/plasma_store")
-HAS_OUTPUT = (
-    "train",
-    "tune",
-    "evaluate",
-    "demo",
-)  # jobs with an --output_dir of their own, below this folder
 
 
 def settle() -> None:
@@ -172,48 +160,6 @@ def take_over(paths: dict[str, str]) -> None:
     for name, value in paths.items():
         if name not in os.environ and os.path.isdir(value):
             os.environ[name] = value
-
-
-# ---------------------------------------------------------------------- a submitted job
-
-
-def check_submitted(job: str, words: list[str]) -> None:
-    """Refuse relative places to write to in a job of `ray job submit`: it runs in a folder of Ray's own, a copy of the one
-    that was submitted, which goes with the session.
-
-    Args:
-        job: Its name, as `train`.
-        words: Its command line.
-
-    Raises:
-        InputError: There are some.
-    """
-    if SUBMITTED not in os.environ:
-        return
-    from ray_jobs.cli.command_line import read_flags
-    from ray_jobs.config.options import NO_CACHE, SOME_CACHE
-
-    flags = {}
-    with contextlib.suppress(InputError):  # the job says it
-        flags, _ = read_flags(words[1:] if job == "cache" else words)
-    if {"help", "h", "dry-run", "dry_run", "tune.dry_run"} & set(flags) or "-h" in words:
-        return
-    places = {
-        f"--{name}": flags[name] for name in ("output_dir", "config_path", "data.cache") if name in flags
-    }
-    if places.get("--data.cache", "").lower() in (*NO_CACHE, *SOME_CACHE):
-        del places["--data.cache"]
-    places |= {name: os.environ[name] for name in PATHS if name in os.environ}
-    wrong = [f"{name}={value}" for name, value in places.items() if RELATIVE.match(value)]
-    if RELATIVE_FILE.match(storage := flags.get("tune.storage", "")):
-        wrong.append(f"--tune.storage={storage}")
-    if job in HAS_OUTPUT and not {"output_dir", "config_path"} & set(flags):
-        wrong.insert(0, "no --output_dir")
-    if wrong:
-        raise InputError(
-            f"{', '.join(wrong)}: a submitted job runs in a folder of Ray's own, which goes with it. Give the whole path, "
-            "of a folder that all nodes see, or a bucket's (s3://...)."
-        )
 
 
 # ---------------------------------------------------------------------- who hears it

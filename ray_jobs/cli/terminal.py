@@ -7,19 +7,15 @@ import contextlib
 import gc
 import logging
 import os
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ray_jobs.cli import environment
-from ray_jobs.cli.signals import interrupt, on_interruption, take_back
-from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.units import duration
 
 WORKER_LOST = "a worker was lost"
@@ -82,36 +78,6 @@ def no_garbage_collection() -> Iterator[None]:
     yield
     gc.freeze()
     gc.enable()
-
-
-def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> None:
-    """Run a job's main, then `at_end`, and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
-    environment.be_heard()
-    on_interruption(interrupt)
-    try:
-        environment.check_submitted(Path(sys.argv[0]).stem, sys.argv[1:])
-        status = main(sys.argv[1:])
-    except BaseException as error:
-        doing("")
-        # Ctrl-C ends processes that an import has started, too, and so the import, before it is raised here.
-        if isinstance(error, KeyboardInterrupt) or take_back():
-            told, status = "interrupted.", 130
-        elif isinstance(error, InputError):
-            told, status = f"error: {error}", 2
-        elif isinstance(error, RunError):
-            told, status = f"failed: {error}", 1
-        else:
-            raise
-        print(told, file=sys.stderr)
-    doing("")
-    sys.stdout.flush()
-    take_back()
-    on_interruption(lambda *_: os._exit(status))  # who does not want to wait need not
-    try:
-        at_end()  # last: nobody should wait for Ray's end to read what is wrong
-    except TimeoutError:  # what has been started ends with this process
-        os._exit(status)
-    sys.exit(status)
 
 
 class Display:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset
 
-from ray_jobs.checks.columns import COUNTERS
 from ray_jobs.config.errors import RunError
 from ray_jobs.data.frame_store import COLUMNS_FILE
 from ray_jobs.storage.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
 from ray_jobs.storage.records import read_json
+
+COUNTERS = ("timestamp", "episode_index", "index", "task_index")
 
 _checked: set[Path] = set()  # arrays that this process found to be good
 

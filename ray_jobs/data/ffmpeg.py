@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.data.frame_cache import default_folder
+from ray_jobs.storage.cache_folder import default_folder
 
 
 def links_folder() -> Path:

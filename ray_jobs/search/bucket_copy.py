@@ -20,7 +20,6 @@ from optuna.study import Study
 
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.options import OPTIONS_FILE
-from ray_jobs.data.frame_cache import default_folder
 from ray_jobs.search.files import (
     A_TRIAL,
     BEST_DIR,
@@ -39,6 +38,7 @@ from ray_jobs.search.study.study import CONFIG, ranking, trials_of
 from ray_jobs.search.trial import ranked_links
 from ray_jobs.storage import mirror
 from ray_jobs.storage.bucket import check_address, open_root
+from ray_jobs.storage.cache_folder import default_folder
 from ray_jobs.storage.fingerprint import fingerprint_of
 from ray_jobs.storage.records import SUMMARY_FILE
 from ray_jobs.storage.retry import patiently, storage_may_return

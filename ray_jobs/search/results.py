@@ -36,8 +36,9 @@ from ray_jobs.search.files import (
     trial_place,
 )
 from ray_jobs.search.options import MORE_IS_BETTER
-from ray_jobs.search.plan import PUSH, Plan
+from ray_jobs.search.plan import Plan
 from ray_jobs.search.spaces.space import flags
+from ray_jobs.search.spaces.space_file import PUSH
 from ray_jobs.search.study.study import (
     BASELINE,
     BEST_STEP,

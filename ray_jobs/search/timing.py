@@ -95,9 +95,10 @@ def _on_a_few_episodes(recipe: "Recipe", folder: Path) -> tuple[float, Callable[
         read ahead out of a cache.
     """
     from ray_jobs.data.dataset import make_datasets
-    from ray_jobs.data.frame_cache import FrameCache, default_folder, why_not
+    from ray_jobs.data.frame_cache import FrameCache, why_not
     from ray_jobs.data.frames import FrameSource
     from ray_jobs.data.reader import FrameReader
+    from ray_jobs.storage.cache_folder import default_folder
 
     cfg, data = recipe.lerobot, recipe.options.data
     validations = cfg.steps // recipe.eval_steps if recipe.eval_steps else 0

@@ -14,7 +14,7 @@ import fsspec
 from lerobot.datasets import LeRobotDatasetMetadata
 
 from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
-from ray_jobs.data.frame_cache import default_folder
+from ray_jobs.storage.cache_folder import default_folder
 from ray_jobs.storage.fingerprint import fingerprint_of
 from ray_jobs.storage.trust import check_name
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
-from ray_jobs.data.frame_cache import default_folder
 from ray_jobs.storage.bucket import check_address, open_root
+from ray_jobs.storage.cache_folder import default_folder
 from ray_jobs.storage.fingerprint import fingerprint_of
 from ray_jobs.storage.lease import BucketLock
 from ray_jobs.storage.records import METRICS_FILE, SUMMARY_FILE, parse_json

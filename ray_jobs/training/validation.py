@@ -25,9 +25,10 @@ from lerobot.utils.constants import ACTION
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import DataOptions
-from ray_jobs.data.dataset import FrameReader, to_device
+from ray_jobs.data.dataset import to_device
 from ray_jobs.data.frame_cache import FrameCache
 from ray_jobs.data.frames import FrameSource
+from ray_jobs.data.reader import FrameReader
 from ray_jobs.policies.facts import facts_of, why_unscored
 
 # Frames are scored in groups of this size, whatever the training's batch size: the noise of a denoising
