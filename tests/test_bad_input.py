@@ -21,10 +21,10 @@ from conftest import job, small_disk, tiny_act, tiny_diffusion, train_in_process
 from huggingface_hub import constants
 
 from ray_jobs.checks import preflight
-from ray_jobs.cli import parse_errors
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.cluster import connect
-from ray_jobs.config import recipe
 from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull
+from ray_jobs.storage import hub
 
 STEP = "checkpoints/000002"
 CAMERA = "observation.images.top"
@@ -39,7 +39,7 @@ def act(parts, tmp_path) -> list[str]:
 
 
 def check(*flags: str) -> None:
-    preflight.check(recipe.resolve(flags))
+    preflight.check(resolve(flags))
 
 
 def refusal(*flags: str) -> str:
@@ -163,7 +163,7 @@ def test_missing_flags(act):
 
 
 def test_last_of_a_repeated_flag_counts(act):
-    assert recipe.resolve([*act, "--policy.device=cuda", "--policy.device=cpu"]).device == "cpu"
+    assert resolve([*act, "--policy.device=cuda", "--policy.device=cpu"]).device == "cpu"
 
 
 @pytest.mark.parametrize("network", ["refused", "silent", "offline"])
@@ -175,7 +175,7 @@ def test_hub_out_of_reach(act, monkeypatch, network, name):
         port = silent.getsockname()[1] if network == "silent" else 1
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", network == "offline")
-        monkeypatch.setattr(parse_errors, "HUB_WAIT_S", 0.5)
+        monkeypatch.setattr(hub, "HUB_WAIT_S", 0.5)
         begin = time.monotonic()
         message = refusal(*flags)
     assert time.monotonic() - begin < 10
@@ -267,7 +267,7 @@ def test_resume(parts, run, act, tmp_path):
     assert "newer checkpoint, 000002" in refusal(f"--config_path={first}", *resume)
     # A run that was moved goes on where it lies now.
     moved = shutil.copytree(run, tmp_path / "moved", symlinks=True)
-    resolved = recipe.resolve([f"--config_path={moved / STEP / 'pretrained_model'}", *resume])
+    resolved = resolve([f"--config_path={moved / STEP / 'pretrained_model'}", *resume])
     assert resolved.output_dir == moved
 
 

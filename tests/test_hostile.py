@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from ray_jobs import evaluate
 from ray_jobs.checks import preflight
-from ray_jobs.config import recipe
+from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.search.plan import read_command
 from ray_jobs.search.spaces.space_file import read_space
@@ -80,7 +80,7 @@ def refusal(act: Callable[[], object]) -> str:
 
 
 def train(*flags: str) -> None:
-    resolved = recipe.resolve(list(flags))
+    resolved = resolve(list(flags))
     preflight.check(resolved)
     loop.train(resolved, device="cpu")
 
