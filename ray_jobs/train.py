@@ -21,16 +21,13 @@ from ray_jobs.cli.signals import interrupt, on_interruption
 from ray_jobs.cli.terminal import Display, doing, no_garbage_collection, quiet
 from ray_jobs.cluster import connect
 from ray_jobs.cluster.job import run_job
-from ray_jobs.cluster.worker import only_driver, refuse_busy
+from ray_jobs.cluster.run_folder import only_driver, refuse_busy
 from ray_jobs.config.errors import INTERRUPTED
 from ray_jobs.config.units import duration
 from ray_jobs.policies.lean_imports import unneeded, without
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
-
-
-WAITED_S = 60  # before it is told that workers have not started
 
 
 def main(argv: list[str]) -> int:
@@ -57,13 +54,8 @@ def main(argv: list[str]) -> int:
     for notice in recipe.notices:
         display.say(notice)
     started = time.monotonic()
-    on_ray = recipe.options.ray.num_workers > 0
     try:
-        if on_ray:
-            connect.start(recipe.options.ray.address).result()  # before there is a folder
-        doing("starting the worker(s)" if on_ray else "opening the data set")
-        train = _train_on_ray if on_ray else _train_here
-        summary = train(recipe, display)
+        summary = _train(recipe, display)
     finally:
         display.close()
     _last_screen(summary, display, time.monotonic() - started, recipe.remote)
@@ -84,51 +76,21 @@ def _start_ray(flags: dict[str, str]) -> bool:
     return True
 
 
-def _train_here(recipe: "Recipe", display: Display) -> dict:
-    """Run the loop in this process; returns the summary."""
-    from ray_jobs.cluster.driver import train_here
+def _train(recipe: "Recipe", display: Display) -> dict:
+    """Run the loop in this process or on Ray Train's workers, hand on Ctrl-C; returns the summary."""
+    if not recipe.options.ray.num_workers:
+        doing("opening the data set")
+        from ray_jobs.cluster.worker import train_here
 
-    logging.getLogger("ray.train").setLevel(logging.ERROR)  # it has a handler of its own
-    with only_driver(recipe.output_dir), _interrupts(display) as asked:
-        return train_here(recipe, display.show, asked)
-
-
-def _train_on_ray(recipe: "Recipe", display: Display) -> dict:
-    """Run the loop on Ray Train's workers, show what they report, hand on Ctrl-C; returns the summary."""
-    import ray
-    import ray.train.torch  # not where Ray starts: two threads that import its parts trip each other
-
-    from ray_jobs.cluster.driver import train_on_workers
-    from ray_jobs.cluster.ray_internals import has_room
-
-    options = recipe.options.ray
-    streamed = recipe.options.data.source == "stream"
-    reserved = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
-    each = connect.share(*reserved, decoders=streamed, at_least=options.min_workers)
-
-    def should_stop() -> str:
-        if display.waits_since and time.monotonic() - display.waits_since > WAITED_S:
-            why = f"{display.why_again}; " if display.facts else ""
-            free = None if has_room() else ray.available_resources()
-            display.say(f"{why}{waiting_for(options.num_workers, each, free)}")
-            display.waits_since = time.monotonic()
-        return asked()
+        logging.getLogger("ray.train").setLevel(logging.ERROR)  # it has a handler of its own
+        with only_driver(recipe.output_dir), _interrupts(display) as asked:
+            return train_here(recipe, display.show, asked)
+    connect.start(recipe.options.ray.address).result()  # before there is a folder
+    doing("starting the worker(s)")
+    from ray_jobs.cluster.driver import train_and_show  # not while Ray starts: it imports parts of it
 
     with only_driver(recipe.output_dir), _interrupts(display) as asked:
-        return train_on_workers(recipe, each, display.show, should_stop)
-
-
-def waiting_for(workers: int, each: connect.Share, free: dict[str, float] | None) -> str:
-    """What a run that has not begun after a while waits for.
-
-    Args:
-        free: Resources of the cluster that nobody uses; None once the workers have theirs.
-    """
-    they = f"{workers} workers with {each} each" if workers > 1 else f"a worker with {each}"
-    if free is None:
-        return f"still waiting: {they} {'are' if workers > 1 else 'is'} starting (imports, data, models)"
-    left = connect.Share(free.get("CPU", 0), free.get("GPU", 0))
-    return f"still waiting for room for {they}: the cluster has {left} that nobody uses now"
+        return train_and_show(recipe, display, asked)
 
 
 @contextlib.contextmanager

@@ -8,33 +8,22 @@ Every flag of `ray_jobs.train` holds for all trials; the space says what varies.
 """
 
 import os
-import queue
-import shlex
-import shutil
-import threading
-import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_jobs.cli import environment
-from ray_jobs.cli.command_line import asks_to_resume, read_flags
+from ray_jobs.cli.command_line import asks_to_resume, help_for, read_flags
 from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet
-from ray_jobs.cluster import connect, ray_internals
-from ray_jobs.cluster.channel import open_line
+from ray_jobs.cluster import connect
 from ray_jobs.cluster.job import run_job
-from ray_jobs.cluster.worker import only_driver, refuse_busy
-from ray_jobs.config.errors import INTERRUPTED, InputError, RunError, StorageLost
+from ray_jobs.cluster.run_folder import refuse_busy
 from ray_jobs.policies.lean_imports import without
 from ray_jobs.search.early_checks import check_search
 from ray_jobs.search.files import read_begun
-from ray_jobs.search.options import in_full
+from ray_jobs.search.options import TuneOptions, in_full
 from ray_jobs.search.spaces import new_space
 
 if TYPE_CHECKING:
-    from ray_jobs.search.bucket_copy import BucketCopy
-    from ray_jobs.search.plan import Plan
-    from ray_jobs.search.resources import Slot
+    pass
 
 # For Ray Tune, which reads them while it is imported, or when a search begins.
 TUNE_ENV = {
@@ -44,7 +33,6 @@ TUNE_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-LOOK_EVERY_S = 3  # between looks for nodes that have joined, or will be taken away
 
 
 def main(argv: list[str]) -> int:
@@ -67,16 +55,9 @@ def main(argv: list[str]) -> int:
         read_begun(Path(place))
     doing(f"importing LeRobot{' while Ray starts' if on_ray else ''}")
     with no_garbage_collection(), without(not_needed):
-        from sqlalchemy.exc import SQLAlchemyError
-
-        from ray_jobs.config.errors import first_line
-        from ray_jobs.reports import search
-        from ray_jobs.search import bucket_copy, estimate, results
-        from ray_jobs.search.files import DONE, SEARCH_FILE, SPACES_DIR
+        from ray_jobs.reports.search import write_search
         from ray_jobs.search.plan import make_plan, read_command
-        from ray_jobs.search.resources import decide
         from ray_jobs.search.spaces.chosen import read_spaces
-        from ray_jobs.search.study.begin import open_study
 
     doing("looking over the spaces and the data set")
     typed, options, resume, notices = read_command(argv)
@@ -85,245 +66,23 @@ def main(argv: list[str]) -> int:
     for notice in plan.notices:
         print(notice)
     connect.start(plan.recipe.options.ray.address).result()
-    from ray_jobs.cluster.faults import if_helper_dies  # not while Ray starts: it imports parts of it
+    # Not while Ray starts: two threads that import its parts trip each other.
+    from ray_jobs.search import estimate
+    from ray_jobs.search.run import run
+    from ray_jobs.search.slot import decide
 
     slot = decide(plan)
     doing("")
     if options.tune.dry_run:
         estimate.show(plan, slot, print)
         return 0
-
-    stopped = threading.Event()  # from now on nothing is waited for that has failed
-    with only_driver(plan.output_dir):
-        seed = plan.recipe.lerobot.seed or 0
-        new = not (plan.output_dir / SEARCH_FILE).exists()
-        if new:  # before the study: what has begun can be resumed
-            plan.save()
-        try:
-            study = open_study(plan, seed, stopped.is_set)
-        except InputError:
-            if new:
-                (plan.output_dir / SEARCH_FILE).unlink()
-                shutil.rmtree(plan.output_dir / SPACES_DIR)
-            raise
-        if not new:
-            plan.save()
-            results.reopen(plan)
-        with bucket_copy.kept(plan, study, print, stopped.is_set) as copy:
-            started = time.monotonic()
-            with if_helper_dies("the search's helper process", "The study is intact; --resume=true goes on."):
-                status, error = _search(plan, study, slot, seed, copy, stopped)
-            try:
-                if copy:
-                    copy.gather(plan, study)
-                summary = results.write(plan, study, status, time.monotonic() - started, slot.each)
-            except StorageLost as failure:
-                raise RunError(error or str(failure)) from failure
-            except (OSError, SQLAlchemyError) as failure:  # a disk that is full, say
-                more = f"what was found cannot be written: {first_line(failure)}"
-                raise RunError(f"{error or more}\nThe study is intact; --resume=true goes on.") from failure
-            results.last_screen(plan, summary, print)
-            if plan.pushes and summary["best"]:
-                print(results.upload(plan))
-            try:
-                print(f"report      {search.write_search(plan.output_dir)}")
-            except Exception as failure:  # out of memory, say; what was found is whole
-                again = f"python -m ray_jobs.report --output_dir={shlex.quote(str(plan.output_dir))}"
-                print(f"no report   {type(failure).__name__}: {first_line(failure)}; once more: {again}")
-    if status != DONE:
-        print(f"continue    python -m ray_jobs.tune --output_dir={shlex.quote(plan.place)} --resume=true")
-    if status == INTERRUPTED and not error:
-        return 130
-    if error or not summary["best"]:
-        raise RunError(error or results.why_nothing(study, status))
-    return 0
-
-
-# ---------------------------------------------------------------------- the search
-
-
-def _search(
-    plan: "Plan", study, slot: "Slot", seed: int, copy: "BucketCopy | None", stopped: threading.Event
-) -> tuple[str, str | None]:
-    """Run Ray Tune until the study has all its trials; returns how it ended, and why if it failed.
-
-    Args:
-        stopped: Is set once somebody has asked to stop, or the search has failed.
-    """
-    import ray
-    from ray import tune
-    from ray.tune import FailureConfig, RunConfig, TuneConfig
-
-    from ray_jobs.cli.progress import Progress
-    from ray_jobs.cluster.driver import start_fit
-    from ray_jobs.cluster.watchdog import Watchdog
-    from ray_jobs.cluster.worker import check_node, mark_of
-    from ray_jobs.config.errors import first_line
-    from ray_jobs.search import estimate, results
-    from ray_jobs.search.files import DONE, TIME_IS_UP, trial_name
-    from ray_jobs.search.options import MORE_IS_BETTER
-    from ray_jobs.search.ray_tune import DEATHS, StudyScheduler, StudySearch, TrialWitness
-    from ray_jobs.search.study.storage import StudyFile, address_of
-    from ray_jobs.search.study.study import finished, trials_of
-    from ray_jobs.search.trial import run_trial
-    from ray_jobs.storage.retry import patiently
-
-    options = plan.options.tune
-    # As many as there is room for, counted here and below, and one that waits: its slot is warm when another trial ends,
-    # and an autoscaler hears of it. None that waits for workers of its own, which would have begun without them.
-    counted = options.max_concurrent is None
-    waiting = int(options.workers_per_trial == 1)
-    if counted:
-        options.max_concurrent = slot.at_once + waiting
-    # Else slots would start one after the other.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slot.at_once + waiting)
-    ray_internals.keep_keys_out_of_logs()
-    ray_internals.survive_memory_kills()
-    told: queue.SimpleQueue = queue.SimpleQueue()
-
-    def tell(event: dict) -> None:
-        # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
-        if event["kind"] == "ended":
-            notice = lambda text: told.put({"kind": "notice", "text": text})  # noqa: E731
-            hopeless = patiently(
-                partial(results.note, plan, study), "trials.csv", notice, stop=stopped.is_set
-            )
-            if copy:
-                copy.ended(hopeless)
-        told.put(event)
-
-    file = StudyFile(address_of(plan))
-    search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
-    line = open_line()
-    shared = (None, "") if plan.remote else (plan.output_dir, mark_of(plan.output_dir))
-    trainable = tune.with_resources(
-        partial(
-            run_trial,
-            base=plan.base,
-            search=plan.place,
-            check=partial(check_node, plan.recipe.lerobot.dataset.root, *shared),
-            group=plan.study_name,
-            metrics=options.metrics,
-            each=slot.each,
-            trials=options.num_samples,
-            unneeded=plan.recipe.unneeded,
-            paths=environment.handed_on(),
-            line=line,
-        ),
-        tune.PlacementGroupFactory([slot.bundle]),
-    )
-    scratch = plan.output_dir / ".ray"
-    shutil.rmtree(
-        scratch, ignore_errors=True
-    )  # Tune's own notes of an earlier session; ours are in the study
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=TuneConfig(
-            search_alg=search,
-            scheduler=StudyScheduler(search, line),
-            num_samples=10**6,  # the searcher says when it is over
-            reuse_actors=True,
-            trial_name_creator=lambda trial: trial.config["trial"],
-            trial_dirname_creator=lambda trial: trial.config["trial"],
-        ),
-        run_config=RunConfig(
-            name=scratch.name,
-            storage_path=str(plan.output_dir),
-            failure_config=FailureConfig(max_failures=DEATHS - 1),
-            callbacks=[TrialWitness(tell, line)],
-            verbose=0,
-        ),
-    )
-    done = [t for t in trials_of(study) if t.state.is_finished()]
-    best = finished(study)[:1]
-    progress = Progress(
-        num_samples=options.num_samples,
-        steps=plan.steps,
-        metric=options.metrics[0],
-        higher=options.metrics[0] in MORE_IS_BETTER,
-        done=len(done),
-        best=(best[0].values[0], trial_name(best[0].number)) if best else None,
-        slots=slot.at_once,
-    )
-    progress.say(estimate.intro(plan, slot))
-    # Trials with several workers look after these themselves.
-    watchdog = Watchdog(line, plan.recipe.options.ray.hang_timeout if options.workers_per_trial == 1 else 0)
-    fitting, outcome = start_fit(tuner)
-    status, started = DONE, time.monotonic()
-    looked, failure = started, None
-
-    def stop(reason: str) -> None:
-        nonlocal status
-        search.stopping, status = True, reason
-        if reason != TIME_IS_UP:
-            stopped.set()
-        line.ask_to_stop.remote(INTERRUPTED)
-
-    try:
-        while fitting.is_alive():
-            try:
-                for event in ray.get(line.hear.remote(0.3)):
-                    progress.show(event)
-                while not told.empty():
-                    progress.show(told.get())
-                progress.refresh()
-                if copy and copy.failure and status == DONE:  # told when the copy is closed
-                    stop(INTERRUPTED)
-                if status == DONE and (failure := search.failure or ray.get(line.why_failed.remote())):
-                    stop("failed")  # what has failed for one trial would for all
-                for hung in watchdog.look_at_trials():
-                    progress.say(hung)
-                if time.monotonic() - looked > LOOK_EVERY_S:
-                    looked = time.monotonic()
-                    if status == DONE and file.is_gone():  # who trains for hours does not ask the study
-                        search.failure = search.failure or file.loss()
-                        progress.say(f"{file.path} is gone: trials save a checkpoint and end.")
-                    for node in ray_internals.draining_nodes():
-                        line.leave.remote(node)
-                    if counted:
-                        room = connect.room_for(slot.each) // options.workers_per_trial
-                        options.max_concurrent = max(1, room) + waiting
-                if (
-                    options.time_budget_s
-                    and status == DONE
-                    and time.monotonic() - started > options.time_budget_s
-                ):
-                    progress.say("the time is up: trials save a checkpoint and end.")
-                    stop(TIME_IS_UP)
-            except KeyboardInterrupt:
-                if status == INTERRUPTED:
-                    raise
-                progress.say("stopping: running trials save a checkpoint first; Ctrl-C again stops at once.")
-                stop(INTERRUPTED)
-        while not told.empty():
-            progress.show(told.get())
-        failure = failure or search.failure or ray.get(line.why_failed.remote())
-    finally:
-        progress.close()
-        ray.kill(line)  # Tune's registry would keep it as long as this process lives
-    shutil.rmtree(scratch, ignore_errors=True)
-    if failure:
-        told = str(failure)
-        if not isinstance(failure, RunError | InputError):
-            told = (
-                f"the search's own files: {first_line(failure)}\n"
-                "The last checkpoints are intact; --resume=true goes on from them."
-            )
-        return "failed", told
-    if "error" in outcome:
-        return "failed", f"the search was given up: {outcome['error']}"
-    if search.given_up:
-        return "failed", f"{DEATHS} trials in a row have cost {DEATHS} processes each; Ray's logs tell why."
-    return status, None
+    return run(plan, slot, write_search)
 
 
 # ---------------------------------------------------------------------- what the user sees
 
 
 def _help() -> int:
-    from ray_jobs.cli.command_line import help_for
-    from ray_jobs.search.options import TuneOptions
-
     print(__doc__)
     print("  --space=FILE[,FILE]\n        Search spaces, one for each policy (see search_spaces/).")
     print(f"  {new_space.WORD}=POLICY [FILE]\n        Write one to begin with, and stop.")

@@ -19,7 +19,7 @@ from ray_jobs.checks.output_dir import RUN, check_output_dir
 from ray_jobs.cli.command_line import read_flags
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cli.terminal import Display
-from ray_jobs.cluster import connect
+from ray_jobs.cluster import resources
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.options import OPTIONS_FILE
 from ray_jobs.policies import assets
@@ -154,15 +154,15 @@ def test_what_can_be_continued(run, tmp_path):
 
 
 def test_cpus_that_are_left_to_decode(monkeypatch):
-    monkeypatch.setattr(connect, "nodes", lambda: [{"CPU": 4.0}])
-    monkeypatch.setattr(connect, "may_grow", lambda: False)
+    monkeypatch.setattr(resources, "nodes", lambda: [{"CPU": 4.0}])
+    monkeypatch.setattr(resources, "may_grow", lambda: False)
     for cpus in (1, 2, 4):
         with pytest.raises(InputError, match="Leave --ray.cpus_per_worker out"):
-            connect.share(4 // cpus, cpus, 0, "cpu", decoders=True)
-        connect.share(4 // cpus, None, 0, "cpu", decoders=True)
+            resources.per_worker(4 // cpus, cpus, 0, "cpu", decoders=True)
+        resources.per_worker(4 // cpus, None, 0, "cpu", decoders=True)
     with pytest.raises(InputError, match="Fewer workers"):
-        connect.share(7, None, 0, "cpu", decoders=True)
-    connect.share(6, None, 0, "cpu", decoders=True)
+        resources.per_worker(7, None, 0, "cpu", decoders=True)
+    resources.per_worker(6, None, 0, "cpu", decoders=True)
 
 
 def test_driver_of_a_database(monkeypatch):

@@ -26,7 +26,7 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-from ray_jobs.cluster import worker
+from ray_jobs.cluster import run_folder
 from ray_jobs.config.errors import RunError
 from ray_jobs.training import checkpoint
 
@@ -98,7 +98,7 @@ def test_spot_first_then_on_demand(launched):
             SchedulingRequest(
                 node_type_configs=config.get_node_type_configs(),
                 max_num_nodes=config.get_max_num_nodes(),
-                resource_requests=ResourceRequestUtil.group_by_count([demand] * worker),
+                resource_requests=ResourceRequestUtil.group_by_count([demand] * workers),
                 disable_launch_config_check=True,
                 idle_timeout_s=None,
                 recoverable_resource_availabilities=availability,
@@ -276,9 +276,9 @@ def look():
 
 ray.init()
 seen = [ray.get(look.options(scheduling_strategy=On(node["NodeID"], False)).remote()) for node in ray.nodes()]
-shares = [str(connect.share(3, None, None, None))]
+shares = [str(resources.per_worker(3, None, None, None))]
 try:
-    connect.share(4, None, 1.0, None)
+    resources.per_worker(4, None, 1.0, None)
 except Exception as error:
     shares.append(str(error))
 print("seen", json.dumps({"nodes": seen, "shares": shares}))
@@ -532,13 +532,13 @@ def test_upload_is_small(tmp_path):
 def test_a_node_without_the_drivers_folders_is_named(tmp_path):
     """A node with a folder of the same name that is another one, and one without the data set."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    mark = worker.mark_of(ours)
-    worker.check_node(str(tmp_path), ours, mark)
-    worker.mark_of(theirs)
+    mark = run_folder.mark_of(ours)
+    run_folder.check_node(str(tmp_path), ours, mark)
+    run_folder.mark_of(theirs)
     for root, output_dir, told in (
         (str(tmp_path / "set"), ours, r"--dataset.root=.*/set is not there on node \d"),
         (None, theirs, r"--output_dir=.*/theirs is not on node \d.* what it is on the driver's node"),
         (None, tmp_path / "nowhere", r"--output_dir=.*/nowhere is not on node \d"),
     ):
         with pytest.raises(RunError, match=told):
-            worker.check_node(root, output_dir, mark)
+            run_folder.check_node(root, output_dir, mark)

@@ -9,7 +9,7 @@ from lerobot.datasets.factory import make_dataset
 
 from ray_jobs.cli.command_line import parse_options, read_flags
 from ray_jobs.cli.resolve import resolve
-from ray_jobs.cluster import connect
+from ray_jobs.cluster import resources
 from ray_jobs.data.dataset import training_batches
 from ray_jobs.data.position import START, Shards
 
@@ -117,10 +117,10 @@ def test_a_typed_number_takes_the_place_of_a_saved_range():
 def test_a_head_without_cpus_is_no_host(monkeypatch):
     """Ray's usual head: workers get their share of the others."""
     have = [{"node:head": 1.0}, {"CPU": 8.0}, {"CPU": 8.0}]
-    monkeypatch.setattr(connect, "nodes", lambda: have)
-    monkeypatch.setattr(connect, "may_grow", lambda: False)
-    assert str(connect.share(2, None, None, "cpu")) == "8 CPUs, 0 GPUs"
-    assert str(connect.share(4, None, None, "cpu")) == "4 CPUs, 0 GPUs"
+    monkeypatch.setattr(resources, "nodes", lambda: have)
+    monkeypatch.setattr(resources, "may_grow", lambda: False)
+    assert str(resources.per_worker(2, None, None, "cpu")) == "8 CPUs, 0 GPUs"
+    assert str(resources.per_worker(4, None, None, "cpu")) == "4 CPUs, 0 GPUs"
 
 
 @pytest.mark.slow

@@ -14,8 +14,10 @@ from conftest import stock, tiny_act, tiny_diffusion
 from ray_jobs import evaluate
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
-from ray_jobs.cluster import rollouts
 from ray_jobs.config.errors import InputError, RunError
+from ray_jobs.evaluation import rollouts
+from ray_jobs.evaluation.results import RESULTS
+from ray_jobs.evaluation.run import _new_folder
 from ray_jobs.evaluation.trained import open_trained
 from ray_jobs.training import loop
 from ray_jobs.training.simulator import wilson
@@ -44,7 +46,7 @@ RUNS = {
 def evaluated(target: Path, *flags: str) -> dict:
     """Run the job in this process; returns its results by name."""
     assert evaluate.main([*flags, f"--output_dir={target}"]) == 0
-    return json.loads((target / evaluate.RESULTS).read_text())["results"]
+    return json.loads((target / RESULTS).read_text())["results"]
 
 
 def trained(flags: list[str]) -> None:
@@ -156,7 +158,7 @@ def test_a_simulator_that_fails_leaves_the_score(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(rollouts, "run", fail)
     with pytest.raises(RunError, match="a worker of the simulator failed"):
         evaluated(tmp_path / "out", f"--checkpoint={runs['act']}", *IN_PARTS, "--ray.num_workers=0")
-    result = json.loads((tmp_path / "out" / evaluate.RESULTS).read_text())["results"][str(runs["act"])]
+    result = json.loads((tmp_path / "out" / RESULTS).read_text())["results"][str(runs["act"])]
     assert result["val/action_error"] == result["reported"] and "simulator" not in result
 
 
@@ -248,5 +250,5 @@ def numbers_only(tmp_path_factory) -> Path:
 
 def test_evaluations_at_the_same_time_have_folders_of_their_own(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: evaluate._new_folder(tmp_path / "outputs"), range(40)))
+        folders = list(pool.map(lambda _: _new_folder(tmp_path / "outputs"), range(40)))
     assert len(set(folders)) == 40 and all(folder.is_dir() for folder in folders)

@@ -16,6 +16,7 @@ from vla import ALL, acting, record_frames, tiny
 
 from ray_jobs import export
 from ray_jobs.config.errors import InputError
+from ray_jobs.policies import export as export_policy
 from ray_jobs.training.checkpoint import pretrained_dir
 
 
@@ -75,7 +76,7 @@ def test_what_04_refuses_is_left_out(trained, tmp_path):
     """`config.json` keeps all else; the original is not touched; nothing is overwritten."""
     source = pretrained_dir(trained("pi0"))
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    export.export(source, tmp_path / "pi0", assets_dir=tmp_path)
+    export_policy.export(source, tmp_path / "pi0", assets_dir=tmp_path)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
     ours, copied = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "pi0"))
     assert ours.keys() - copied.keys() == {
@@ -85,7 +86,7 @@ def test_what_04_refuses_is_left_out(trained, tmp_path):
         "action_feature_names",
     }
     steps = json.loads((tmp_path / "pi0" / "policy_preprocessor.json").read_text())["steps"]
-    assert not {step["registry_name"] for step in steps} & set(export.DROPPED_STEPS)
+    assert not {step["registry_name"] for step in steps} & set(export_policy.DROPPED_STEPS)
     with pytest.raises(InputError, match="already exists"):
         export.main(["--lerobot=0.4", f"--checkpoint={trained('pi0')}", f"--output_dir={tmp_path / 'pi0'}"])
 
@@ -108,7 +109,7 @@ def test_what_cannot_be_expressed(trained, tmp_path, policy, field, value, said)
     file = tmp_path / "changed" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(InputError, match=said) as refused:
-        export.export(tmp_path / "changed", tmp_path / "copy", assets_dir=tmp_path)
+        export_policy.export(tmp_path / "changed", tmp_path / "copy", assets_dir=tmp_path)
     assert len(str(refused.value).splitlines()) <= 2 and not (tmp_path / "copy").exists()
 
 

@@ -29,8 +29,8 @@ from ray_jobs.cli.resolve import resolve
 from ray_jobs.cli.terminal import Display
 from ray_jobs.cluster import channel as line_module
 from ray_jobs.cluster import driver, faults
-from ray_jobs.cluster.connect import Share
 from ray_jobs.cluster.faults import in_plain_words
+from ray_jobs.cluster.resources import Resources
 from ray_jobs.config.errors import InputError, RunError, StorageLost
 from ray_jobs.storage import retry
 from ray_jobs.train import waiting_for
@@ -102,7 +102,7 @@ def test_an_exception_may_come_once_at_every_step():
     ],
 )
 def test_what_is_waited_for_is_said_in_words(workers, gpus, free, told):
-    assert told in waiting_for(workers, Share(2, gpus), free)
+    assert told in waiting_for(workers, Resources(2, gpus), free)
 
 
 def test_why_a_worker_was_lost():

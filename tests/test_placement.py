@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.cli.resolve import resolve
-from ray_jobs.cluster import connect as our_cluster
+from ray_jobs.cluster import resources
 from ray_jobs.cluster.channel import open_line
 from ray_jobs.cluster.driver import make_trainer
 from ray_jobs.config.errors import InputError
@@ -64,7 +64,7 @@ def places_of(parts, folder, runs: int, count: int, *flags: str) -> list[list[st
     for number in range(runs):
         more = (f"--ray.num_workers={count}", "--ray.gpus_per_worker=1", "--ray.cpus_per_worker=1", *flags)
         recipe = resolve(tiny_act(parts, folder / f"{len(flags)}-{number}", *more))
-        each = our_cluster.share(count, 1, 1.0, None)
+        each = resources.per_worker(count, 1, 1.0, None)
         ours = make_trainer(recipe, each, line, max_failures=0)
         trainer = TorchTrainer(
             stay,
@@ -99,5 +99,5 @@ def test_spread(cluster, parts, tmp_path):
 def test_workers_that_train_together_need_whole_gpus(cluster):
     """NCCL refuses two ranks on one GPU, after a minute; those of a simulator may share one."""
     with pytest.raises(InputError, match="--ray.num_workers=2 with 0.5 GPUs each: NCCL takes a GPU once"):
-        our_cluster.share(2, 1, 0.5, None)
-    assert str(our_cluster.share(2, 1, 0.5, None, alone=True)) == "1 CPUs, 0.5 GPUs"
+        resources.per_worker(2, 1, 0.5, None)
+    assert str(resources.per_worker(2, 1, 0.5, None, alone=True)) == "1 CPUs, 0.5 GPUs"

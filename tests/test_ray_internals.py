@@ -39,7 +39,8 @@ from ray.tune.experiment import Trial
 from ray.util.placement_group import placement_group, placement_group_table
 
 from ray_jobs import tune
-from ray_jobs.cluster import connect, ray_internals
+from ray_jobs.cluster import connect, ray_internals, ray_train_internals, resources
+from ray_jobs.search import ray_tune_internals
 
 RAY = Path(ray.__file__).parent
 
@@ -62,7 +63,7 @@ def test_ray_init_has_no_new_argument():
 def test_names_are_rays():
     assert ray_internals.HEAD_NODE == HEAD_NODE_RESOURCE_NAME
     assert ray_internals.SUBMITTED == RAY_JOB_CONFIG_JSON_ENV_VAR
-    assert f'"{connect.BOOTSTRAP}"' in (RAY / "tune/execution/cluster_info.py").read_text()
+    assert f'"{resources.BOOTSTRAP}"' in (RAY / "tune/execution/cluster_info.py").read_text()
 
 
 @pytest.mark.parametrize("module", [connect, tune])
@@ -192,13 +193,13 @@ def test_preemption_is_asked_by_all_or_none():
 def test_health_check_failures_are_internal():
     failure = ValueError("broken")
     error = train_errors.WorkerHealthCheckFailedError("it failed", failure)
-    assert ray_internals.health_check_failure(error) is failure
-    assert ray_internals.health_check_failure(failure) is None
+    assert ray_train_internals.health_check_failure(error) is failure
+    assert ray_train_internals.health_check_failure(failure) is None
     assert not hasattr(ray.train, "WorkerHealthCheckFailedError")
 
 
 def test_internal_callbacks_are_taken_and_public_ones_do_not_hear():
-    for callback in (ray_internals.end_at_lost_start(), ray_internals.exit_quickly()):
+    for callback in (ray_train_internals.end_at_lost_start(), ray_train_internals.exit_quickly()):
         copied = cloudpickle.loads(cloudpickle.dumps(callback))  # as on its way to the controller
         assert isinstance(copied, ControllerCallback)
         assert {name for name in vars(type(copied)) if name[0] != "_"} <= set(vars(ControllerCallback))
@@ -221,7 +222,7 @@ def test_lost_start_is_started_again_as_waiting_for_room_is():
     assert ray.train.FailureConfig().controller_failure_limit == -1
     lost = train_errors.WorkerGroupStartupFailedError("lost")
     lost.__cause__ = ActorDiedError()
-    callback = ray_internals.end_at_lost_start()
+    callback = ray_train_internals.end_at_lost_start()
     now = controller_states.ReschedulingState(ray.train.ControllerError(lost))
     with pytest.raises(ActorDiedError):
         callback.after_controller_state_update(controller_states.InitializingState(), now)
@@ -242,7 +243,7 @@ def test_memory_kill_is_no_death_of_an_actor(monkeypatch):
     for name in ("_actor_start_failed", "_actor_task_failed"):
         assert inspect.isfunction(getattr(RayActorManager, name))
         monkeypatch.setattr(RayActorManager, name, lambda self, what, exception: heard.append(exception))
-    ray_internals.survive_memory_kills()
+    ray_tune_internals.survive_memory_kills()
     manager = tune_controller.RayActorManager
     assert "RayActorManager(" in inspect.getsource(tune_controller.TuneController.__init__)
     manager._actor_start_failed(object.__new__(manager), None, exception=OutOfMemoryError("low on memory"))
@@ -254,7 +255,7 @@ def test_keys_would_be_copied(monkeypatch):
     usual = set(class_cache.ENV_VARS_TO_PROPAGATE)
     assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"} <= usual
     monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", set(usual))
-    ray_internals.keep_keys_out_of_logs()
+    ray_tune_internals.keep_keys_out_of_logs()
     left = class_cache.ENV_VARS_TO_PROPAGATE
     assert left < usual and not [name for name in left if "KEY" in name or "TOKEN" in name]
 
@@ -271,7 +272,7 @@ def trial(tmp_path) -> Trial:
 
 def test_error_of_a_trial_is_not_yet_where_it_is_read(trial):
     trial.handle_error(RayActorError(error_msg="killed"))
-    assert str(ray_internals.error_of(trial)) == "killed"
+    assert str(ray_tune_internals.error_of(trial)) == "killed"
     assert trial.get_pickled_error() is None
 
 
@@ -282,11 +283,11 @@ def test_trials_can_be_dropped_and_may_fail_again(trial):
     class Controller:
         stop_trial = staticmethod(stopped.append)
 
-    ray_internals.drop(Controller, trial, {"status": "interrupted"})
+    ray_tune_internals.drop(Controller, trial, {"status": "interrupted"})
     assert stopped == [trial] and trial.last_result["status"] == "interrupted"
     trial.handle_error(RayActorError(error_msg="killed"))
     assert (trial.num_failures, trial.max_failures) == (1, 2)
-    ray_internals.allow_failures(trial, 2)
+    ray_tune_internals.allow_failures(trial, 2)
     assert trial.max_failures == 3
     assert public_arguments(ray.tune.FailureConfig) == {"max_failures", "fail_fast"}
 
@@ -302,7 +303,8 @@ def test_a_trainer_starts_actors_that_nobody_needs():
     }
     theirs = {type(each).__name__ for each in TorchTrainer(**arguments)._create_default_callbacks()}
     ours = {
-        type(each).__name__ for each in ray_internals.torch_trainer(**arguments)._create_default_callbacks()
+        type(each).__name__
+        for each in ray_train_internals.torch_trainer(**arguments)._create_default_callbacks()
     }
     assert theirs - ours == {"DatasetsCallback", "PlacementGroupCleanerCallback"} and ours < theirs
     # All that the second one is for: `give_back_orphaned_room` does it.

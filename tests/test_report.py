@@ -19,10 +19,11 @@ from tensorboardX.proto.event_pb2 import Event
 from test_evaluate import evaluated, trained
 from test_tune import ACT, search, study_of
 
-from ray_jobs import evaluate, report
+from ray_jobs import report
 from ray_jobs.cli.command_line import read_flags
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError, RunError
+from ray_jobs.evaluation import run as evaluation_run
 from ray_jobs.search.early_checks import check_search
 from ray_jobs.storage.records import read_json, read_metrics
 
@@ -179,7 +180,7 @@ def test_trials_of_two_searches(searched, tmp_path):
     search = read_json(other / "search.json")
     search["flags"]["tune.metric"] = "val/loss"
     (other / "search.json").write_text(json.dumps(search))
-    found = evaluate._find(f"{searched},{other}")
+    found = evaluation_run._find(f"{searched},{other}")
     assert len(found) == 6 and len({name.rpartition(" ")[2] for name in found}) == 3
     for name, (place, _) in found.items():
         wanted = "best" if name.startswith(f"{searched} ") else "last"

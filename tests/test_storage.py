@@ -26,6 +26,7 @@ from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cluster import worker
 from ray_jobs.config.errors import GO_ON, INTERRUPTED, InputError, RunError
+from ray_jobs.evaluation import run as evaluation_run
 from ray_jobs.storage import bucket, lease, mirror
 from ray_jobs.training import checkpoint
 
@@ -191,7 +192,7 @@ def test_evaluated_from_the_bucket(parts, s3, tmp_path, capsys):
     s3.system.pipe_file(f"{search}/search.json", json.dumps({"flags": {}, "policies": ["act"]}).encode())
     for trial in ("0000", "0001"):
         s3.system.copy(s3.address, f"{search}/trials/{trial}", recursive=True)
-    found = evaluate._find(search)
+    found = evaluation_run._find(search)
     assert list(found) == ["trial 0000", "trial 0001"] and found["trial 0001"][0].parts[-4] == "0001"
     for wrong in (s3.address + "s", root):
         with pytest.raises(InputError, match=f"checkpoint={wrong}: there is neither a run nor a search"):

@@ -2,11 +2,16 @@
 
 import asyncio
 import contextlib
+import threading
 import time
+from collections.abc import Callable
+
+import ray
 
 from ray_jobs.config.errors import GO_ON, PREEMPTED, PRUNED, InputError, RunError
 
 ANSWERED_AFTER_S = 60
+TELL_EVERY_S = 0.5  # how often the driver hears of steps
 
 
 class Line:
@@ -110,7 +115,39 @@ class Line:
 
 def open_line():
     """A handle of a new `Line`, on the driver's node."""
-    import ray
-
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return ray.remote(num_cpus=0, max_concurrency=1000, label_selector=here)(Line).remote()
+
+
+def teller(line) -> Callable[[dict], None]:
+    """Sends a run's events over the line; of the steps, only one now and then."""
+    told_at = 0.0
+
+    def tell(event: dict) -> None:
+        nonlocal told_at
+        if event["kind"] != "step" or time.monotonic() - told_at > TELL_EVERY_S:
+            told_at = time.monotonic()
+            line.tell.remote(event)
+
+    return tell
+
+
+_asked_to_stop: dict = {}  # line -> the reason it has told; one listening thread for each, however many trials
+
+
+def listen_for_stop(line, node: str | None = None) -> Callable[[], str]:
+    """The loop's `should_stop`: what the run was asked to stop for, as far as the line has told.
+
+    Args:
+        node: This one, for a trial, which has nobody else to hear from that it will be taken away.
+    """
+
+    def wait() -> None:
+        with contextlib.suppress(Exception):  # the driver is gone: Ray ends this process
+            while not _asked_to_stop[line]:
+                _asked_to_stop[line] = ray.get(line.stop_asked.remote(node))
+
+    if line not in _asked_to_stop:
+        _asked_to_stop[line] = ""
+        threading.Thread(target=wait, daemon=True).start()
+    return lambda: _asked_to_stop[line]

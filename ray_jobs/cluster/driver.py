@@ -1,4 +1,4 @@
-"""A run as its driver sees it: Ray Train's trainer around the loop, in this process or with workers of a cluster."""
+"""A run as its driver sees it: Ray Train's trainer around workers of a cluster. Imported once Ray is up."""
 
 import contextlib
 import os
@@ -7,40 +7,71 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig
 
 from ray_jobs.cli import environment
-from ray_jobs.cluster import ray_internals
-from ray_jobs.cluster.connect import Share
-from ray_jobs.cluster.worker import keep_error, mark_of, run_loop, work
+from ray_jobs.cli.terminal import Display
+from ray_jobs.cluster import ray_internals, ray_train_internals
+from ray_jobs.cluster.channel import open_line
+from ray_jobs.cluster.faults import Witness, describe, if_helper_dies, keep_error, of_a_loss, why
+from ray_jobs.cluster.resources import Resources, per_worker
+from ray_jobs.cluster.run_folder import mark_of
+from ray_jobs.cluster.start_worker import start
+from ray_jobs.cluster.watchdog import Watchdog
 from ray_jobs.config.errors import InputError, RunError, StorageFull, StorageLost
-
-if TYPE_CHECKING:
-    from ray_jobs.config.recipe import Recipe
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.storage.mirror import read_file
+from ray_jobs.storage.records import SUMMARY_FILE, parse_json, read_summary
+from ray_jobs.storage.retry import patiently, storage_may_return
 
 # Of workers for one that validates or waits for storage; who hangs is found by the `watchdog`.
 LONGEST_WAIT_S = 6 * 3600
+WAITED_S = 60  # before it is told that workers have not started
 HANDED_ON = ("WANDB_RUN_GROUP",)  # from the process that starts the workers
 
 
-def train_here(recipe: "Recipe", report: Callable[[dict], None], should_stop: Callable[[], str]) -> dict:
-    """Ray Train's local mode: one worker, which is this process. Returns the run's summary."""
-    from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
+def train_and_show(recipe: Recipe, display: Display, asked: Callable[[], str]) -> dict:
+    """Train on workers of the cluster, show what they report, and what they wait for while they have not begun; returns the
+    run's summary.
 
-    summary: dict = {}
+    Args:
+        asked: The wish to stop: one of the loop's STOP_REASONS.
+    """
+    options = recipe.options.ray
+    streamed = recipe.options.data.source == "stream"
+    reserved = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
+    each = per_worker(*reserved, decoders=streamed, at_least=options.min_workers)
 
-    def worker() -> None:
-        nonlocal summary
-        device = recipe.lerobot.policy.device
-        summary = run_loop(recipe, main=True, device=device, report=report, should_stop=should_stop)
+    def should_stop() -> str:
+        if display.waits_since and time.monotonic() - display.waits_since > WAITED_S:
+            why = f"{display.why_again}; " if display.facts else ""
+            free = None if ray_internals.has_room() else ray.available_resources()
+            display.say(f"{why}{waiting_for(options.num_workers, each, free)}")
+            display.waits_since = time.monotonic()
+        return asked()
 
-    TorchTrainer(worker, scaling_config=ScalingConfig(num_workers=0)).fit()
-    return summary
+    return train_on_workers(recipe, each, display.show, should_stop)
+
+
+def waiting_for(workers: int, each: Resources, free: dict[str, float] | None) -> str:
+    """What a run that has not begun after a while waits for.
+
+    Args:
+        free: Resources of the cluster that nobody uses; None once the workers have theirs.
+    """
+    they = f"{workers} workers with {each} each" if workers > 1 else f"a worker with {each}"
+    if free is None:
+        return f"still waiting: {they} {'are' if workers > 1 else 'is'} starting (imports, data, models)"
+    left = Resources(free.get("CPU", 0), free.get("GPU", 0))
+    return f"still waiting for room for {they}: the cluster has {left} that nobody uses now"
 
 
 def train_on_workers(
-    recipe: "Recipe", each: Share, report: Callable[[dict], None], should_stop: Callable[[], str]
+    recipe: Recipe, each: Resources, report: Callable[[dict], None], should_stop: Callable[[], str]
 ) -> dict:
     """A group of `--ray.num_workers` workers on the cluster; returns the run's summary.
 
@@ -52,12 +83,6 @@ def train_on_workers(
     Raises:
         RunError: The run has failed for good.
     """
-    import ray
-
-    from ray_jobs.cluster.channel import open_line
-    from ray_jobs.cluster.faults import if_helper_dies
-    from ray_jobs.cluster.watchdog import Watchdog
-
     line = open_line()
     fitting, outcome = start_fit(Training(recipe, each, line))
     watchdog = Watchdog(line, recipe.options.ray.hang_timeout)
@@ -78,19 +103,13 @@ def train_on_workers(
 
 class Training:
     """Ray Train's trainer, and another one when its controller dies, since Ray Train 2.60 starts workers again, but not the
-    process that does so; when a worker was lost while they started (see `ray_internals.end_at_lost_start`); or when it has given up a run
+    process that does so; when a worker was lost while they started (see `ray_train_internals.end_at_lost_start`); or when it has given up a run
     that had got on: `--ray.max_failures` is for one that does not, and not for a week on spot nodes."""
 
-    def __init__(self, recipe: "Recipe", each: Share, line):
+    def __init__(self, recipe: Recipe, each: Resources, line):
         self.recipe, self.each, self.line = recipe, each, line
 
     def fit(self) -> None:
-        import ray
-        from ray.exceptions import OutOfMemoryError, RayActorError
-        from ray.train import ControllerError, WorkerGroupError
-
-        from ray_jobs.cluster.faults import of_a_loss, why
-
         most, losses = self.recipe.options.ray.max_failures, 0
         while True:
             ray_internals.give_back_orphaned_room()
@@ -122,7 +141,7 @@ def _give_back_later() -> None:
             ray_internals.give_back_orphaned_room()
 
 
-def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
+def make_trainer(recipe: Recipe, each: Resources, line, max_failures: int):
     """A `TorchTrainer` that runs the recipe on `--ray.num_workers` workers.
 
     Args:
@@ -130,21 +149,16 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
         line: Handle of a `line.Line`, which will carry the run's events and the wish to stop it.
         max_failures: How often workers are replaced, -1 for ever.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
-
-    from ray_jobs.cluster.faults import Witness
-
     options = recipe.options.ray
     if not recipe.remote:
         recipe.mark = mark_of(recipe.output_dir)
     datasets = {}
     if recipe.options.data.source == "stream":
-        from ray_jobs.cluster import stream_reader
+        from ray_jobs.cluster import stream_reader  # Ray Data, 2 s
 
         datasets["train"] = stream_reader.source_of(recipe)
-    return ray_internals.torch_trainer(
-        train_loop_per_worker=work,
+    return ray_train_internals.torch_trainer(
+        train_loop_per_worker=start,
         datasets=datasets,
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
         train_loop_config={
@@ -167,7 +181,11 @@ def make_trainer(recipe: "Recipe", each: Share, line, max_failures: int):
             storage_path=str(recipe.output_dir),
             # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[Witness(line), ray_internals.end_at_lost_start(), ray_internals.exit_quickly()],
+            callbacks=[
+                Witness(line),
+                ray_train_internals.end_at_lost_start(),
+                ray_train_internals.exit_quickly(),
+            ],
             worker_runtime_env={
                 "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
             },
@@ -191,16 +209,12 @@ def start_fit(trainer) -> tuple[threading.Thread, dict]:
     return thread, outcome
 
 
-def summary_of(recipe: "Recipe", line, outcome: dict, should_stop: Callable[[], str]) -> dict:
+def summary_of(recipe: Recipe, line, outcome: dict, should_stop: Callable[[], str]) -> dict:
     """The summary of a run whose `fit` is over (see `start_fit`).
 
     Raises:
         RunError: Why it failed.
     """
-    import ray
-
-    from ray_jobs.storage.records import SUMMARY_FILE, parse_json, read_summary
-
     if error := ray.get(line.why_failed.remote()):
         if isinstance(error, RunError):
             raise error
@@ -210,9 +224,6 @@ def summary_of(recipe: "Recipe", line, outcome: dict, should_stop: Callable[[], 
     if "error" in outcome:
         raise RunError(_explain(outcome["error"], recipe))
     if recipe.remote:
-        from ray_jobs.storage.mirror import read_file
-        from ray_jobs.storage.retry import patiently, storage_may_return
-
         read = partial(read_file, recipe.remote, SUMMARY_FILE)
         quietly = lambda text: None  # noqa: E731
         how = {"doing": "read", "passing": storage_may_return, "stop": should_stop}
@@ -220,10 +231,8 @@ def summary_of(recipe: "Recipe", line, outcome: dict, should_stop: Callable[[], 
     return read_summary(recipe.output_dir)
 
 
-def _explain(error: Exception, recipe: "Recipe") -> str:
+def _explain(error: Exception, recipe: Recipe) -> str:
     """Why Ray Train gave up, in two lines; the whole story goes into the run's error.log."""
-    from ray_jobs.cluster.faults import describe, of_a_loss, why
-
     if failures := getattr(error, "worker_failures", None):
         told, (_, error) = describe(failures), min(failures.items())
     else:

@@ -1,10 +1,13 @@
 """What has happened to a worker, in the words of the person who started the run. Imported by Ray's controller: light."""
 
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ray
 from ray.exceptions import (
     ActorUnavailableError,
     OutOfMemoryError,
@@ -15,7 +18,7 @@ from ray.exceptions import (
 )
 from ray.train import UserCallback
 
-from ray_jobs.cluster import ray_internals
+from ray_jobs.cluster import ray_train_internals
 from ray_jobs.config.errors import InputError, RunError, StorageLost, no_room
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ NETWORK = (
     "; where nodes have several networks, NCCL_SOCKET_IFNAME (on CPUs GLOO_SOCKET_IFNAME) says which one is theirs, "
     "set on every node before `ray start`"
 )
+ERROR_LOG = "error.log"  # in a run's folder
 ORDINARY = 4  # how telling an exception of the training's own code is, see `_reason`
 ADDRESS = re.compile(r"0x[0-9a-f]+")  # of an object, another one in every process
 LOST_CONNECTION = (
@@ -96,8 +100,6 @@ def comes_again(error: Exception, step: int | None, who: int | str, line) -> Run
         who: The rank or trial.
         line: Handle of the `line.Line`, which remembers.
     """
-    import ray
-
     text = ordinary(error)
     if text is None or not ray.get(line.came_before.remote(who, (step, text))):
         return None
@@ -143,7 +145,7 @@ def why(error: Exception) -> str:
 
 def _reason(error: Exception) -> tuple[int, str]:
     """How telling an error is, the lowest first, and what it says."""
-    error = ray_internals.health_check_failure(error) or getattr(error, "controller_failure", error)
+    error = ray_train_internals.health_check_failure(error) or getattr(error, "controller_failure", error)
     text = str(error)
     if getattr(error, "preempted", False):
         return 0, "its node is being taken away, as was announced"
@@ -206,3 +208,15 @@ def _for_good(error: Exception, recipe: "Recipe") -> RunError | None:
             f"{need.strip()} What makes it less: {less}."
         )
     return None
+
+
+def keep_error(folder: Path, remote: str | None, error: BaseException) -> Path:
+    """Write the whole story of an error into a run's folder; returns where."""
+    log = folder / ERROR_LOG
+    folder.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(traceback.format_exception(error)))
+    if remote:
+        from ray_jobs.storage import mirror
+
+        mirror.send(remote, ERROR_LOG, log)
+    return log

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import ray
 
 from ray_jobs.config.busy import busy_with
 
@@ -53,8 +54,6 @@ class Beat:
 
 def beat(line, rank: int | str) -> Callable[[dict], None]:
     """Begin to tell, of the thread that calls this. Returns what must hear of the run's events."""
-    import ray
-
     context = ray.get_runtime_context()
     node, address, pid = context.get_node_id(), ray.util.get_node_ip_address(), os.getpid()
     training, step, begun = threading.current_thread(), None, threading.Event()
@@ -135,8 +134,6 @@ class Watchdog:
         return (f"{who}; {then}" if alive else None), True  # that it has died before is Ray's to tell
 
     def _beats(self) -> dict[int | str, tuple[Beat, float, float]]:
-        import ray
-
         if not self.patience_s or time.monotonic() - self.looked < BEAT_S:
             return {}
         self.looked = time.monotonic()
@@ -145,8 +142,6 @@ class Watchdog:
 
 def _kill_on_its_node(beat: Beat) -> bool | None:
     """End a worker; False if it was no longer there, None if that could not be found out."""
-    import ray
-
     here = {"ray.io/node-id": beat.node_id}
     kill = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_kill)
     done, _ = ray.wait([asked := kill.remote(beat.pid)], timeout=10)

@@ -27,6 +27,7 @@ from ray_jobs.search.files import (
     SPACES_DIR,
     STUDY_FILE,
     TRIALS_DIR,
+    ranked_links,
     read_search,
     trial_dir,
     trial_name,
@@ -35,7 +36,6 @@ from ray_jobs.search.files import (
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.study.storage import BUSY_S
 from ray_jobs.search.study.study import CONFIG, ranking, trials_of
-from ray_jobs.search.trial import ranked_links
 from ray_jobs.storage import mirror
 from ray_jobs.storage.bucket import check_address, open_root
 from ray_jobs.storage.cache_folder import default_folder

@@ -11,13 +11,13 @@ import optuna
 import ray
 
 from ray_jobs.cli.terminal import doing
-from ray_jobs.cluster import connect
+from ray_jobs.cluster import resources
 from ray_jobs.config.units import duration
 from ray_jobs.search.plan import Plan
-from ray_jobs.search.resources import Slot
+from ray_jobs.search.slot import Slot
 from ray_jobs.search.spaces.space import flags
+from ray_jobs.search.start_slot import start_timing
 from ray_jobs.search.study.begin import make_sampler
-from ray_jobs.search.timing import time_a_slot
 
 MOST_TIMED = 8  # slots at once
 NUMBERS = ("step_s", "eval_s", "trial_s", "decode_s")
@@ -99,12 +99,12 @@ class Estimate:
 
 def estimate(plan: Plan, slot: Slot) -> Estimate:
     """Time slots, all at once, with the baselines."""
-    from ray_jobs.cluster.faults import if_helper_dies
+    from ray_jobs.cluster.faults import if_helper_dies  # not while Ray starts: it imports parts of it
 
     tune, spaces = plan.options.tune, plan.space.spaces
     slots = min(at_once(plan, slot), tune.num_samples)
-    copies = max(1, min(MOST_TIMED, slots, connect.room_for(slot.each, now=True)))
-    run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus, max_calls=1)(time_a_slot)
+    copies = max(1, min(MOST_TIMED, slots, resources.room_for(slot.each, now=True)))
+    run = ray.remote(num_cpus=slot.each.cpus, num_gpus=slot.each.gpus, max_calls=1)(start_timing)
     costs, starts = [], []
     for space in spaces:
         words = [*plan.base, *flags(space.first(plan.space.fixed))]
@@ -131,7 +131,7 @@ def estimate(plan: Plan, slot: Slot) -> Estimate:
 
 
 def expected_share(plan: Plan) -> float:
-    """Share of a whole trial's steps that the average trial gets: with asha one in `reduction_factor` passes each rung;
+    """Resources of a whole trial's steps that the average trial gets: with asha one in `reduction_factor` passes each rung;
     what others stop depends on the values, and all is reckoned with."""
     if plan.scheduler != "asha":
         return 1.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.storage.records import METRIC, Damaged, parse_json
+from ray_jobs.storage.records import METRIC, Damaged, parse_json, read_metrics
 
 SEARCH_FILE = "search.json"  # the command line of a search, for --resume
 LEFT_OUT = "left_out"  # part of that file
@@ -76,3 +76,32 @@ def trial_dir(output_dir: Path, name: str) -> Path:
 def trial_place(search: str, name: str) -> str:
     """A trial's `--output_dir`, below that of its search: a folder or an address in a bucket."""
     return f"{search}/{TRIALS_DIR}/{name}"
+
+
+ENDED = ("finished", "stopped early")  # how a run ends that was trained as far as it was to be
+
+
+def validations(folder: Path, metrics: list[str]) -> list[dict]:
+    """The records of a run's metrics.jsonl that have numbers for all of `metrics`."""
+    return [r for r in read_metrics(folder) if all(r.get(name) is not None for name in metrics)]
+
+
+def best_values(folder: Path, metrics: list[str]) -> dict:
+    """The validation that a run is judged by: the one with the least action error, whose checkpoint stays; under
+    another metric, the last one. `step` and the metrics, or nothing if there was no validation."""
+    records = validations(folder, metrics)
+    if not records:
+        return {}
+    best = min(records, key=lambda r: r[METRIC]) if metrics[0] == METRIC else records[-1]
+    return {key: best[key] for key in ("step", *metrics)}
+
+
+def ranked_checkpoint(folder: Path, metrics: list[str]) -> Path | None:
+    """The checkpoint of a trial whose validation it was ranked by (see `best_values`), None if there is none."""
+    links = (folder / "checkpoints" / name for name in ranked_links(metrics))
+    return next((link for link in links if link.exists()), None)
+
+
+def ranked_links(metrics: list[str]) -> tuple[str, ...]:
+    """Links to the checkpoint that a trial is ranked by: the first that is there."""
+    return ("best", "last") if metrics[0] == METRIC else ("last",)

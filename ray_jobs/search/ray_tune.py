@@ -18,10 +18,10 @@ from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ray_jobs.cluster import ray_internals
 from ray_jobs.cluster.faults import why
 from ray_jobs.config.errors import INTERRUPTED
-from ray_jobs.search.files import trial_name
+from ray_jobs.search import ray_tune_internals
+from ray_jobs.search.files import ENDED, trial_name
 from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.spaces.space import SearchSpace, flags
 from ray_jobs.search.study.study import (
@@ -43,7 +43,6 @@ from ray_jobs.search.study.study import (
     repeats_of,
     trials_of,
 )
-from ray_jobs.search.trial import ENDED
 
 TRIES = 50  # drawings until one is new and keeps the constraints; then the space is taken for exhausted
 DEATHS = 3  # processes a trial may cost without getting further, and trials in a row that may do so
@@ -273,7 +272,7 @@ class TrialWitness(Callback):
     def on_trial_recover(self, iteration: int, trials: list, trial, **info) -> None:
         name, text = trial.config["trial"], "its process has ended"
         with contextlib.suppress(Exception):
-            text = why(ray_internals.error_of(trial))
+            text = why(ray_tune_internals.error_of(trial))
         self.line.forget_beat.remote(name)
         self.tell({"kind": "fault", "trial": name, "text": text})
 
@@ -300,7 +299,7 @@ class StudyScheduler(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller):
         trial = super().choose_trial_to_run(tune_controller)
         if trial and self.search.stopping:  # there may never be a slot for it again
-            ray_internals.drop(tune_controller, trial, {"status": INTERRUPTED})
+            ray_tune_internals.drop(tune_controller, trial, {"status": INTERRUPTED})
             return None
         return trial
 
@@ -308,7 +307,7 @@ class StudyScheduler(FIFOScheduler):
         if result.get("step", 0) > self.reached.get(trial.trial_id, 0):
             # What gets further between two deaths is not to blame: spot nodes may take many of its slots away.
             self.reached[trial.trial_id] = result["step"]
-            ray_internals.allow_failures(trial, DEATHS - 1)
+            ray_tune_internals.allow_failures(trial, DEATHS - 1)
         if self.search.judge(trial.trial_id, result):
             ray.get(self.line.give_up.remote(trial.config["trial"]))
         return TrialScheduler.CONTINUE

@@ -18,7 +18,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from ray_jobs.cluster.connect import Share
+from ray_jobs.cluster.resources import Resources
 from ray_jobs.config.errors import InputError, first_line
 from ray_jobs.config.options import OPTIONS_FILE
 from ray_jobs.config.units import duration
@@ -31,6 +31,7 @@ from ray_jobs.search.files import (
     STUDY_FILE,
     TIME_IS_UP,
     TRIALS_FILE,
+    ranked_checkpoint,
     trial_dir,
     trial_name,
     trial_place,
@@ -58,7 +59,6 @@ from ray_jobs.search.study.study import (
     repeats_of,
     trials_of,
 )
-from ray_jobs.search.trial import ranked_checkpoint
 from ray_jobs.storage.records import SUMMARY_FILE, read_summary, write_json
 
 # Trials; with fewer, what mattered most is another in every other search.
@@ -101,7 +101,7 @@ def _winners(plan: Plan, study: Study) -> set[int]:
     return {t.number for t in (*finished(study)[:room], *best, *baseline)}
 
 
-def write(plan: Plan, study: Study, status: str, wall_s: float, each: Share) -> dict:
+def write(plan: Plan, study: Study, status: str, wall_s: float, each: Resources) -> dict:
     """Write everything that the search has found; returns the summary.
 
     Args:

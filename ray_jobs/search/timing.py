@@ -12,15 +12,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ray_jobs.cli.terminal import no_garbage_collection, quiet
-from ray_jobs.policies.lean_imports import without
+from lerobot.datasets import LeRobotDataset
 
-if TYPE_CHECKING:
-    from lerobot.datasets import LeRobotDataset
-
-    from ray_jobs.config.recipe import Recipe
+from ray_jobs.checks import preflight
+from ray_jobs.cli.resolve import resolve
+from ray_jobs.cluster.worker import train_here
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.data.dataset import make_datasets
+from ray_jobs.data.frame_cache import FrameCache, why_not
+from ray_jobs.data.frames import FrameSource
+from ray_jobs.data.reader import FrameReader
+from ray_jobs.storage.cache_folder import default_folder
 
 FEW, MOST, SECONDS = 6, 100, 3  # steps of the second training, which are to take so many seconds
 WARM_UP = 2  # steps that are not counted
@@ -43,19 +46,13 @@ class Costs:
     node: str
 
 
-def time_a_slot(words: list[str], trials: int, unneeded: tuple[str, ...]) -> Costs:
+def time_a_slot(words: list[str], trials: int) -> Costs:
     """Train twice, for a few steps, in folders that are thrown away.
 
     Args:
         words: The command line of a trial, without its folder.
         trials: How many will read the data (see `Recipe.trainings`).
-        unneeded: Packages that they do without (see `lean_imports`).
     """
-    quiet()
-    with no_garbage_collection(), without(unneeded):
-        from ray_jobs.checks import preflight
-        from ray_jobs.cli.resolve import resolve
-
     with tempfile.TemporaryDirectory(prefix="ray_jobs_timing_") as folder:
         recipe = resolve([*words, f"--output_dir={Path(folder) / 'first'}"])
         preflight.check(recipe)
@@ -87,19 +84,13 @@ def time_a_slot(words: list[str], trials: int, unneeded: tuple[str, ...]) -> Cos
     )
 
 
-def _on_a_few_episodes(recipe: "Recipe", folder: Path) -> tuple[float, Callable[[dict], float]]:
+def _on_a_few_episodes(recipe: Recipe, folder: Path) -> tuple[float, Callable[[dict], float]]:
     """Let a recipe read a few of its episodes, decoded into `folder`, or as it would without a cache.
 
     Returns:
         Seconds to decode the rest, and what a step takes by what is logged of it: reading is part of that where nothing is
         read ahead out of a cache.
     """
-    from ray_jobs.data.dataset import make_datasets
-    from ray_jobs.data.frame_cache import FrameCache, why_not
-    from ray_jobs.data.frames import FrameSource
-    from ray_jobs.data.reader import FrameReader
-    from ray_jobs.storage.cache_folder import default_folder
-
     cfg, data = recipe.lerobot, recipe.options.data
     validations = cfg.steps // recipe.eval_steps if recipe.eval_steps else 0
     read = (
@@ -138,7 +129,7 @@ def _on_a_few_episodes(recipe: "Recipe", folder: Path) -> tuple[float, Callable[
     return decode_s * sum(missing), lambda log: log["train/step_s"] - log["train/data_s"]
 
 
-def _longest(of_set: "LeRobotDataset", frames: int | None) -> list[int]:
+def _longest(of_set: LeRobotDataset, frames: int | None) -> list[int]:
     """Episodes that have so many frames together: the longest, for of the shortest nothing may be left."""
     lengths, chosen = list(of_set.meta.episodes["length"]), []
     for episode in sorted(of_set.episodes or range(len(lengths)), key=lambda e: -lengths[e]):
@@ -148,10 +139,8 @@ def _longest(of_set: "LeRobotDataset", frames: int | None) -> list[int]:
     return sorted(chosen)
 
 
-def _train(recipe: "Recipe", steps: int, timed: Callable[[dict], float]) -> dict:
+def _train(recipe: Recipe, steps: int, timed: Callable[[dict], float]) -> dict:
     """Train as a slot does; how long it took, and what of it were steps and validations."""
-    from ray_jobs.cluster.driver import train_here
-
     recipe.lerobot.steps = recipe.eval_steps = recipe.lerobot.save_freq = steps
     recipe.lerobot.log_freq, recipe.lerobot.wandb.enable = 1, False
     recipe.options.ray.num_workers = 1

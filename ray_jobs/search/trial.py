@@ -13,12 +13,19 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ray_jobs.cli import environment
-from ray_jobs.cli.terminal import no_garbage_collection, quiet
-from ray_jobs.cluster.connect import Share
-from ray_jobs.cluster.worker import ERROR_LOG
+import ray
+import torch
+from ray import tune
+
+from ray_jobs.checks import preflight
+from ray_jobs.cli.resolve import resolve
+from ray_jobs.cluster import watchdog
+from ray_jobs.cluster.channel import listen_for_stop, teller
+from ray_jobs.cluster.driver import train_on_workers
+from ray_jobs.cluster.faults import ERROR_LOG, Preempted, comes_again, keep_error
+from ray_jobs.cluster.resources import Resources
+from ray_jobs.cluster.worker import train_here
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import (
     INTERRUPTED,
@@ -28,17 +35,16 @@ from ray_jobs.config.errors import (
     RunError,
     StorageFull,
     StorageLost,
+    first_line,
     no_room,
 )
 from ray_jobs.config.options import OPTIONS_FILE
-from ray_jobs.policies.lean_imports import without
-from ray_jobs.search.files import trial_place
-from ray_jobs.storage.records import METRIC, read_metrics, read_summary
-
-if TYPE_CHECKING:
-    from ray_jobs.config.recipe import Recipe
-
-ENDED = ("finished", "stopped early")  # how a run ends that was trained as far as it was to be
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.search.files import ENDED, best_values, trial_place, validations
+from ray_jobs.storage import mirror
+from ray_jobs.storage.bucket import is_uri
+from ray_jobs.storage.records import read_summary
+from ray_jobs.storage.retry import may_pass, patiently, storage_may_return
 
 
 def trial_flags(base: list[str], config: dict, search: str, begun: bool) -> list[str]:
@@ -67,12 +73,10 @@ def run_trial(
     base: list[str],
     search: str,
     check: Callable[[], None],
-    group: str,
     metrics: list[str],
-    each: Share,
+    each: Resources,
     trials: int,
     unneeded: tuple[str, ...],
-    paths: dict[str, str],
     line,
 ) -> None:
     """Train one configuration; reports to Ray Tune at every validation, and how it ended.
@@ -82,31 +86,12 @@ def run_trial(
         base: Command-line arguments that all trials share.
         search: The search's `--output_dir`, an absolute path or an address in a bucket.
         check: Raises RunError where a node has not the folders that the driver's has (see `worker.check_node`).
-        group: The study's name, for W&B.
         metrics: What the search optimizes.
         each: What each worker of a trial with several reserves.
         trials: How many will read the data: whether to keep its frames depends on it.
         unneeded: Packages that the trials do without (see `lean_imports`).
-        paths: Of the driver's environment (see `environment`).
         line: Handle of the search's `line.Line`.
     """
-    environment.take_over(paths)
-    quiet()
-    os.environ["WANDB_RUN_GROUP"] = group
-    with no_garbage_collection(), without(unneeded):
-        import ray
-        import torch
-        from ray import tune
-
-        from ray_jobs.cluster import watchdog
-        from ray_jobs.cluster.driver import train_here, train_on_workers
-        from ray_jobs.cluster.faults import Preempted, comes_again
-        from ray_jobs.cluster.worker import keep_error, listen_for_stop, teller
-        from ray_jobs.config.errors import first_line
-        from ray_jobs.storage import mirror
-        from ray_jobs.storage.bucket import is_uri
-        from ray_jobs.storage.retry import may_pass, patiently, storage_may_return
-
     tell_tune = busy("waiting for Ray Tune")(tune.report)  # which decides what comes next
     place, pruned, values, reached = trial_place(search, config["trial"]), False, {}, None
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
@@ -188,18 +173,13 @@ def run_trial(
     tell_tune({**result, "times": {**times, "end": time.time()}})
 
 
-def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recipe | None":
+def _prepare(base: list[str], config: dict, search: str, folder: Path) -> Recipe | None:
     """A trial's checked recipe, from the beginning or from where a slot that has died since has left it; None if it was
     trained to its end. What cannot be gone on with is removed.
 
     Args:
         folder: Of this node, where the trial's run lives.
     """
-    from ray_jobs.checks import preflight
-    from ray_jobs.cli.resolve import resolve
-    from ray_jobs.storage import mirror
-    from ray_jobs.storage.bucket import is_uri
-
     place = trial_place(search, config["trial"])
     if is_uri(place):
         begun = mirror.take_up(place, folder)
@@ -210,32 +190,6 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> "Recip
     recipe = resolve(trial_flags(base, config, search, begun))
     preflight.check(recipe)
     return recipe
-
-
-def validations(folder: Path, metrics: list[str]) -> list[dict]:
-    """The records of a run's metrics.jsonl that have numbers for all of `metrics`."""
-    return [r for r in read_metrics(folder) if all(r.get(name) is not None for name in metrics)]
-
-
-def best_values(folder: Path, metrics: list[str]) -> dict:
-    """The validation that a run is judged by: the one with the least action error, whose checkpoint stays; under
-    another metric, the last one. `step` and the metrics, or nothing if there was no validation."""
-    records = validations(folder, metrics)
-    if not records:
-        return {}
-    best = min(records, key=lambda r: r[METRIC]) if metrics[0] == METRIC else records[-1]
-    return {key: best[key] for key in ("step", *metrics)}
-
-
-def ranked_checkpoint(folder: Path, metrics: list[str]) -> Path | None:
-    """The checkpoint of a trial whose validation it was ranked by (see `best_values`), None if there is none."""
-    links = (folder / "checkpoints" / name for name in ranked_links(metrics))
-    return next((link for link in links if link.exists()), None)
-
-
-def ranked_links(metrics: list[str]) -> tuple[str, ...]:
-    """Links to the checkpoint that a trial is ranked by: the first that is there."""
-    return ("best", "last") if metrics[0] == METRIC else ("last",)
 
 
 def _ended(folder: Path) -> dict | None:
@@ -256,8 +210,6 @@ def _outcome(summary: dict) -> dict:
 def _free() -> None:
     """Leave nothing of a trial's model in the slot. glibc keeps free memory in holes that models of other sizes do not
     fit into: 2 GB after 40 trials."""
-    import torch
-
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

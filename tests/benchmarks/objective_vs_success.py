@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 
 from ray_jobs import evaluate
 from ray_jobs.cli.terminal import quiet
+from ray_jobs.evaluation.results import RESULTS
 
 IMAGE_SIZE = 64  # the demo's
 
@@ -54,7 +55,7 @@ def main() -> None:
             *others,
         ]
     )
-    results = json.loads((folder / evaluate.RESULTS).read_text())["results"]
+    results = json.loads((folder / RESULTS).read_text())["results"]
     pairs = sorted(
         (r["val/action_error"], r["simulator"]["success_rate"], name) for name, r in results.items()
     )

@@ -10,7 +10,7 @@ from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
-from ray_jobs.search.files import A_TRIAL, TRIALS_DIR
+from ray_jobs.search.files import A_TRIAL, ENDED, TRIALS_DIR, best_values, validations
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.spaces.space import POLICY_TYPE, Parameter, SearchSpace, Space, flag_text
 from ray_jobs.search.study.study import (
@@ -26,7 +26,6 @@ from ray_jobs.search.study.study import (
     STEPS,
     WALL_S,
 )
-from ray_jobs.search.trial import ENDED, best_values, validations
 from ray_jobs.storage.records import Damaged, read_json, read_summary
 
 

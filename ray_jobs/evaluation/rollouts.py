@@ -4,8 +4,14 @@ import contextlib
 import pickle
 from collections.abc import Callable, Iterator
 
-from ray_jobs.cli.terminal import no_garbage_collection, quiet
+import torch
+
+from ray_jobs.cluster import resources
 from ray_jobs.config.errors import InputError, RunError, first_line
+from ray_jobs.evaluation.start_rollouts import start_rollouts
+from ray_jobs.evaluation.trained import load
+from ray_jobs.training import parallel
+from ray_jobs.training.simulator import Simulator
 
 
 def run(
@@ -45,12 +51,6 @@ def run(
 
 
 def _in_this_process(trained, options, batches: list, videos: int) -> Iterator[list[dict]]:
-    import torch
-
-    from ray_jobs.evaluation.trained import load
-    from ray_jobs.training import parallel
-    from ray_jobs.training.simulator import Simulator
-
     policy, before, after = load(trained, env=options.env)
     accelerator = parallel.make_accelerator(trained.recipe.lerobot, trained.recipe.options.ray)
     simulator = Simulator(options)
@@ -63,9 +63,7 @@ def _in_this_process(trained, options, batches: list, videos: int) -> Iterator[l
 def _on_workers(
     trained, options, batches: list, num_workers: int | None, plugins: list[str], videos: int
 ) -> Iterator[list[dict]]:
-    import ray
-
-    from ray_jobs.cluster import connect
+    import ray  # not where Ray starts: two threads that import its parts trip each other
 
     asked = trained.recipe.options.ray
     total = int(ray.cluster_resources().get("CPU", 1))
@@ -74,10 +72,10 @@ def _on_workers(
     gpus = asked.gpus_per_worker
     if gpus is None and (trained.recipe.device or "cuda").startswith("cuda"):
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)  # several share one
-    each = connect.share(workers, cpus, gpus or 0.0, trained.recipe.device, alone=True)
+    each = resources.per_worker(workers, cpus, gpus or 0.0, trained.recipe.device, alone=True)
     task = ray.remote(
         num_cpus=each.cpus, num_gpus=each.gpus, num_returns="streaming", runtime_env={"env_vars": each.env}
-    )(_worker)
+    )(start_rollouts)
     # As bytes: what is in them needs the plugins.
     work = pickle.dumps((trained, options))
     running = [task.remote(work, plugins, batches[n::workers], videos) for n in range(workers)]
@@ -94,15 +92,12 @@ def _on_workers(
             ) from error
 
 
-def _worker(work: bytes, plugins: list[str], batches: list, videos: int) -> Iterator[list[dict]]:
-    quiet()
-    with no_garbage_collection():
-        from lerobot.configs.parser import load_plugin
+def run_batches(work: bytes, batches: list, videos: int) -> Iterator[list[dict]]:
+    """A worker's part of the episodes.
 
-        import ray_jobs.evaluation.trained  # noqa: F401
-
-    for package in plugins:
-        load_plugin(package)
+    Args:
+        work: The pickled policy and options.
+    """
     trained, options = pickle.loads(work)
     if trained.fetch:
         trained.fetch()

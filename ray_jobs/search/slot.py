@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ray_jobs.cluster import connect
+from ray_jobs.cluster import resources
 from ray_jobs.cluster.ray_internals import HEAD_NODE
 from ray_jobs.config.errors import InputError
 from ray_jobs.search.plan import Plan
@@ -19,7 +19,7 @@ class Slot:
 
     bundle: dict[str, float]
     """Resources of the trial's own process."""
-    each: connect.Share
+    each: resources.Resources
     """Of each worker, where a trial has several."""
     at_once: int
     """Trials that the cluster holds, with the nodes that its autoscaler may add."""
@@ -32,21 +32,23 @@ def decide(plan: Plan) -> Slot:
         InputError: Not even an empty cluster has room for one trial.
     """
     tune, options = plan.options.tune, plan.recipe.options.ray
-    nodes = connect.nodes()
+    nodes = resources.nodes()
     total_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     gpus, cpus = tune.gpus_per_trial, options.cpus_per_worker
     workers = tune.workers_per_trial
     if gpus is None and workers == 1 and total_gpus and (plan.recipe.device or "cuda").startswith("cuda"):
         gpus = 1.0
     most = max(node.get("GPU", 0) for node in nodes)
-    if gpus and gpus > most and workers == 1 and not connect.may_grow():
+    if gpus and gpus > most and workers == 1 and not resources.may_grow():
         raise InputError(
             f"--tune.gpus_per_trial={gpus:g}: no node of this cluster has more than {most:g} GPUs."
         )
     if workers > 1:
         of_each = None if gpus is None else gpus / workers
-        each = connect.share(workers, cpus, of_each, plan.recipe.device, asked="--tune.workers_per_trial")
-        return Slot(WATCHER, each, max(1, connect.room_for(each) // workers))
+        each = resources.per_worker(
+            workers, cpus, of_each, plan.recipe.device, asked="--tune.workers_per_trial"
+        )
+        return Slot(WATCHER, each, max(1, resources.room_for(each) // workers))
     gpus = gpus or 0.0
     hosts = [node for node in nodes if node.get("GPU", 0) >= gpus]
     if cpus is None:
@@ -54,8 +56,8 @@ def decide(plan: Plan) -> Slot:
         largest = max((int(node.get("CPU", 0)) for node in hosts), default=1)
         near = sum(int(node.get("CPU", 0)) for node in hosts)  # a head without GPUs lends none
         cpus = max(1, min(near // max(1, at_once), largest, 8 if gpus else largest))
-    each = connect.Share(cpus, gpus)
-    room = connect.room_for(each)
-    if not room and not connect.may_grow():
+    each = resources.Resources(cpus, gpus)
+    room = resources.room_for(each)
+    if not room and not resources.may_grow():
         raise InputError(f"--ray.cpus_per_worker={cpus}: no node of this cluster has {each}.")
     return Slot(each.resources, each, max(1, room))
