@@ -15,6 +15,7 @@ from test_evaluate import IN_PARTS, PLUGIN, evaluated
 from test_tune import search
 
 from ray_jobs.config.errors import InputError
+from ray_jobs.config.events import Log
 from ray_jobs.storage.records import read_json, read_metrics
 
 EPISODES = (*IN_PARTS, "--eval.n_episodes=6", "--eval.batch_size=1")
@@ -49,7 +50,7 @@ def test_leaves_the_training_alone(parts, tmp_path):
         _, events = train_in_process(
             tiny_act(parts, tmp_path / name, "--steps=4", "--save_checkpoint=false", *flags)
         )
-        return [(e["train/loss"], e["train/grad_norm"]) for e in events if e["kind"] == "log"]
+        return [(e.values["train/loss"], e.values["train/grad_norm"]) for e in events if isinstance(e, Log)]
 
     one = (*IN_PARTS, "--eval.n_episodes=2", "--eval.batch_size=1", "--env_eval_freq=2")
     assert losses("with", *one) == losses("without")

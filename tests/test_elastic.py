@@ -10,6 +10,7 @@ from lerobot.datasets.factory import make_dataset
 from ray_jobs.cli.command_line import parse_options, read_flags
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cluster import resources
+from ray_jobs.config.events import Log, Start
 from ray_jobs.data.dataset import training_batches
 from ray_jobs.data.position import START, Shards
 
@@ -84,8 +85,8 @@ def test_one_worker_of_two_is_one_that_accumulates(parts, tmp_path):
         run = tmp_path / name
         more = (*CALM, "--batch_size=2", *flags)
         _, events = train_in_process(tiny_act(parts, run, "--steps=4", "--save_freq=2", *more))
-        assert next(event for event in events if event["kind"] == "start")["global_batch_size"] == 4
-        losses[name] = [event["train/loss"] for event in events if event["kind"] == "log"]
+        assert next(event for event in events if isinstance(event, Start)).facts["global_batch_size"] == 4
+        losses[name] = [event.values["train/loss"] for event in events if isinstance(event, Log)]
         weights[name] = (run / "checkpoints/last/pretrained_model/model.safetensors").read_bytes()
     assert losses["elastic"] == losses["accumulated"] and len(losses["elastic"]) == 4
     assert weights["elastic"] == weights["accumulated"]

@@ -32,6 +32,7 @@ from ray_jobs.cluster import driver, faults
 from ray_jobs.cluster.faults import in_plain_words
 from ray_jobs.cluster.resources import Resources
 from ray_jobs.config.errors import InputError, RunError, StorageLost
+from ray_jobs.config.events import Fault, Notice, Start, Step
 from ray_jobs.storage import retry
 from ray_jobs.train import waiting_for
 from ray_jobs.training import checkpoint, loop
@@ -156,13 +157,12 @@ def test_restarts_are_told(capsys):
         "global_batch_size": 8,
         "num_workers": 2,
         "epochs": 1.0,
-        "kind": "start",
     }
-    display.show({**start, "start_step": 0, "lost_steps": 0})
-    display.show({"kind": "fault", "text": "a worker was lost (rank 1: its node is gone)"})
+    display.show(Start(0, {**start, "start_step": 0, "lost_steps": 0}))
+    display.show(Fault("a worker was lost (rank 1: its node is gone)"))
     early = "a worker was lost while they started (its process was killed)"
-    display.show({"kind": "fault", "text": early, "starting": True})
-    display.show({**start, "start_step": 4, "lost_steps": 3, "num_workers": 1})
+    display.show(Fault(early, starting=True))
+    display.show(Start(4, {**start, "start_step": 4, "lost_steps": 3, "num_workers": 1}))
     told = capsys.readouterr().out
     assert f"{early}\n" in told
     assert (
@@ -220,7 +220,7 @@ def test_storage_that_fails(parts, tmp_path, monkeypatch):
         real(descriptor)
 
     def step() -> int:
-        return next((event["step"] for event in reversed(events) if event["kind"] == "step"), 0)
+        return next((event.step for event in reversed(events) if isinstance(event, Step)), 0)
 
     class Clock:
         """As good as only the waits take time: how long storage was away does not depend on this machine."""
@@ -240,7 +240,7 @@ def test_storage_that_fails(parts, tmp_path, monkeypatch):
     recipe = resolve(flags)
     preflight.check(recipe)
     assert loop.train(recipe, device="cpu", report=events.append)["status"] == "finished"
-    told = [event["text"] for event in events if event["kind"] == "notice"]
+    told = [event.text for event in events if isinstance(event, Notice)]
     assert any("checkpoint of step 2 cannot be written, trying again: OSError: [Errno 5]" in t for t in told)
     assert any("the checkpoint of step 2 is written: storage is back after 1 s" in t for t in told)
     assert checkpoint.fault(tmp_path / "run/checkpoints/000002") is None

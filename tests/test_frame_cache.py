@@ -25,6 +25,7 @@ from torch.utils.data import default_collate
 
 from ray_jobs import cache as cache_job
 from ray_jobs.config.errors import InputError, RunError
+from ray_jobs.config.events import Log, Notice
 from ray_jobs.config.options import DataOptions
 from ray_jobs.data import columns, frame_store
 from ray_jobs.data.frame_cache import FrameCache, open_frames
@@ -288,9 +289,9 @@ def test_training_tells_and_goes_on(pictures, tmp_path):
     for name, cache in (("with", tmp_path / "cache"), ("without", tmp_path / "file" / "x")):
         flags = tiny_act(pictures, tmp_path / name, "--steps=2", "--save_checkpoint=false")
         _, events = train_in_process([*flags, f"--data.cache={cache}"])
-        notices = " ".join(event["text"] for event in events if event["kind"] == "notice")
+        notices = " ".join(event.text for event in events if isinstance(event, Notice))
         assert "decoding" in notices and ("cannot be used" in notices) == (name == "without")
-        losses.append([event["train/loss"] for event in events if event["kind"] == "log"])
+        losses.append([event.values["train/loss"] for event in events if isinstance(event, Log)])
     assert losses[0] == losses[1]
 
 

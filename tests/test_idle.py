@@ -9,6 +9,7 @@ from test_data import make
 from test_tune import space_file
 
 from ray_jobs.config.errors import InputError
+from ray_jobs.config.events import Log
 from ray_jobs.policies.facts import FACTS
 from ray_jobs.search.plan import make_plan, read_command
 from ray_jobs.search.spaces.chosen import read_spaces
@@ -77,7 +78,7 @@ def losses(policy: str, root: Path, folder: Path, *more: str) -> list[float]:
     flags = {"act": tiny_act, "diffusion": tiny_diffusion}[policy]
     more = ("--steps=3", "--seed=5", "--num_workers=0", "--save_checkpoint=false", *more)
     events = train_in_process(flags(root, folder, *more))[1]
-    return [event["train/loss"] for event in events if event["kind"] == "log"]
+    return [event.values["train/loss"] for event in events if isinstance(event, Log)]
 
 
 QUICK = ("policy.optimizer_lr_backbone", "policy.kl_weight")

@@ -20,6 +20,7 @@ from wandb.sdk.internal.datastore import DataStore
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import RunError
+from ray_jobs.config.events import Event, Log, Saved, Step, Validated
 from ray_jobs.storage.records import read_json, read_metrics
 from ray_jobs.training import loop
 from ray_jobs.training.checkpoint import checkpoint_steps, fault, last_checkpoint
@@ -130,8 +131,8 @@ def test_stop_saves_where_it_is_and_goes_on_exactly(numbers, tmp_path):
     def flags(name: str) -> list[str]:
         return tiny_act(numbers, tmp_path / name, "--dataset.episodes=[1,2]", "--steps=9")
 
-    seen: list[dict] = []
-    steps = lambda: sum(event["kind"] == "step" for event in seen)  # noqa: E731
+    seen: list[Event] = []
+    steps = lambda: sum(isinstance(event, Step) for event in seen)  # noqa: E731
     stopped = train(
         flags("stopped"), report=seen.append, should_stop=lambda: "interrupted" if steps() == 5 else ""
     )
@@ -156,7 +157,9 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(numbers, tmp_path)
     def losses(name: str, *flags: str) -> np.ndarray:
         more = ("--policy.use_vae=false", "--policy.optimizer_lr=1e-3", "--save_checkpoint=false")
         _, events = train_in_process(tiny_act(numbers, tmp_path / name, "--steps=6", *same, *more, *flags))
-        return np.array([(e["train/loss"], e["train/grad_norm"]) for e in events if e["kind"] == "log"])
+        return np.array(
+            [(e.values["train/loss"], e.values["train/grad_norm"]) for e in events if isinstance(e, Log)]
+        )
 
     whole = losses("whole", "--batch_size=8")
     accumulated = losses("parts", "--batch_size=4", "--ray.grad_accumulation=2")
@@ -230,11 +233,11 @@ def test_retention(numbers, tmp_path, keep_last, keep_best, validated):
     out = tmp_path / "run"
     metric = {}
 
-    def check(event: dict) -> None:
-        if event["kind"] == "eval":
-            metric[event["step"]] = event["val/action_error"]
-        if event["kind"] == "checkpoint":
-            step = event["step"]
+    def check(event: Event) -> None:
+        if isinstance(event, Validated):
+            metric[event.step] = event.values["val/action_error"]
+        if isinstance(event, Saved):
+            step = event.step
             newest = set(range(max(1, step - keep_last + 1), step + 1))
             best = sorted(metric, key=metric.get)[:keep_best]
             assert set(checkpoint_steps(out)) == newest | set(best)

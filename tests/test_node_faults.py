@@ -27,6 +27,7 @@ from test_fault_table import SPACE
 from test_faults import Run, nothing_is_left
 from test_tune import space_file
 
+from ray_jobs.config.events import Log
 from ray_jobs.training import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -433,7 +434,7 @@ def test_elastic(cluster, parts, tmp_path):
         alone = (f"--steps={summary['step']}", f"--seed={seed}", "--ray.grad_accumulation=2")
         flags = tiny_act(parts, tmp_path / f"seed{seed}", *alone, "--save_checkpoint=false")
         _, events = train_in_process(flags)
-        undisturbed.append(fifths([event for event in events if event["kind"] == "log"]))
+        undisturbed.append(fifths([event.values for event in events if isinstance(event, Log)]))
     ours, own, spread = fifths(records), undisturbed[0], np.ptp(undisturbed[1:], 0)
     print(f"{summary['step']} steps, {summary['lost_steps']} of them twice")
     print(f"{ours=}\n{own=}\n{spread=}")

@@ -14,6 +14,7 @@ from test_data import make
 
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
+from ray_jobs.config.events import Log, Validated
 from ray_jobs.data.dataset import make_datasets
 from ray_jobs.policies.build import make_processors
 from ray_jobs.training.validation import Validation
@@ -120,8 +121,8 @@ def validated(root: Path, output_dir: Path, policy: str, *flags: str) -> dict:
     frozen = ["--policy.optimizer_lr=0"] + ["--policy.optimizer_lr_backbone=0"] * (policy == "act")
     run = (f"--data.eval_episodes={HELD_OUT}", "--steps=1", "--save_checkpoint=false", *frozen, *flags)
     _, events = train_in_process(FLAGS[policy](root, output_dir, *run))
-    event = next(event for event in events if event["kind"] == "eval")
-    return {key: event[key] for key in SCORES}
+    event = next(event for event in events if isinstance(event, Validated))
+    return {key: event.values[key] for key in SCORES}
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_validation_leaves_the_training_alone(numbers, tmp_path, policy):
     def losses(name: str, *flags: str) -> list:
         run = FLAGS[policy](numbers, tmp_path / name, "--steps=6", "--save_checkpoint=false", *flags)
         _, events = train_in_process(run)
-        return [(e["train/loss"], e["train/grad_norm"]) for e in events if e["kind"] == "log"]
+        return [(e.values["train/loss"], e.values["train/grad_norm"]) for e in events if isinstance(e, Log)]
 
     with_it = losses("with", f"--data.eval_episodes={HELD_OUT}", "--eval_steps=2")
     assert with_it == losses("without", "--dataset.episodes=[1,3]")

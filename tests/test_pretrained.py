@@ -16,6 +16,7 @@ from vla import RESNET, save_base, tiny
 from ray_jobs.cli.command_line import read_flags
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
+from ray_jobs.config.events import Log
 from ray_jobs.policies import assets
 from ray_jobs.storage.records import read_json
 
@@ -108,7 +109,7 @@ def test_policy_under_its_hub_name(no_network, parts, tmp_path):
                 f"--output_dir={output_dir}",
             ]
         )
-        losses[where] = [event["train/loss"] for event in events if event["kind"] == "log"]
+        losses[where] = [event.values["train/loss"] for event in events if isinstance(event, Log)]
     assert losses["some_org/tiny_act"] == losses[str(start)]
     assert no_network == []
 

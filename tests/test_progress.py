@@ -2,6 +2,7 @@
 
 from ray_jobs.cli import progress
 from ray_jobs.cli.progress import Progress
+from ray_jobs.config.events import Begun, Ended, Start, Step
 
 
 def lines_of(monkeypatch, capsys, events: dict[int, list[dict]], seconds: int) -> list[str]:
@@ -27,16 +28,16 @@ def lines_of(monkeypatch, capsys, events: dict[int, list[dict]], seconds: int) -
     return capsys.readouterr().out.splitlines()
 
 
-def begun(trial: str) -> dict:
-    return {"kind": "begun", "trial": trial}
+def begun(trial: str) -> Begun:
+    return Begun(trial=trial)
 
 
 def test_until_the_first_step(monkeypatch, capsys):
     """Every five seconds what is waited for, and for how long already."""
     events = {
         21: [begun("0000")],
-        33: [{"kind": "start", "trial": "0000", "start_step": 0}],
-        45: [{"kind": "step", "trial": "0000", "step": 1}],
+        33: [Start(0, {}, trial="0000")],
+        45: [Step(1, trial="0000")],
     }
     lines = lines_of(monkeypatch, capsys, events, 45)
     assert lines[0] == "0/6 trials: starting 2 slot(s) for trials, 5 s so far"
@@ -49,12 +50,12 @@ def test_until_the_first_step(monkeypatch, capsys):
 
 def test_nothing_is_said_twice(monkeypatch, capsys):
     """Between two steps that take minutes, nothing; between two trials, what is waited for."""
-    step = [{"kind": "step", "trial": "0000", "step": 1}]
-    ended = {"kind": "ended", "trial": "0000", "status": "pruned", "value": 0.5, "step": 2, "reason": None}
+    step = [Step(1, trial="0000")]
+    ended = Ended("pruned", None, 0.5, 2, None, trial="0000")
     events = {
-        1: [begun("0000"), {"kind": "start", "trial": "0000", "start_step": 0}, *step],
-        400: [{"kind": "step", "trial": "0000", "step": 2}],
-        500: [{**ended, "repeat": None}],
+        1: [begun("0000"), Start(0, {}, trial="0000"), *step],
+        400: [Step(2, trial="0000")],
+        500: [ended],
     }
     lines = lines_of(monkeypatch, capsys, events, 561)
     assert lines[:2] == ["0/6 trials, 1 running; steps 1 of 100", "0/6 trials, 1 running; steps 2 of 100"]

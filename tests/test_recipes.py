@@ -13,6 +13,7 @@ from test_faults import Run
 from vla import PLUGIN, save_base
 
 from ray_jobs.cli.resolve import resolve
+from ray_jobs.config.events import Log, Notice
 
 COMMANDS = ROOT.parent / "shared" / "seed" / "commands.json"
 PI = [PLUGIN, "--policy.image_resolution=[28,28]"]
@@ -67,8 +68,8 @@ def test_published_recipe_of_a_large_policy_trains(name, real, bases, tmp_path, 
     with torch._inductor.config.patch({"cpp.cxx": ("no-compiler",)}):
         summary, events = train_in_process(flags)
     assert summary["status"] == "finished"
-    assert [e["step"] for e in events if e["kind"] == "log"] == [1, 2]
-    notices = " ".join(e["text"] for e in events if e["kind"] == "notice")
+    assert [e.step for e in events if isinstance(e, Log)] == [1, 2]
+    notices = " ".join(e.text for e in events if isinstance(e, Notice))
     assert ("cannot compile" in notices) == ("--policy.compile_model=true" in flags)
     assert no_network == []
 
@@ -193,7 +194,7 @@ def test_rows_of_the_pages_tables_are_honoured(policy, tmp_path):
 def test_published_recipe_trains(name, real, bases, tmp_path):
     summary, events = train_in_process(command(name, real, tmp_path / "run", bases))
     assert summary["status"] == "finished"
-    assert [e["step"] for e in events if e["kind"] == "log"] == [1, 2]
+    assert [e.step for e in events if isinstance(e, Log)] == [1, 2]
     assert (tmp_path / "run" / "checkpoints" / "000002" / "pretrained_model" / "model.safetensors").is_file()
 
 

@@ -14,6 +14,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 
 from ray_jobs.cluster import watchdog
 from ray_jobs.config.busy import busy_with
+from ray_jobs.config.events import Notice, Step
 from ray_jobs.storage.retry import patiently
 from ray_jobs.training import checkpoint, loop
 
@@ -62,7 +63,7 @@ def test_a_worker_tells_where_it_is(monkeypatch):
 
     def training() -> None:
         hear = watchdog.beat(line, rank=3)
-        hear({"kind": "step", "step": 5})
+        hear(Step(5))
         waits_here()
 
     def waits_here() -> None:
@@ -86,7 +87,7 @@ def beats_within(monkeypatch, doing) -> list[bool]:
 
     def training() -> None:
         hear = watchdog.beat(line, rank=0)
-        hear({"kind": "step", "step": 1})
+        hear(Step(1))
         doing()
 
     thread = threading.Thread(target=training)
@@ -151,7 +152,7 @@ def test_the_first_step_is_told_at_once(monkeypatch):
     def training() -> None:
         hear = watchdog.beat(line, rank=3)
         time.sleep(0.2)
-        for event in ({"kind": "notice"}, {"kind": "step", "step": 1}, {"kind": "notice"}):
+        for event in (Notice(""), Step(1), Notice("")):
             hear(event)
         time.sleep(0.5)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ray_jobs.checks.dataset import DatasetOptions
 from ray_jobs.config.errors import GO_ON, PRUNED
+from ray_jobs.config.events import Event, Log, Step
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data.frame_cache import FrameCache
 from ray_jobs.data.frames import FrameSource
@@ -67,21 +68,21 @@ def measure(
         recipe.lerobot.output_dir = Path(folder) / "run"
         recipe.options.data.cache = str(Path(folder) / "cache")
         recipe.lerobot.steps = MOST_STEPS
-        events: list[dict] = []
+        events: list[Event] = []
         begin = 0.0
 
-        def report(event: dict) -> None:
+        def report(event: Event) -> None:
             nonlocal begin
             events.append(event)
-            begin = begin or (time.perf_counter() if event["kind"] == "step" else 0.0)
+            begin = begin or (time.perf_counter() if isinstance(event, Step) else 0.0)
 
         def enough() -> str:
-            done = sum(event["kind"] == "log" for event in events)
+            done = sum(isinstance(event, Log) for event in events)
             return PRUNED if done >= STEPS and time.perf_counter() - begin > 2 * SECONDS else GO_ON
 
         device = recipe.device or recipe.lerobot.policy.device
         loop.train(recipe, device=device, report=report, should_stop=enough)
-    logged = [event for event in events if event["kind"] == "log"][1:]
+    logged = [event.values for event in events if isinstance(event, Log)][1:]
     batch = recipe.lerobot.batch_size
     step_s = statistics.median(e["train/step_s"] - e["train/data_s"] for e in logged)
     facts["step_samples_per_s"] = batch / step_s

@@ -7,6 +7,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ray_jobs.cli.terminal import OUTPUT_EVERY_S
+from ray_jobs.config.events import Begun, Ended, Event, Fault, Log, Notice, Start, Step, Validated
 from ray_jobs.config.units import duration
 
 SHOWN = 12  # rows at most
@@ -56,25 +57,25 @@ class Progress:
     def close(self) -> None:
         self.live.stop()
 
-    def show(self, event: dict) -> None:
-        trial = event.get("trial")
-        row = self.running.get(trial)
-        match event["kind"]:
-            case "begun":
-                self.running[trial] = {"step": 0, "at_work": False, "value": None, "since": time.monotonic()}
-            case "notice" if event["text"] not in self.said:  # every trial says much the same
-                self.said.add(event["text"])
-                self.say(event["text"])
-            case "fault":
-                self.say(f"trial {trial}: {event['text']}; it goes on from its last checkpoint")
-            case "ended":
+    def show(self, event: Event) -> None:
+        row = self.running.get(event.trial)
+        match event:
+            case Begun():
+                fresh = {"step": 0, "at_work": False, "value": None, "since": time.monotonic()}
+                self.running[event.trial] = fresh
+            case Notice() if event.text not in self.said:  # every trial says much the same
+                self.said.add(event.text)
+                self.say(event.text)
+            case Fault():
+                self.say(f"trial {event.trial}: {event.text}; it goes on from its last checkpoint")
+            case Ended():
                 self._ended(event)
-            case "step" | "log" if row:
-                row["step"], self.stepped = event["step"], True
-            case "start" if row:
-                row["step"], row["at_work"] = event["start_step"], True
-            case "eval" if row:
-                row |= {"step": event["step"], "value": event.get(self.metric)}
+            case Step() | Log() if row:
+                row["step"], self.stepped = event.step, True
+            case Start() if row:
+                row["step"], row["at_work"] = event.start_step, True
+            case Validated() if row:
+                row |= {"step": event.step, "value": event.values.get(self.metric)}
 
     def refresh(self) -> None:
         """Call a few times a second."""
@@ -108,19 +109,19 @@ class Progress:
             f"{self._head()}: {what}" + (f", {duration(waited)} so far" if waited > 1 else "") if what else ""
         )
 
-    def _ended(self, event: dict) -> None:
-        name = event["trial"]
+    def _ended(self, event: Ended) -> None:
+        name = event.trial
         self.running.pop(name, None)
-        status, value = event["status"], event["value"]
+        status, value = event.status, event.value
         self.counts[status] = self.counts.get(status, 0) + 1
         text = f"trial {name} {status}"
         if value is not None:
             text += f": {self.metric} {value:.4g}"
-        if event["step"]:
-            text += f" at step {event['step']}"
-        if event["reason"]:
-            text += f" ({event['reason']})"
-        if not event["repeat"] and status != "interrupted":
+        if event.step:
+            text += f" at step {event.step}"
+        if event.reason:
+            text += f" ({event.reason})"
+        if not event.repeat and status != "interrupted":
             self.done, self.ended_here = self.done + 1, self.ended_here + 1
             if status not in ("failed", "pruned") and value is not None:
                 if self.best is None or self.sign * value < self.sign * self.best[0]:

@@ -11,11 +11,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ray_jobs.cli import environment
+from ray_jobs.config.events import Doing, Event, Fault, Log, Notice, Start, Step, Validated
 from ray_jobs.config.units import duration
 
 WORKER_LOST = "a worker was lost"
@@ -81,7 +83,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 class Display:
-    """Shows a run's events (see `loop.train`): a bar on a terminal, plain lines in a log file."""
+    """Shows a run's events: a bar on a terminal, plain lines in a log file."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
@@ -97,8 +99,22 @@ class Display:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def show(self, event: dict) -> None:
-        getattr(self, f"_{event['kind']}", lambda event: None)(event)
+    def show(self, event: Event) -> None:
+        match event:
+            case Notice():
+                self.say(event.text)
+            case Doing():
+                doing(event.text)
+            case Fault():
+                self._fault(event)
+            case Start():
+                self._start(event.start_step, event.facts)
+            case Step():
+                self._step(event.step)
+            case Log():
+                self._log(event)
+            case Validated():
+                self._validated(event)
 
     def close(self) -> None:
         doing("")
@@ -106,59 +122,53 @@ class Display:
             self.bar.stop()
             self.bar = None
 
-    def _notice(self, event: dict) -> None:
-        self.say(event["text"])
-
-    def _fault(self, event: dict) -> None:
+    def _fault(self, event: Fault) -> None:
         """Something for which the workers are about to be started again. Told once they have been, with what it has cost."""
-        if event.get("starting"):
-            self.say(event["text"])  # for they had not been yet
+        if event.starting:
+            self.say(event.text)  # for they had not been yet
         else:
-            self.why_again = event["text"]
+            self.why_again = event.text
         self.waits_since = time.monotonic()
 
-    def _start(self, event: dict) -> None:
+    def _start(self, start_step: int, facts: dict[str, Any]) -> None:
         self.waits_since = None
         if self.facts:
-            again = event.get("lost_steps", 0) - self.facts.get("lost_steps", 0)
+            again = facts.get("lost_steps", 0) - self.facts.get("lost_steps", 0)
             steps = f"; {again} step(s) are done again" if again else ""
             fewer = (
-                f" with {event['num_workers']} worker(s)"
-                if event["num_workers"] != self.facts["num_workers"]
+                f" with {facts['num_workers']} worker(s)"
+                if facts["num_workers"] != self.facts["num_workers"]
                 else ""
             )
-            self.say(f"{self.why_again}; the run goes on from step {event['start_step']}{fewer}{steps}")
+            self.say(f"{self.why_again}; the run goes on from step {facts['start_step']}{fewer}{steps}")
             self.why_again = WORKER_LOST
-            self.facts, self.step, self.rate_from = event, event["start_step"], None
+            self.facts, self.step, self.rate_from = facts, start_step, None
             return
         doing("")
-        self.facts, self.step = event, event["start_step"]
-        held_out = f", {event['eval_episodes']} held out" if event["eval_episodes"] else ""
-        accumulated = f" x {event['grad_accumulation']} accumulated" if event["grad_accumulation"] > 1 else ""
-        full = event["global_batch_size"] // (event["batch_size"] * event["grad_accumulation"])
-        fewer = f" on {event['num_workers']}" if event["num_workers"] < full else ""
+        self.facts, self.step = facts, start_step
+        held_out = f", {facts['eval_episodes']} held out" if facts["eval_episodes"] else ""
+        accumulated = f" x {facts['grad_accumulation']} accumulated" if facts["grad_accumulation"] > 1 else ""
+        full = facts["global_batch_size"] // (facts["batch_size"] * facts["grad_accumulation"])
+        fewer = f" on {facts['num_workers']}" if facts["num_workers"] < full else ""
         self.say(
-            f"{event['policy']}: {event['learnable_parameters'] / 1e6:.1f} M learnable of "
-            f"{event['parameters'] / 1e6:.1f} M parameters, {event['device']}, precision {event['precision']}\n"
-            f"{event['dataset']}: {event['episodes']} episodes, {event['frames']} frames{held_out}\n"
-            f"effective batch {full} worker(s) x {event['batch_size']}{accumulated}{fewer} = "
-            f"{event['global_batch_size']}; {event['steps']} steps = {event['epochs']:.1f} epochs"
+            f"{facts['policy']}: {facts['learnable_parameters'] / 1e6:.1f} M learnable of "
+            f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['device']}, precision {facts['precision']}\n"
+            f"{facts['dataset']}: {facts['episodes']} episodes, {facts['frames']} frames{held_out}\n"
+            f"effective batch {full} worker(s) x {facts['batch_size']}{accumulated}{fewer} = "
+            f"{facts['global_batch_size']}; {facts['steps']} steps = {facts['epochs']:.1f} epochs"
         )
         if self.step:
             self.say(f"goes on from the checkpoint of step {self.step}")
         if self.console.is_terminal and self.bar is None:
             columns = (BarColumn(30), TextColumn("{task.description}"))
             self.bar = Progress(*columns, console=self.console, transient=True)
-            self.task = self.bar.add_task("", total=event["steps"])
+            self.task = self.bar.add_task("", total=facts["steps"])
             self.bar.start()
         doing("the first step")
 
-    def _doing(self, event: dict) -> None:
-        doing(event["text"])
-
-    def _step(self, event: dict) -> None:
+    def _step(self, step: int) -> None:
         doing("")
-        self.step = event["step"]
+        self.step = step
         now = time.monotonic()
         if self.rate_from is None or self.rate_from[1] > self.step:
             self.rate_from = (now, self.step)  # the first step compiles and warms up: not counted
@@ -167,18 +177,20 @@ class Display:
         elif now - self.last_line > OUTPUT_EVERY_S:
             self._line()
 
-    def _log(self, event: dict) -> None:
-        self._step(event)
+    def _log(self, event: Log) -> None:
+        self._step(event.step)
         self.values = (
-            f"loss {event['train/loss']:.4g}  {event['train/samples_per_s']:.3g} samples/s  "
-            f"{event['train/step_s']:.3g} s/step"
+            f"loss {event.values['train/loss']:.4g}  {event.values['train/samples_per_s']:.3g} samples/s  "
+            f"{event.values['train/step_s']:.3g} s/step"
         )
         self._line()
 
-    def _eval(self, event: dict) -> None:
+    def _validated(self, event: Validated) -> None:
         units = {"val/loss": "", "val/action_error": " std", "env/success_rate": ""}
-        values = (f"{name} {event[name]:.4g}{unit}" for name, unit in units.items() if name in event)
-        self.say(f"step {event['step']}: " + "  ".join(values))
+        values = (
+            f"{name} {event.values[name]:.4g}{unit}" for name, unit in units.items() if name in event.values
+        )
+        self.say(f"step {event.step}: " + "  ".join(values))
         self.last_line = time.monotonic()
 
     def _line(self) -> None:

@@ -7,6 +7,7 @@ from ray_jobs.cli.terminal import doing, quiet
 from ray_jobs.cluster.channel import open_line
 from ray_jobs.cluster.faults import if_helper_dies, why
 from ray_jobs.config.errors import InputError, RunError
+from ray_jobs.config.events import Notice
 
 
 def build_on_nodes(words: list[str]) -> None:
@@ -29,7 +30,7 @@ def build_on_nodes(words: list[str]) -> None:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
             for event in ray.get(line.hear.remote(0)):
                 doing("")
-                print(event["text"], flush=True)
+                print(event.text, flush=True)
     failed = []
     for task, name in names.items():
         try:
@@ -46,7 +47,7 @@ def _build_on_node(words: list[str], name: str, line) -> str | None:
     from ray_jobs.cluster.cache_build import build_here  # LeRobot, whose noise is kept away by now
 
     try:
-        build_here(words, lambda text: line.tell.remote({"kind": "notice", "text": f"{name}: {text}"}))
+        build_here(words, lambda text: line.tell.remote(Notice(f"{name}: {text}")))
     except (InputError, RunError) as error:
         return f"{name}: {error}"
     return None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import ray
 
 from ray_jobs.config.errors import GO_ON, PREEMPTED, PRUNED, InputError, RunError
+from ray_jobs.config.events import Event, Fault, Saved, Step
 
 ANSWERED_AFTER_S = 60
 TELL_EVERY_S = 0.5  # how often the driver hears of steps
@@ -28,10 +29,10 @@ class Line:
         # By rank or trial: its last beat, when, and when its step had changed.
         self.told: dict[int | str, tuple] = {}
 
-    async def tell(self, event: dict) -> None:
-        if event["kind"] == "checkpoint" and event["step"] > self.saved:
-            self.lost_when_saved, self.saved = self.lost, event["step"]
-        if event["kind"] == "fault" and not event.get("announced"):
+    async def tell(self, event: Event) -> None:
+        if isinstance(event, Saved) and event.step > self.saved:
+            self.lost_when_saved, self.saved = self.lost, event.step
+        if isinstance(event, Fault) and not event.announced:
             self.lost += 1
         await self.events.put(event)
 
@@ -39,7 +40,7 @@ class Line:
         """How often workers were lost since the run has got to another checkpoint."""
         return self.lost - self.lost_when_saved
 
-    async def hear(self, timeout_s: float) -> list[dict]:
+    async def hear(self, timeout_s: float) -> list[Event]:
         """Events since the last call; waits up to `timeout_s` for the first."""
         heard = []
         if self.events.empty() and timeout_s > 0:
@@ -119,13 +120,13 @@ def open_line():
     return ray.remote(num_cpus=0, max_concurrency=1000, label_selector=here)(Line).remote()
 
 
-def teller(line) -> Callable[[dict], None]:
+def teller(line) -> Callable[[Event], None]:
     """Sends a run's events over the line; of the steps, only one now and then."""
     told_at = 0.0
 
-    def tell(event: dict) -> None:
+    def tell(event: Event) -> None:
         nonlocal told_at
-        if event["kind"] != "step" or time.monotonic() - told_at > TELL_EVERY_S:
+        if not isinstance(event, Step) or time.monotonic() - told_at > TELL_EVERY_S:
             told_at = time.monotonic()
             line.tell.remote(event)
 

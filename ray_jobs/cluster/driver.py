@@ -23,6 +23,7 @@ from ray_jobs.cluster.run_folder import mark_of
 from ray_jobs.cluster.start_worker import start
 from ray_jobs.cluster.watchdog import Watchdog
 from ray_jobs.config.errors import InputError, RunError, StorageFull, StorageLost
+from ray_jobs.config.events import Event, Fault, Notice
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.storage.mirror import read_file
 from ray_jobs.storage.records import SUMMARY_FILE, parse_json, read_summary
@@ -71,7 +72,7 @@ def waiting_for(workers: int, each: Resources, free: dict[str, float] | None) ->
 
 
 def train_on_workers(
-    recipe: Recipe, each: Resources, report: Callable[[dict], None], should_stop: Callable[[], str]
+    recipe: Recipe, each: Resources, report: Callable[[Event], None], should_stop: Callable[[], str]
 ) -> dict:
     """A group of `--ray.num_workers` workers on the cluster; returns the run's summary.
 
@@ -93,7 +94,7 @@ def train_on_workers(
             for event in ray.get(line.hear.remote(0.5)):
                 report(event)
             if hung := watchdog.look():
-                report({"kind": "notice", "text": hung})
+                report(Notice(hung))
             if reason := should_stop():
                 line.ask_to_stop.remote(reason)
         for event in ray.get(line.hear.remote(0)):
@@ -117,13 +118,15 @@ class Training:
                 make_trainer(self.recipe, self.each, self.line, max(most - losses, -1)).fit()
                 return
             except (RayActorError, OutOfMemoryError, WorkerGroupError, ControllerError) as error:
-                fault = {"kind": "fault", "text": f"the run's controller was lost ({why(error)})"}
+                fault = Fault(f"the run's controller was lost ({why(error)})")
                 if isinstance(error, ControllerError):
                     if not of_a_loss(error.controller_failure):
                         raise
-                    fault["text"] = f"a worker was lost while they started ({why(error)})"
-                    fault["starting"] = True
-                    fault["announced"] = getattr(error.controller_failure, "preempted", False)
+                    fault = Fault(
+                        f"a worker was lost while they started ({why(error)})",
+                        announced=getattr(error.controller_failure, "preempted", False),
+                        starting=True,
+                    )
                 if not isinstance(error, WorkerGroupError):  # which the `faults.Witness` has told
                     ray.get(self.line.tell.remote(fault))
                     self.line.forget_beats.remote()

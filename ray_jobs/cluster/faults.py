@@ -20,6 +20,7 @@ from ray.train import UserCallback
 
 from ray_jobs.cluster import ray_train_internals
 from ray_jobs.config.errors import InputError, RunError, StorageLost, no_room
+from ray_jobs.config.events import Fault
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
@@ -68,7 +69,7 @@ class Witness(UserCallback):
     def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
         announced = any(getattr(error, "preempted", False) for error in worker_exceptions.values())
         text = describe(worker_exceptions)
-        self.line.tell.remote({"kind": "fault", "text": text, "announced": announced})
+        self.line.tell.remote(Fault(text, announced=announced))
         self.line.forget_beats.remote()
 
 

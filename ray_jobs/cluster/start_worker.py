@@ -4,6 +4,7 @@ import ray
 
 from ray_jobs.cli import environment
 from ray_jobs.cli.terminal import no_garbage_collection, quiet
+from ray_jobs.config.events import Doing
 from ray_jobs.policies.lean_imports import without
 
 
@@ -14,7 +15,7 @@ def start(config: dict) -> None:
         return  # Ray has started this worker in place of one that knew better
     environment.take_over(config["paths"])
     quiet()
-    line.tell.remote({"kind": "doing", "text": "a worker imports LeRobot"})
+    line.tell.remote(Doing("a worker imports LeRobot"))
     with no_garbage_collection(), without(config["unneeded"]):
         from ray_jobs.cluster.worker import work  # while the packages that are not needed are hidden
     work(config)

@@ -19,6 +19,7 @@ import psutil
 import ray
 
 from ray_jobs.config.busy import busy_with
+from ray_jobs.config.events import Event, Log, Saved, Step, Validated
 
 BEAT_S = 2.0
 CUT_OFF_S = 120  # Ray itself takes up to eight minutes to notice, on the side that is cut off
@@ -52,7 +53,7 @@ class Beat:
     """It waits for other workers."""
 
 
-def beat(line, rank: int | str) -> Callable[[dict], None]:
+def beat(line, rank: int | str) -> Callable[[Event], None]:
     """Begin to tell, of the thread that calls this. Returns what must hear of the run's events."""
     context = ray.get_runtime_context()
     node, address, pid = context.get_node_id(), ray.util.get_node_ip_address(), os.getpid()
@@ -78,10 +79,10 @@ def beat(line, rank: int | str) -> Callable[[dict], None]:
         with contextlib.suppress(Exception):  # Ray is gone, too
             line.forget_beat.remote(rank)  # its part is done; another may still have the run's end to write
 
-    def hear(event: dict) -> None:
+    def hear(event: Event) -> None:
         nonlocal step
-        if "step" in event:  # notices have none, and may come from another thread
-            step = event["step"]
+        if isinstance(event, Step | Log | Validated | Saved):  # notices may come from another thread
+            step = event.step
             begun.set()
 
     threading.Thread(target=tell, daemon=True).start()

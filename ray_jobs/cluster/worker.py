@@ -22,6 +22,7 @@ from ray_jobs.cluster.channel import listen_for_stop, teller
 from ray_jobs.cluster.faults import Preempted, comes_again, in_plain_words, keep_error
 from ray_jobs.cluster.run_folder import check_node, lock
 from ray_jobs.config.errors import PREEMPTED, InputError, RunError
+from ray_jobs.config.events import Event, Notice, Saved, Validated
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.storage.mirror import mirrored, pull
 from ray_jobs.storage.retry import patiently, storage_may_return
@@ -48,13 +49,14 @@ def work(config: dict) -> None:
 
     reached = None
 
-    def report(event: dict) -> None:
+    def report(event: Event) -> None:
         nonlocal reached
-        reached = event.get("step", reached)
+        reached = getattr(event, "step", reached)
         hear(event)
         tell(event)
-        if event["kind"] == "eval":
-            ray.train.report({k: v for k, v in event.items() if isinstance(v, int | float)})
+        if isinstance(event, Validated):
+            numbers = {k: v for k, v in event.values.items() if isinstance(v, int | float)}
+            ray.train.report({"step": event.step, **numbers})
 
     asked_to_stop = listen_for_stop(line)
 
@@ -88,7 +90,7 @@ def run_loop(recipe: Recipe, *, main: bool, **how) -> dict:
     report = how["report"]
 
     def tell(text: str) -> None:
-        report({"kind": "notice", "text": text})
+        report(Notice(text))
 
     for package in recipe.plugins:
         load_plugin(package)
@@ -113,16 +115,16 @@ def run_loop(recipe: Recipe, *, main: bool, **how) -> dict:
 @contextlib.contextmanager
 def _copied(
     recipe: Recipe,
-    report: Callable[[dict], None],
+    report: Callable[[Event], None],
     tell: Callable[[str], None],
     should_stop: Callable[[], str],
-) -> Iterator[Callable[[dict], None]]:
+) -> Iterator[Callable[[Event], None]]:
     """Keep a copy of the run in its bucket; yields what to report to instead."""
     with mirrored(recipe.remote, recipe.output_dir, tell, recipe.run, stop=should_stop) as mirror:
 
-        def report_and_send(event: dict) -> None:
+        def report_and_send(event: Event) -> None:
             report(event)
-            if event["kind"] == "checkpoint":
+            if isinstance(event, Saved):
                 mirror.changed()
 
         yield report_and_send
@@ -134,7 +136,7 @@ def _all_ranks() -> None:
         ray.train.collective.barrier()
 
 
-def train_here(recipe: Recipe, report: Callable[[dict], None], should_stop: Callable[[], str]) -> dict:
+def train_here(recipe: Recipe, report: Callable[[Event], None], should_stop: Callable[[], str]) -> dict:
     """Ray Train's local mode: one worker, which is this process. Returns the run's summary."""
     summary: dict = {}
 

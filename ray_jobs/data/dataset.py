@@ -29,6 +29,7 @@ from lerobot.utils.collate import lerobot_collate_fn
 from torch.utils.data import BatchSampler, DataLoader
 
 from ray_jobs.config.errors import RunError
+from ray_jobs.config.events import Event, Notice
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data.columns import check_rows
 from ray_jobs.data.dataset_cache import for_policy, once
@@ -95,7 +96,7 @@ def open_all_frames(
     dataset: LeRobotDataset,
     eval_dataset: LeRobotDataset | None,
     ranks: int,
-    report: Callable[[dict], None],
+    report: Callable[[Event], None],
 ) -> list[FrameCache | FrameSource | None]:
     """Where the camera images of the training and of the held-out data set come from (see `open_frames`); None for one
     that LeRobot reads, or that is streamed."""
@@ -105,7 +106,7 @@ def open_all_frames(
     reads = samples, validations * (cfg.max_eval_samples or 10**9) * recipe.trainings
 
     def say(text: str) -> None:
-        report({"kind": "notice", "text": text})
+        report(Notice(text))
 
     names = "frame cache", "frame cache of the held-out episodes"
     return [

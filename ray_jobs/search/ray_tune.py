@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 
 from ray_jobs.cluster.faults import why
 from ray_jobs.config.errors import INTERRUPTED
+from ray_jobs.config.events import Ended, Event, Fault, Notice
 from ray_jobs.search import ray_tune_internals
 from ray_jobs.search.files import ENDED, trial_name
 from ray_jobs.search.options import TuneOptions
@@ -67,7 +68,7 @@ class StudySearch(Searcher):
         options: TuneOptions,
         seed: int,
         steps: int,
-        tell: Callable[[dict], None],
+        tell: Callable[[Event], None],
     ):
         super().__init__()
         self.study, self.space, self.options = study, space, options
@@ -142,9 +143,7 @@ class StudySearch(Searcher):
         finally:
             self.study.sampler = chosen
         self.exhausted = True
-        self.tell(
-            {"kind": "notice", "text": f"{TRIES} drawings in a row were nothing new: the space is exhausted."}
-        )
+        self.tell(Notice(f"{TRIES} drawings in a row were nothing new: the space is exhausted."))
         return None
 
     def _draw(self, trial: Trial) -> bool:
@@ -219,13 +218,9 @@ class StudySearch(Searcher):
         values = [result.get(name) for name in self.options.metrics]
         if status in ENDED and None in values:
             status, reason = "failed", f"it has no {self.options.metric}"
-        event = {
-            "kind": "ended",
-            "trial": trial_name(trial.number, repeat),
-            "status": status,
-            "reason": reason,
-        }
-        event |= {"value": values[0], "step": result.get("step"), "repeat": repeat}
+        ended = Ended(
+            status, reason, values[0], result.get("step"), repeat, trial=trial_name(trial.number, repeat)
+        )
         if status == INTERRUPTED:
             pass  # stays RUNNING, and is taken up again
         elif repeat:
@@ -252,18 +247,18 @@ class StudySearch(Searcher):
                 self.study.tell(trial, state=TrialState.PRUNED)
             else:
                 self.study.tell(trial, values)
-        self.tell(event)
+        self.tell(ended)
 
 
 class TrialWitness(Callback):
     """Tells why a trial is about to go on in another process.
 
     Args:
-        tell: Called with an event dict.
+        tell: Called with an event.
         line: Handle of the search's `line.Line`.
     """
 
-    def __init__(self, tell: Callable[[dict], None], line):
+    def __init__(self, tell: Callable[[Event], None], line):
         self.tell, self.line = tell, line
 
     def __getstate__(self) -> dict:
@@ -274,7 +269,7 @@ class TrialWitness(Callback):
         with contextlib.suppress(Exception):
             text = why(ray_tune_internals.error_of(trial))
         self.line.forget_beat.remote(name)
-        self.tell({"kind": "fault", "trial": name, "text": text})
+        self.tell(Fault(text, trial=name))
 
 
 class StudyScheduler(FIFOScheduler):

@@ -28,6 +28,7 @@ from ray_jobs.cluster.faults import if_helper_dies
 from ray_jobs.cluster.run_folder import check_node, mark_of, only_driver
 from ray_jobs.cluster.watchdog import Watchdog
 from ray_jobs.config.errors import INTERRUPTED, InputError, RunError, StorageLost, first_line
+from ray_jobs.config.events import Ended, Event, Notice
 from ray_jobs.search import bucket_copy, estimate, ray_tune_internals, results
 from ray_jobs.search.bucket_copy import BucketCopy
 from ray_jobs.search.files import DONE, SEARCH_FILE, SPACES_DIR, TIME_IS_UP, trial_name
@@ -123,10 +124,10 @@ def _search(
     ray_tune_internals.survive_memory_kills()
     told: queue.SimpleQueue = queue.SimpleQueue()
 
-    def tell(event: dict) -> None:
+    def tell(event: Event) -> None:
         # In Tune's thread, which alone works with the study: Ctrl-C must not leave a transaction open.
-        if event["kind"] == "ended":
-            notice = lambda text: told.put({"kind": "notice", "text": text})  # noqa: E731
+        if isinstance(event, Ended):
+            notice = lambda text: told.put(Notice(text))  # noqa: E731
             hopeless = patiently(
                 partial(results.note, plan, study), "trials.csv", notice, stop=stopped.is_set
             )

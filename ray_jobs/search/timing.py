@@ -18,6 +18,7 @@ from lerobot.datasets import LeRobotDataset
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cluster.worker import train_here
+from ray_jobs.config.events import Event, Log, Saved, Validated
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data.dataset import make_datasets
 from ray_jobs.data.frame_cache import FrameCache, why_not
@@ -144,14 +145,14 @@ def _train(recipe: Recipe, steps: int, timed: Callable[[dict], float]) -> dict:
     recipe.lerobot.steps = recipe.eval_steps = recipe.lerobot.save_freq = steps
     recipe.lerobot.log_freq, recipe.lerobot.wandb.enable = 1, False
     recipe.options.ray.num_workers = 1
-    told: list[tuple[float, dict]] = []
+    told: list[tuple[float, Event]] = []
     begin = time.monotonic()
     summary = train_here(recipe, lambda event: told.append((time.monotonic(), event)), lambda: "")
     wall_s = time.monotonic() - begin
-    logs = [event for _, event in told if event["kind"] == "log"]
-    at = {event["kind"]: when for when, event in told}  # the last of each kind
+    logs = [event.values for _, event in told if isinstance(event, Log)]
+    at = {type(event): when for when, event in told}  # the last of each
     step_s = statistics.median(timed(log) for log in logs[WARM_UP:])
-    eval_s = at.get("checkpoint", at.get("eval", at["log"])) - at["log"]
+    eval_s = at.get(Saved, at.get(Validated, at[Log])) - at[Log]
     whole_steps_s = sum(log["train/step_s"] for log in logs[WARM_UP:]) + WARM_UP * step_s
     return {
         "device": summary["device"],

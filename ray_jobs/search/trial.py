@@ -12,6 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -38,6 +39,7 @@ from ray_jobs.config.errors import (
     first_line,
     no_room,
 )
+from ray_jobs.config.events import Begun, Event, Notice, Start, Step, Validated
 from ray_jobs.config.options import OPTIONS_FILE
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.search.files import ENDED, best_values, trial_place, validations
@@ -97,24 +99,24 @@ def run_trial(
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
     node = ray.get_runtime_context().get_node_id()
     asked_to_stop, tell, hear = listen_for_stop(line, node), teller(line), lambda event: None
-    tell({"kind": "begun", "trial": config["trial"]})
+    tell(Begun(trial=config["trial"]))
     times = {"slot": f"{platform.node()}:{os.getpid()}", "begun": time.time()}
 
-    def report(event: dict) -> None:
+    def report(event: Event) -> None:
         nonlocal pruned, reached
-        reached = event.get("step", reached)
+        reached = getattr(event, "step", reached)
         hear(event)
-        if event["kind"] in ("start", "step"):
-            times.setdefault(event["kind"], time.time())
-        tell({**event, "trial": config["trial"]})
-        if event["kind"] == "eval" and not pruned and all(name in event for name in metrics):
-            values.update((key, event[key]) for key in ("step", *metrics))
+        if isinstance(event, Start | Step):
+            times.setdefault("start" if isinstance(event, Start) else "step", time.time())
+        tell(replace(event, trial=config["trial"]))
+        if isinstance(event, Validated) and not pruned and all(name in event.values for name in metrics):
+            values.update({"step": event.step} | {name: event.values[name] for name in metrics})
             tell_tune({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
             pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
 
     def patient[Result](use: Callable[[], Result]) -> Result:
         passing = lambda error: storage_may_return(error) or may_pass(error)  # noqa: E731
-        tell_of_storage = lambda text: tell({"kind": "notice", "text": text})  # noqa: E731
+        tell_of_storage = lambda text: tell(Notice(text))  # noqa: E731
         return patiently(use, place, tell_of_storage, doing="used", passing=passing, stop=asked_to_stop)
 
     try:

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import GO_ON, INTERRUPTED, PREEMPTED, PRUNED, RunError, first_line
+from ray_jobs.config.events import Doing, Event, Log, Notice, Saved, Start, Step, Validated
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset import (
@@ -62,7 +63,7 @@ def train(
     recipe: Recipe,
     *,
     device: str,
-    report: Callable[[dict], None] = lambda event: None,
+    report: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], str] = lambda: GO_ON,
     stream: Callable[[int], Iterator[dict]] | None = None,
 ) -> dict:
@@ -70,8 +71,7 @@ def train(
 
     Args:
         device: `cpu`, `cuda`, `cuda:1` ...: what this worker trains on.
-        report: Called on every rank with dicts that have a `kind`: `start`, `step`, `log`, `eval`,
-            `checkpoint`, `notice`. All ranks make the same `eval` and `checkpoint` calls.
+        report: Called on every rank with the run's events. All ranks tell of the same validations and checkpoints.
         should_stop: Asked after every step on every rank; once one rank says INTERRUPTED, PREEMPTED or
             PRUNED, all ranks stop at the same step, with a checkpoint unless the run was pruned.
         stream: Under `--data.source=stream`, a function of a seed: this rank's batches of one epoch.
@@ -94,7 +94,7 @@ def train(
     main = accelerator.is_main_process
 
     def tell(text: str) -> None:
-        report({"kind": "notice", "text": text})
+        report(Notice(text))
 
     patient = partial(patiently, tell=tell, stop=should_stop)
 
@@ -111,7 +111,7 @@ def train(
         resumed = json.loads((resume_dir / TRAINING_STATE_DIR / TRAINING_STEP).read_text())
 
     # ------------------------------------------------------------------ data, policy, optimizer
-    report({"kind": "doing", "text": "opening the data set"})
+    report(Doing("opening the data set"))
     if cfg.seed is not None:
         set_seed(cfg.seed, accelerator=accelerator)
     torch.backends.cudnn.deterministic = cfg.cudnn_deterministic
@@ -140,7 +140,7 @@ def train(
             raise RunError(text)
         if text := memory.warning(recipe, main_memory() / here, MAIN):
             tell(text)
-    report({"kind": "doing", "text": "building the policy"})
+    report(Doing("building the policy"))
     sharded = accelerator.is_fsdp2
     # All of a policy is in main memory for a while. One that is sharded goes from there to the GPUs share by share.
     need, step = memory.building if memory else 0, 0
@@ -221,7 +221,7 @@ def train(
     }
     to_come = (cfg.steps - step) * facts["global_batch_size"]
     facts["epochs"] = round(begin.epoch + (begin.start_index + to_come) / samples, 3)
-    report({"kind": "start", **facts})
+    report(Start(step, facts))
 
     window = Window(shards.weight)
     stop_flag = StopFlag(accelerator, should_stop)
@@ -268,7 +268,7 @@ def train(
             keep = partial(scores.keep, recipe.output_dir, step, options.checkpoint, only_best=only_best)
             patient(keep, "the folder of checkpoints")
         accelerator.wait_for_everyone()
-        report({"kind": "checkpoint", "step": step})
+        report(Saved(step))
 
     def summary(status: str, **more) -> dict:
         newest = checkpoint.last_checkpoint(recipe.output_dir)
@@ -321,7 +321,7 @@ def train(
             window.end_step(step, None if accelerator.scaler else grad_norm)
             if main:
                 tracker.reached(step)
-            report({"kind": "step", "step": step})
+            report(Step(step))
 
             if step == cfg.steps or (step % cfg.log_freq == 0 if cfg.log_freq else step % CHECK_EVERY == 0):
                 metrics = window.close(accelerator, facts["global_batch_size"])
@@ -329,7 +329,7 @@ def train(
                 scores.add(step, metrics)
                 if main and cfg.log_freq:
                     tracker.log(step, metrics)
-                report({"kind": "log", "step": step, **metrics})
+                report(Log(step, metrics))
 
             improved = False
             end = step == cfg.steps
@@ -347,7 +347,7 @@ def train(
                     tracker.log(step, values)
                 check_validation(step, values)
                 improved = scores.add(step, values)
-                report({"kind": "eval", "step": step, **values})
+                report(Validated(step, values))
                 window.begin_step()
 
             status = stop_flag.reason() if step < cfg.steps else GO_ON

@@ -25,6 +25,7 @@ from stock import RECORD, STEPS, flags_for, train_as_stock
 from ray_jobs import cache, doctor, evaluate, train
 from ray_jobs.checks.columns import check_kinds
 from ray_jobs.config.errors import InputError, RunError
+from ray_jobs.config.events import Log
 from ray_jobs.storage.records import read_metrics
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
@@ -44,7 +45,7 @@ def outcome(properties: DataSet, folder: Path) -> list[float] | str:
         _, events = train_in_process(flags_for(properties, root, folder / "run"))
     except (InputError, RunError) as error:
         return str(error)
-    return [event["train/loss"] for event in events if event["kind"] == "log"]
+    return [event.values["train/loss"] for event in events if isinstance(event, Log)]
 
 
 QUICK = [pytest.param(name, marks=[pytest.mark.slow] * TABLE[name].slow) for name in TABLE]
