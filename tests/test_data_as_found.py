@@ -453,12 +453,12 @@ def test_a_batch_that_no_memory_holds(pictures, tmp_path, monkeypatch):
     check(*flags, *less[0].split())
     recipe = resolve(flags)
     preflight.check(recipe)
-    from ray_jobs.training import loop
+    from ray_jobs.training import setup
 
-    monkeypatch.setattr(loop, "main_memory", lambda: int(recipe.memory.total / 1.5))
+    monkeypatch.setattr(setup, "main_memory", lambda: int(recipe.memory.total / 1.5))
     monkeypatch.setattr(memory, "main_memory", lambda: int(recipe.memory.total / 1.5))
     _, events = train_in_process(flags)
-    assert any("GB of main memory" in event.get("text", "") for event in events)
+    assert any("GB of main memory" in getattr(event, "text", "") for event in events)
 
 
 # ---------------------------------------------------------------------- what the doctor says when

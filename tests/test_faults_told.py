@@ -34,7 +34,7 @@ from ray_jobs.cluster.resources import Resources
 from ray_jobs.config.errors import InputError, RunError, StorageLost
 from ray_jobs.config.events import Fault, Notice, Start, Step
 from ray_jobs.storage import retry
-from ray_jobs.train import waiting_for
+from ray_jobs.cluster.driver import waiting_for
 from ray_jobs.training import checkpoint, loop
 
 

@@ -14,7 +14,7 @@ from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
 from ray_jobs.storage.records import read_json, read_metrics
-from ray_jobs.training import loop
+from ray_jobs.training import loop, step
 from ray_jobs.training.tracking import save_options
 
 LENGTHS = [23, 17, 9, 20]
@@ -100,9 +100,9 @@ def test_what_has_an_effect_is_used(begun, tmp_path):
     used = []
     recipe = resolve([*same, "--steps=3", "--resume=true", "--optimizer.grad_clip_norm=0.125"])
     preflight.check(recipe)
-    clip = loop.clip_gradients
+    clip = step.clip_gradients
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", lambda p, norm, a: used.append(norm) or clip(p, norm, a))
+        patch.setattr(step, "clip_gradients", lambda p, norm, a: used.append(norm) or clip(p, norm, a))
         loop.train(recipe, device="cpu")
     saved = read_json(tmp_path / "run/checkpoints/000003" / CONFIG)
     assert saved["optimizer"]["grad_clip_norm"] == 0.125 and used == [0.125]
@@ -132,10 +132,10 @@ def indices_read(flags: list[str]) -> list[int]:
     preflight.check(recipe)
     save_options(recipe)
     read: list[int] = []
-    to_device = loop.to_device
+    to_device = step.to_device
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            loop,
+            step,
             "to_device",
             lambda batch, *how: read.extend(batch["index"].tolist()) or to_device(batch, *how),
         )

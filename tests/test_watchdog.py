@@ -16,7 +16,8 @@ from ray_jobs.cluster import watchdog
 from ray_jobs.config.busy import busy_with
 from ray_jobs.config.events import Notice, Step
 from ray_jobs.storage.retry import patiently
-from ray_jobs.training import checkpoint, loop
+from ray_jobs.training import checkpoint
+from ray_jobs.training import step as step_module
 
 
 def beat(rank: int, step: int | None = 7, **more) -> watchdog.Beat:
@@ -134,7 +135,7 @@ def test_who_saves_or_validates_says_so(parts, tmp_path, monkeypatch):
 
     watch(checkpoint, "save")
     watch(ACTPolicy, "predict_action_chunk")
-    watch(loop, "clip_gradients")
+    watch(step_module, "clip_gradients")
     more = ("--steps=1", "--data.eval_episodes=[11]", "--max_eval_samples=2")
     train_in_process(tiny_act(parts, tmp_path / "run", *more))
     assert seen == {

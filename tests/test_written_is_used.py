@@ -14,7 +14,7 @@ from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.data import dataset
 from ray_jobs.storage.records import read_json
-from ray_jobs.training import loop
+from ray_jobs.training import loop, setup, step
 from ray_jobs.training.tracking import save_options
 
 STEPS = 3
@@ -59,17 +59,17 @@ class Used:
         save_options(recipe)
         with pytest.MonkeyPatch.context() as patch:
             self._watch(
-                patch, loop, "make_optimizer_and_scheduler", "built", lambda args, made: (args[1], *made)
+                patch, setup, "make_optimizer_and_scheduler", "built", lambda args, made: (args[1], *made)
             )
             self._watch(patch, dataset, "EpisodeAwareSampler", "sampler", lambda args, made: made)
             self._watch(patch, dataset, "FrameReader", "reader", lambda args, made: made)
-            self._watch(patch, loop, "make_datasets", "datasets", lambda args, made: made)
-            to_device, clip = loop.to_device, loop.clip_gradients
+            self._watch(patch, setup, "make_datasets", "datasets", lambda args, made: made)
+            to_device, clip = step.to_device, step.clip_gradients
             patch.setattr(
-                loop, "to_device", lambda batch, *how: self.batches.append(batch) or to_device(batch, *how)
+                step, "to_device", lambda batch, *how: self.batches.append(batch) or to_device(batch, *how)
             )
             patch.setattr(
-                loop, "clip_gradients", lambda p, most, a: self.clipped.append(most) or clip(p, most, a)
+                step, "clip_gradients", lambda p, most, a: self.clipped.append(most) or clip(p, most, a)
             )
             self.summary = loop.train(recipe, device="cpu")
         self.folder = recipe.output_dir

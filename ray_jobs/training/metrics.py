@@ -18,11 +18,11 @@ HELPS = (
 )
 
 
-class Window:
+class Meter:
     """What happened since the last log step. Losses stay on the device until somebody asks."""
 
     def __init__(self, weight: float = 1.0) -> None:
-        """weight: Of this worker's losses, see `parallel.Shards`."""
+        """weight: Of this worker's losses, see `position.Shards`."""
         self.weight = weight
         self.steps: list[int] = []
         self._clear()
@@ -55,7 +55,7 @@ class Window:
         self.count += 1
 
     def check_finite(self, accelerator: Accelerator) -> None:
-        """Raise, on every rank alike, if a loss or gradient norm of the window is NaN or infinite."""
+        """Raise, on every rank alike, if a loss or gradient norm since then is NaN or infinite."""
         if not self.losses:
             return
         values = torch.stack(
@@ -72,7 +72,7 @@ class Window:
             )
 
     def close(self, accelerator: Accelerator, global_batch_size: int) -> dict[str, float]:
-        """The window's averages over steps and ranks (times: the slowest rank), ready to be logged."""
+        """Averages over steps and ranks (times: the slowest rank), ready to be logged."""
         self.check_finite(accelerator)
         keys = sorted(set().union(*self.outputs)) if self.outputs else []
         means = [torch.stack(self.losses).mean().item(), torch.stack(self.norms).float().mean().item()]
