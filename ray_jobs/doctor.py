@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     if measuring and not found.faults:
         try:
             now("measuring")
-            preflight.check(recipe)
+            recipe = preflight.check(recipe)
             found.facts["costs"] = costs.measure(asked, recipe, steps, cost_per_hour, now)
             say(*_costs(found.facts["costs"]))
         except (InputError, RunError) as error:

@@ -47,9 +47,7 @@ def main(argv: list[str]) -> int:
         from ray_jobs.cli.resolve import resolve
 
     doing("looking over the recipe and the data set")
-    recipe = resolve(argv)
-    recipe.unneeded = not_needed
-    preflight.check(recipe)
+    recipe = preflight.check(resolve(argv).knowing(unneeded=not_needed))
     display = Display()
     for notice in recipe.notices:
         display.say(notice)

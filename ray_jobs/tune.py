@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     doing("looking over the spaces and the data set")
     typed, options, resume, notices = read_command(argv)
     plan = make_plan(typed, options, read_spaces(typed, notices), resume, notices, print)
-    plan.recipe.unneeded = not_needed
+    plan.recipe = plan.recipe.knowing(unneeded=not_needed)
     for notice in plan.notices:
         print(notice)
     connect.start(plan.recipe.options.ray.address).result()

@@ -173,7 +173,7 @@ def train_in_process(flags: list[str]) -> tuple[dict, list[dict]]:
     from ray_jobs.training import loop
 
     recipe = resolve(flags)
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     events: list[dict] = []
     return loop.train(recipe, device=DEVICE, report=events.append), events
 

@@ -425,12 +425,12 @@ def test_held_out_episodes_are_counted(pictures, tmp_path):
     column = pa.array([[task] for task in tasks], table.schema.field("tasks").type)
     pq.write_table(table.set_column(table.column_names.index("tasks"), "tasks", column), path)
     recipe = resolve(tiny_act(root, tmp_path / "run", "--dataset.eval_split=0.1"))
-    preflight.check(recipe)
-    assert recipe.held_out == [1, 3, 5, 7, 9]
+    recipe = preflight.check(recipe)
+    assert recipe.context.held_out == (1, 3, 5, 7, 9)
     (warned,) = [line for line in recipe.notices if "eval_split" in line]
     assert "holds out 5 of 10 episodes" in warned and "5 task(s)" in warned
     quiet = resolve(tiny_act(root, tmp_path / "run", "--dataset.eval_split=0.5"))
-    preflight.check(quiet)
+    quiet = preflight.check(quiet)
     assert not [line for line in quiet.notices if "eval_split" in line]
 
 
@@ -452,11 +452,11 @@ def test_a_batch_that_no_memory_holds(pictures, tmp_path, monkeypatch):
     assert 0.99 * 10**7 < int(less[1]) * int(less[2]) <= 10**7  # as many samples, all but a few
     check(*flags, *less[0].split())
     recipe = resolve(flags)
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     from ray_jobs.training import setup
 
-    monkeypatch.setattr(setup, "main_memory", lambda: int(recipe.memory.total / 1.5))
-    monkeypatch.setattr(memory, "main_memory", lambda: int(recipe.memory.total / 1.5))
+    monkeypatch.setattr(setup, "main_memory", lambda: int(recipe.context.memory.total / 1.5))
+    monkeypatch.setattr(memory, "main_memory", lambda: int(recipe.context.memory.total / 1.5))
     _, events = train_in_process(flags)
     assert any("GB of main memory" in getattr(event, "text", "") for event in events)
 

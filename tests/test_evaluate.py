@@ -51,7 +51,7 @@ def evaluated(target: Path, *flags: str) -> dict:
 
 def trained(flags: list[str]) -> None:
     recipe = resolve(flags)
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     save_options(recipe)  # as Ray's workers do
     loop.train(recipe, device="cpu")
 

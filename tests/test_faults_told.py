@@ -29,12 +29,12 @@ from ray_jobs.cli.resolve import resolve
 from ray_jobs.cli.terminal import Display
 from ray_jobs.cluster import channel as line_module
 from ray_jobs.cluster import driver, faults
+from ray_jobs.cluster.driver import waiting_for
 from ray_jobs.cluster.faults import in_plain_words
 from ray_jobs.cluster.resources import Resources
 from ray_jobs.config.errors import InputError, RunError, StorageLost
 from ray_jobs.config.events import Fault, Notice, Start, Step
 from ray_jobs.storage import retry
-from ray_jobs.cluster.driver import waiting_for
 from ray_jobs.training import checkpoint, loop
 
 
@@ -179,7 +179,7 @@ def test_out_of_gpu_memory(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ACTPolicy, "forward", exhausted)
     recipe = resolve(tiny_act(parts, tmp_path / "run", "--ray.num_workers=0"))
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     with pytest.raises(RunError) as failed, in_plain_words(recipe):
         loop.train(recipe, device="cpu")
     message = str(failed.value)
@@ -238,7 +238,7 @@ def test_storage_that_fails(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     away_at.add(2)
     recipe = resolve(flags)
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     assert loop.train(recipe, device="cpu", report=events.append)["status"] == "finished"
     told = [event.text for event in events if isinstance(event, Notice)]
     assert any("checkpoint of step 2 cannot be written, trying again: OSError: [Errno 5]" in t for t in told)

@@ -81,7 +81,7 @@ def refusal(act: Callable[[], object]) -> str:
 
 def train(*flags: str) -> None:
     resolved = resolve(list(flags))
-    preflight.check(resolved)
+    resolved = preflight.check(resolved)
     loop.train(resolved, device="cpu")
 
 

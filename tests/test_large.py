@@ -225,7 +225,7 @@ def test_weights_that_turn_out_not_to_fit(base, command, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(base("pi0"), start)
     recipe = resolve(command(None, start=start))
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     weights = load_file(start / "model.safetensors")
     weights.pop(next(key for key in weights if key.endswith("action_in_proj.weight")))
     save_file(weights, start / "model.safetensors")
@@ -298,7 +298,7 @@ def test_texts_are_prepared_as_they_were(base, command, tmp_path):
     refuses them."""
     other = "--policy.tokenizer_max_length=7"
     recipe = resolve(command(None, other, "--policy.n_action_steps=4", start=base("pi05")))
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     (told,) = (line for line in recipe.notices if line.startswith("--policy.tokenizer_max_length: no effect"))
     assert "n_action_steps" not in told
     loop.train(recipe, device="cpu")
@@ -352,7 +352,7 @@ def test_every_frames_own_task_reaches_the_tokenizer(policy, parts, models, tmp_
 def test_estimate_is_what_training_holds(policy, more, command):
     """Weights, gradients and moments to the byte, against those of LeRobot's policy after a step."""
     recipe = resolve(command(policy, *more))
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     meta = LeRobotDatasetMetadata("local/parts", root=recipe.lerobot.dataset.root)
     cfg = copy.deepcopy(recipe.lerobot.policy)
     with assets.mounted(recipe.options.assets.dir, cfg, weights=True):
@@ -364,18 +364,18 @@ def test_estimate_is_what_training_holds(policy, more, command):
     held = [p.numel() * p.element_size() for p in model.parameters()]
     gradients = [p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None]
     moments = [v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if v.dim()]
-    assert recipe.memory.weights == sum(held)
-    assert recipe.memory.gradients == sum(gradients)
-    assert recipe.memory.optimizer == sum(moments)
-    assert (recipe.memory.activations or 0) > 0 or policy == "smolvla"  # not worked out for it
+    assert recipe.context.memory.weights == sum(held)
+    assert recipe.context.memory.gradients == sum(gradients)
+    assert recipe.context.memory.optimizer == sum(moments)
+    assert (recipe.context.memory.activations or 0) > 0 or policy == "smolvla"  # not worked out for it
     assert any("memory: about" in notice for notice in recipe.notices)
 
 
 def test_estimate_follows_the_flags(command):
     def weigh(*more: str) -> memory.Memory:
         recipe = resolve(command("pi0", *more))
-        preflight.check(recipe)
-        return recipe.memory
+        recipe = preflight.check(recipe)
+        return recipe.context.memory
 
     one = weigh()
     assert weigh("--batch_size=8").activations == 2 * one.activations
@@ -388,9 +388,9 @@ def test_estimate_follows_the_flags(command):
 
 def test_gpu_that_is_too_small(command, base):
     recipe = resolve(command(None, "--batch_size=8", start=base("pi0")))
-    preflight.check(recipe)
-    assert recipe.memory.warning(recipe, recipe.memory.total) is None
-    text = recipe.memory.warning(recipe, recipe.memory.total - 1)
+    recipe = preflight.check(recipe)
+    assert recipe.context.memory.warning(recipe, recipe.context.memory.total) is None
+    text = recipe.context.memory.warning(recipe, recipe.context.memory.total - 1)
     assert text.startswith("warning: this needs about") and len(text.splitlines()) == 2
     for change in (
         "--policy.dtype=bfloat16",

@@ -43,7 +43,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def train(flags: list[str], report=lambda event: None, should_stop=lambda: "") -> dict:
     recipe = resolve(flags)
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     return loop.train(recipe, device="cpu", report=report, should_stop=should_stop)
 
 

@@ -42,7 +42,7 @@ def begun(numbers, tmp_path_factory):
     def copy_of(kind: str, to: Path) -> list[str]:
         if kind not in made:
             recipe = resolve(kinds[kind])
-            preflight.check(recipe)
+            recipe = preflight.check(recipe)
             save_options(recipe)
             loop.train(recipe, device="cpu")
             made[kind] = folder / kind
@@ -99,7 +99,7 @@ def test_what_has_an_effect_is_used(begun, tmp_path):
     same = begun("act", tmp_path / "run")
     used = []
     recipe = resolve([*same, "--steps=3", "--resume=true", "--optimizer.grad_clip_norm=0.125"])
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     clip = step.clip_gradients
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "clip_gradients", lambda p, norm, a: used.append(norm) or clip(p, norm, a))
@@ -129,7 +129,7 @@ def test_the_advice_of_a_refusal(begun, tmp_path):
 def indices_read(flags: list[str]) -> list[int]:
     """Train, and tell which frames were trained on."""
     recipe = resolve(flags)
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     save_options(recipe)
     read: list[int] = []
     to_device = step.to_device
@@ -194,7 +194,7 @@ def test_what_becomes_of_the_learning_rate(begun, tmp_path):
     same = begun("diffusion", tmp_path / "run")
     ended = read_metrics(tmp_path / "run")[-1]["train/lr"]
     recipe = resolve([*same, "--steps=8", "--resume=true"])
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     (told,) = (line for line in recipe.notices if line.startswith("learning rate"))
     loop.train(recipe, device="cpu")
     first, last = (read_metrics(tmp_path / "run")[n]["train/lr"] for n in (4, -1))
@@ -208,7 +208,7 @@ def test_what_becomes_of_the_learning_rate(begun, tmp_path):
 def test_nothing_is_said_of_a_rate_that_stays(begun, tmp_path):
     same = begun("act", tmp_path / "run")
     recipe = resolve([*same, "--steps=8", "--resume=true"])
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     assert not any(line.startswith("learning rate") for line in recipe.notices)
 
 
@@ -219,7 +219,7 @@ def test_a_schedule_that_is_over(numbers, tmp_path):
     flags = tiny_act(numbers, tmp_path / "run", *schedule, "--use_policy_training_preset=false")
     train_in_process([*flags, "--steps=4"])
     recipe = resolve([*flags, "--steps=6", "--resume=true"])
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     assert any(
         "0.0001 where the checkpoint left off, and no more than that" in line for line in recipe.notices
     )

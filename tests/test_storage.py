@@ -115,7 +115,7 @@ def s3(server, monkeypatch, tmp_path):
 def train(flags: list[str], stop_after: int | None = None) -> tuple[dict, list[dict]]:
     """A run in this process, as `--ray.num_workers=0` has it."""
     recipe = resolve(flags)
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     events: list[dict] = []
     stop = lambda: INTERRUPTED if stop_after and events[-1].get("step") == stop_after else GO_ON  # noqa: E731
     return worker.run_loop(recipe, main=True, device="cpu", report=events.append, should_stop=stop), events

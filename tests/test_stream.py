@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from ray_jobs import train
 from ray_jobs.checks import preflight
-from ray_jobs.checks.dataset import choose_episodes, open_dataset
+from ray_jobs.checks.dataset import open_dataset, with_episodes
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cluster import connect as our_cluster
 from ray_jobs.cluster import stream_reader
@@ -80,7 +80,7 @@ sys.stdin.read()
 
 def checked(flags: list[str]) -> Recipe:
     recipe = resolve(flags)
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     return recipe
 
 
@@ -106,7 +106,7 @@ def root(request, tmp_path) -> Path:
 def test_an_epoch_holds_lerobots_samples(policy, root, tmp_path, cluster):
     """Every frame once (Diffusion leaves out the last ones of an episode), bit for bit as `LeRobotDataset` gives it."""
     recipe = resolve(policy(root, tmp_path / "run", STREAM, "--data.eval_episodes=[3]"))
-    choose_episodes(
+    recipe = with_episodes(
         recipe, open_dataset(recipe.lerobot.dataset)
     )  # all but this would refuse such small images
     (epoch,) = epochs(recipe)

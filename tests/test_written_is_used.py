@@ -55,7 +55,7 @@ class Used:
     def __init__(self, flags: list[str]):
         self.batches, self.clipped = [], []
         recipe = resolve(flags)
-        preflight.check(recipe)
+        recipe = preflight.check(recipe)
         save_options(recipe)
         with pytest.MonkeyPatch.context() as patch:
             self._watch(
@@ -204,7 +204,7 @@ IDLE = {
 def test_what_has_no_effect_is_told(pictures, tmp_path, flags):
     """All of the flags that have none, with the reason, and no other."""
     recipe = resolve([*tiny_act(pictures, tmp_path / "run"), *flags.split()])
-    preflight.check(recipe)
+    recipe = preflight.check(recipe)
     (told,) = (line for line in recipe.notices if ": no effect" in line)
     assert IDLE[flags] in told
     idle = [w.partition("=")[0] for w in flags.split() if w.split(".")[0].split("=")[0] in told]

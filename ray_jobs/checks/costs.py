@@ -39,6 +39,7 @@ def measure(
         cost_per_hour: Of this machine, in any currency.
         doing: Told of what is measured next.
     """
+    recipe = recipe.copy()
     dataset = asked.open()
     lengths = dataset.meta.episodes["length"]
     episode = int(np.argsort(lengths)[len(lengths) // 2])  # of median length

@@ -1,7 +1,7 @@
 """Checks of the data set, before anything expensive is scheduled: is it there, whole, and in today's format?"""
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lerobot.configs.default import DatasetConfig
@@ -83,9 +83,9 @@ def open_dataset(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
     return meta
 
 
-def check_statistics(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+def check_statistics(recipe: Recipe, meta: LeRobotDatasetMetadata) -> list[str]:
     """See that meta/stats.json has what LeRobot will not do without, of what the policy reads. A feature without any
-    statistics it trains on as it is, and so it is here, with a notice."""
+    statistics it trains on as it is, and so it is here: that is the notice, if there is one."""
     dataset, policy, stats = recipe.lerobot.dataset, recipe.lerobot.policy, meta.stats or {}
     file = f"{where_it_is(dataset)[0]}: meta/stats.json"
     imagenets = [k for k in meta.camera_keys if dataset.use_imagenet_stats and k not in meta.depth_keys]
@@ -108,11 +108,12 @@ def check_statistics(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
             raise InputError(
                 f"{file} has no {' and no '.join(lacking)} of {key}, by which {policy.type} normalizes it."
             )
-    if as_they_are:
-        recipe.notices.append(
-            f"warning: {file} has no statistics of {', '.join(as_they_are)}, which the policy is given as it is, not "
-            "normalized (as in lerobot-train)."
-        )
+    if not as_they_are:
+        return []
+    return [
+        f"warning: {file} has no statistics of {', '.join(as_they_are)}, which the policy is given as it is, not "
+        "normalized (as in lerobot-train)."
+    ]
 
 
 def misnamed(meta: LeRobotDatasetMetadata) -> str | None:
@@ -191,7 +192,7 @@ def file_faults(
 def check_resize(
     size: list[int] | None, meta: LeRobotDatasetMetadata, rename_map: dict[str, str] | None = None
 ) -> None:
-    """See that the cameras can be resized; then the metadata tell of images of that size.
+    """See that the cameras can be resized.
 
     LeRobot's resize step takes every observation with "image" in its name, and nothing else.
     """
@@ -213,7 +214,6 @@ def check_resize(
     if all(size[0] > height or size[1] > width for _, height, width in cameras.values()):
         recorded = ", ".join(f"{height}x{width}" for _, height, width in set(cameras.values()))
         raise InputError(f"{flag}: larger than the recorded images ({recorded}).")
-    set_frame_size(meta, size)
 
 
 def check_episodes(flag: str, episodes: list[int], total: int) -> None:
@@ -222,8 +222,13 @@ def check_episodes(flag: str, episodes: list[int], total: int) -> None:
         mistakes += wrong_episodes(flag, episodes, total)
 
 
-def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
-    """Work out the training episodes and see that some are left."""
+def with_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> Recipe:
+    """The recipe with its training and its held-out episodes.
+
+    Raises:
+        InputError: There are no such episodes, or none is left to train on.
+    """
+    recipe = recipe.copy()
     dataset, held_out = recipe.lerobot.dataset, recipe.options.data.eval_episodes
     everything = list(range(meta.total_episodes))
     for name, episodes in (("dataset.episodes", dataset.episodes), ("data.eval_episodes", held_out)):
@@ -231,7 +236,7 @@ def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
             check_episodes(name, episodes, meta.total_episodes)
     chosen = dataset.episodes if dataset.episodes is not None else everything
     if held_out is not None:
-        recipe.held_out = held_out
+        recipe = recipe.knowing(held_out=tuple(held_out))
         dataset.episodes = [episode for episode in chosen if episode not in set(held_out)]
         if not dataset.episodes:
             raise InputError(
@@ -239,18 +244,19 @@ def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
             )
         if recipe.eval_steps == 0:
             save_freq = recipe.lerobot.save_freq
-            recipe.eval_steps = save_freq if save_freq > 0 else recipe.lerobot.steps
+            recipe = replace(recipe, eval_steps=save_freq if save_freq > 0 else recipe.lerobot.steps)
         training = dataset.episodes
     elif dataset.eval_split:
-        training, recipe.held_out = split_episodes(recipe.lerobot, meta, None)
-        share, count = dataset.eval_split, len(recipe.held_out)
+        training, held_out = split_episodes(recipe.lerobot, meta, None)
+        recipe = recipe.knowing(held_out=tuple(held_out))
+        share, count = dataset.eval_split, len(held_out)
         if not training:
             raise InputError(
                 f"--dataset.eval_split={share} leaves no training episode: LeRobot rounds up per task, of which there "
                 f"are {_tasks(meta, chosen)} in {len(chosen)} episode(s). A smaller share, or --data.eval_episodes."
             )
         if count > 1.5 * share * len(chosen):
-            recipe.notices.append(
+            recipe = recipe.noting(
                 f"warning: --dataset.eval_split={share} holds out {count} of {len(chosen)} episodes, since LeRobot rounds "
                 f"up for each of {_tasks(meta, chosen)} task(s); --data.eval_episodes='[...]' names fewer."
             )
@@ -262,6 +268,7 @@ def choose_episodes(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
         raise InputError(
             f"--policy.drop_n_last_frames={drop}: no training episode is longer, none would be left."
         )
+    return recipe
 
 
 def _tasks(meta: LeRobotDatasetMetadata, episodes: list[int]) -> int:

@@ -21,12 +21,12 @@ from ray_jobs.checks.columns import check_tables, tasks_unread
 from ray_jobs.checks.dataset import (
     DatasetOptions,
     check_episodes,
-    choose_episodes,
     file_faults,
     misnamed,
     open_dataset,
     unfit,
     where_it_is,
+    with_episodes,
 )
 from ray_jobs.checks.dataset_files import fault_of, metadata_faults
 from ray_jobs.checks.preflight import check_features
@@ -117,8 +117,7 @@ def _features(meta: LeRobotDatasetMetadata, recipe: Recipe, named: bool, found: 
         return
     if named:
         try:  # as before a training
-            choose_episodes(recipe, meta)
-            check_features(recipe, own_metadata(meta))
+            check_features(with_episodes(recipe, meta), own_metadata(meta))
         except InputError as error:
             found.faults.append(str(error))
         return

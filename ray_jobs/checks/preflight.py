@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -32,18 +33,19 @@ from ray_jobs.checks.dataset import (
     check_files,
     check_resize,
     check_statistics,
-    choose_episodes,
     misnamed,
     named,
     open_dataset,
     unfit,
     where_it_is,
+    with_episodes,
 )
 from ray_jobs.checks.policy import check_rewards, check_type
 from ray_jobs.config.errors import InputError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset_cache import once, own_metadata
+from ray_jobs.data.frames import set_frame_size
 from ray_jobs.policies import assets
 from ray_jobs.policies.build import outline, with_features
 from ray_jobs.policies.facts import facts_of
@@ -61,8 +63,12 @@ from ray_jobs.training.validation import check_scored, chunk_length, units
 NAMED_TENSORS = 20  # of those that do not fit
 
 
-def check(recipe: Recipe) -> None:
-    """Look over a resolved recipe; completes it with the training episodes and the W&B run id.
+def check(recipe: Recipe) -> Recipe:
+    """Look over a resolved recipe, which stays as it is.
+
+    Returns:
+        A copy that is complete: with its episodes, its memory, notices, the run's id for W&B, and what its policy's own
+        adapters and the size of its images make of its config.
 
     Raises:
         InputError: The data set, the policy, the output folder or the checkpoint to resume will not do.
@@ -70,64 +76,70 @@ def check(recipe: Recipe) -> None:
     stream.check_flags(recipe)
     dataset, held_out = recipe.lerobot.dataset, recipe.options.data.eval_episodes
     meta = own_metadata(once(dataset, "metadata", lambda: open_dataset(dataset)))
-    choose_episodes(recipe, meta)
+    recipe = with_episodes(recipe, meta)
+    dataset = recipe.lerobot.dataset
     chosen = f"files of episodes {dataset.episodes} and {held_out}"
     once(dataset, chosen, lambda: check_files(dataset, meta, held_out))
-    stream.check_data(recipe, meta)
-    features, network = check_policy(recipe, meta)
-    _simulator(recipe, features)
+    notices = stream.check_data(recipe, meta)
+    features, network, more = check_policy(recipe, meta)
+    notices += more + _simulator(recipe, features)
     _backbone(recipe.lerobot.policy, features, recipe.options.assets.dir)
     _weights(recipe, network)
     network = _adapters(recipe, network)
     if network is not None:
-        recipe.memory = estimate(network, recipe, features)
-        recipe.notices.append(f"memory: {recipe.memory}")
+        memory = estimate(network, recipe, features)
+        recipe = recipe.knowing(memory=memory)
+        notices.append(f"memory: {memory}")
         here = recipe.options.ray.num_workers == 0 or recipe.options.ray.address == "local"
         if here and recipe.lerobot.policy.device == "cpu":
             workers = max(1, recipe.options.ray.num_workers)
-            if text := recipe.memory.without_hope(recipe, workers):
+            if text := memory.without_hope(recipe, workers):
                 raise InputError(text)
-    resume.check(recipe)
-    recipe.notices += idle.notices(recipe, meta)
+    notices += resume.check(recipe) + idle.notices(recipe, meta)
     _output_dir(recipe, network)
     check_wandb(recipe.lerobot.wandb)
+    if recipe.lerobot.wandb.enable and recipe.lerobot.wandb.run_id is None:
+        recipe.lerobot.wandb.run_id = uuid.uuid4().hex[:8]
+    return recipe.noting(*notices)
 
 
 def check_policy(
     recipe: Recipe, meta: LeRobotDatasetMetadata
-) -> tuple[dict[str, PolicyFeature], torch.nn.Module | None]:
-    """The part of `check` that depends on the policy's flags alone; a search asks it of many configurations.
+) -> tuple[dict[str, PolicyFeature], torch.nn.Module | None, list[str]]:
+    """The part of `check` that depends on the policy's flags alone; a search asks it of many configurations. Lets the
+    config, and the metadata, tell of the size that images are resized to.
 
     Returns:
-        The data set's features under the policy's names, and its network without memory if that can be had.
+        The data set's features under the policy's names, its network without memory if that can be had, and notices.
     """
     check_type(recipe.lerobot.policy)
     check_rewards(recipe.lerobot.policy, meta, where_it_is(recipe.lerobot.dataset)[0])
     _lengths(recipe.lerobot.policy)
-    _resize(recipe, meta)
+    _agree_on_size(recipe, meta)
     _validation(recipe)
-    features = check_features(recipe, meta)
+    features, notices = check_features(recipe, meta)
     if recipe.eval_steps:
         units(meta)
     network = _network(recipe, features)
     _optimizer(recipe)
-    return features, network
+    return features, network, notices
 
 
-def _resize(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
+def _agree_on_size(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
     """Let data set and policy agree on the size of images."""
     size, policy = recipe.options.data.resize, recipe.lerobot.policy
     check_resize(size, meta, recipe.lerobot.rename_map)
+    set_frame_size(meta, size)
     for key, feature in (policy.input_features or {}).items() if size else ():
         if feature.type is FeatureType.VISUAL:
             policy.input_features[key] = PolicyFeature(feature.type, (feature.shape[0], *size))
 
 
-def _simulator(recipe: Recipe, features: dict[str, PolicyFeature]) -> None:
-    """See that the environment that the policy is to act in while it is trained can be made, and fits it."""
+def _simulator(recipe: Recipe, features: dict[str, PolicyFeature]) -> list[str]:
+    """See that the environment that the policy is to act in while it is trained can be made, and fits it; returns notices."""
     cfg = recipe.lerobot
     if cfg.env is None or cfg.env_eval_freq <= 0:
-        return
+        return []
     if recipe.options.ray.parallelism == "fsdp":
         raise InputError(
             f"--env.type={cfg.env.type}: with --ray.parallelism=fsdp no worker holds a whole policy to act with; "
@@ -138,7 +150,7 @@ def _simulator(recipe: Recipe, features: dict[str, PolicyFeature]) -> None:
     policy = with_features(cfg.policy, features)
     what = f"environment {draccus.encode(options)} for {policy.input_features}"
     found = once(cfg.dataset, what, lambda: check_simulator(options, policy, cfg.rename_map))
-    recipe.notices += [] if recipe.options.data.resize else found
+    return [] if recipe.options.data.resize else found
 
 
 def _validation(recipe: Recipe) -> None:
@@ -174,14 +186,16 @@ def _lengths(policy: PreTrainedConfig) -> None:
         )
 
 
-def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, PolicyFeature]:
-    """See that the data set holds what the policy takes; returns its features under the policy's names."""
+def check_features(
+    recipe: Recipe, meta: LeRobotDatasetMetadata
+) -> tuple[dict[str, PolicyFeature], list[str]]:
+    """See that the data set holds what the policy takes; returns its features under the policy's names, and notices."""
     cfg, policy, (name, _) = recipe.lerobot, recipe.lerobot.policy, where_it_is(recipe.lerobot.dataset)
     features = dataset_to_policy_features(meta.features)
     taken = policy.input_features or features
     if ACTION not in features or any(k in taken and not k.startswith(OBS_PREFIX) for k in meta.camera_keys):
         raise InputError(f"{name}: {misnamed(meta)}")
-    check_statistics(recipe, meta)
+    notices = check_statistics(recipe, meta)
     check_kinds(name, policy, meta, cfg.batch_size)
     if where_it_is(cfg.dataset)[1] is not None and not is_uri(
         cfg.dataset.root
@@ -225,7 +239,7 @@ def check_features(recipe: Recipe, meta: LeRobotDatasetMetadata) -> dict[str, Po
             raise InputError(f"{key}: the policy has shape {ours}, the data set {theirs}.")
     if reason := unfit(policy, features):
         raise InputError(f"{policy.type} cannot train on this data set: {reason}")
-    return features
+    return features, notices
 
 
 def _network(recipe: Recipe, features: dict[str, PolicyFeature]) -> torch.nn.Module | None:

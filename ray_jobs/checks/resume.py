@@ -21,16 +21,16 @@ from ray_jobs.storage.trust import read_json
 from ray_jobs.training import checkpoint
 
 
-def check(recipe: "Recipe") -> None:
-    """See that the checkpoint that a resumed run goes on from is whole and not its last; tells what becomes of the
-    learning rate.
+def check(recipe: "Recipe") -> list[str]:
+    """See that the checkpoint that a resumed run goes on from is whole and not its last; the notice tells what
+    becomes of the learning rate.
 
     Raises:
         InputError: It is not.
     """
     cfg = recipe.lerobot
     if not cfg.resume:
-        return
+        return []
     read_metrics(recipe.output_dir)  # what is damaged is told here, not by the workers
     newest = Path(checkpoint.last_checkpoint(recipe.output_dir) or cfg.checkpoint_path)
     fault = checkpoint.fault(newest, cfg.policy.type)
@@ -57,7 +57,7 @@ def check(recipe: "Recipe") -> None:
     except (OSError, LookupError, TypeError, ValueError) as error:
         schedule = newest / TRAINING_STATE_DIR / SCHEDULER_STATE
         raise InputError(f"cannot resume: {schedule} is missing or damaged ({first_line(error)}).") from None
-    recipe.notices += [text] if text else []
+    return [text] if text else []
 
 
 def _learning_rate(cfg: TrainPipelineConfig, before: TrainPipelineConfig, state: Path) -> str | None:

@@ -38,10 +38,10 @@ def check_flags(recipe: Recipe) -> None:
         )
 
 
-def check_data(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
-    """Raises InputError for data sets that Ray's reader cannot give as `LeRobotDataset` does."""
+def check_data(recipe: Recipe, meta: LeRobotDatasetMetadata) -> list[str]:
+    """Raises InputError for data sets that Ray's reader cannot give as `LeRobotDataset` does; returns notices."""
     if recipe.options.data.source != "stream":
-        return
+        return []
     name = f"{FLAG}: {recipe.lerobot.dataset.repo_id}"
     if meta.depth_keys or meta.has_language_columns:
         raise InputError(f"{name} has depth images or language columns, which Ray's reader does not give.")
@@ -62,11 +62,11 @@ def check_data(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
     samples, size = shuffle_buffer(recipe)
     episodes = samples * meta.total_episodes / meta.total_frames
     # Ray lets the buffer grow by half before it makes a new one beside it.
-    recipe.notices.append(
+    _room_for_held_out(recipe, meta)
+    return [
         f"stream: every worker shuffles among {samples} samples, about {episodes:.3g} episodes ({gigabytes(size)}, "
         "for moments two and a half times that); --data.shuffle_buffer changes it"
-    )
-    _room_for_held_out(recipe, meta)
+    ]
 
 
 def _room_for_held_out(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import get_token, try_to_load_from_cache
@@ -111,11 +112,18 @@ def resolve(argv: Sequence[str]) -> Recipe:
         # Stock LeRobot knows no list of held-out episodes and refuses eval_steps without eval_split, so the
         # saved config leaves it out and names the training episodes instead.
         cfg.eval_steps = 0
-    plugins = list(plugins_of(flags).values())
-    recipe = Recipe(cfg, options, device, eval_steps, notices, remote=remote, plugins=plugins)
-    recipe.id = asked.get("id", recipe.id)
-    recipe.command, recipe.typed = typed_now, asked.get("typed", {} if asked_resume else typed_now)
-    return recipe
+    recipe = Recipe(
+        cfg,
+        options,
+        device,
+        eval_steps,
+        tuple(notices),
+        remote=remote,
+        plugins=tuple(plugins_of(flags).values()),
+        typed=asked.get("typed", {} if asked_resume else typed_now),
+        command=typed_now,
+    )
+    return replace(recipe, id=asked["id"]) if "id" in asked else recipe
 
 
 def _place_for(remote: str, resume: bool) -> Path:

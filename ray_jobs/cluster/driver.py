@@ -154,7 +154,7 @@ def make_trainer(recipe: Recipe, each: Resources, line, max_failures: int):
     """
     options = recipe.options.ray
     if not recipe.remote:
-        recipe.mark = mark_of(recipe.output_dir)
+        recipe = recipe.knowing(mark=mark_of(recipe.output_dir))
     datasets = {}
     if recipe.options.data.source == "stream":
         from ray_jobs.cluster import stream_reader  # Ray Data, 2 s
@@ -167,7 +167,7 @@ def make_trainer(recipe: Recipe, each: Resources, line, max_failures: int):
         train_loop_config={
             "recipe": pickle.dumps(recipe),
             "line": line,
-            "unneeded": recipe.unneeded,
+            "unneeded": recipe.context.unneeded,
             "paths": environment.handed_on(),
         },
         torch_config=TorchConfig(timeout_s=LONGEST_WAIT_S),

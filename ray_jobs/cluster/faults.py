@@ -201,7 +201,7 @@ def _for_good(error: Exception, recipe: "Recipe") -> RunError | None:
         )
     gpu = isinstance(error, torch.OutOfMemoryError)
     if gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
-        memory = recipe.memory
+        memory = recipe.context.memory
         need = f" The estimate was {memory}." if memory else ""
         less = memory.savings(recipe) if memory else "a smaller --batch_size"
         return RunError(

@@ -36,7 +36,9 @@ def work(config: dict) -> None:
     recipe = pickle.loads(config["recipe"])
     context = ray.train.get_context()
     try:
-        check_node(recipe.lerobot.dataset.root, None if recipe.remote else recipe.output_dir, recipe.mark)
+        check_node(
+            recipe.lerobot.dataset.root, None if recipe.remote else recipe.output_dir, recipe.context.mark
+        )
     except RunError as error:
         ray.get(line.fail.remote(error))
         raise
@@ -104,7 +106,7 @@ def run_loop(recipe: Recipe, *, main: bool, **how) -> dict:
                 fetch, recipe.remote, tell, doing="read", passing=storage_may_return, stop=how["should_stop"]
             )
         if main:
-            run.enter_context(lock(recipe.output_dir, run=recipe.run))
+            run.enter_context(lock(recipe.output_dir, run=recipe.context.run))
             save_options(recipe)
             if recipe.remote:
                 how["report"] = run.enter_context(_copied(recipe, how["report"], tell, how["should_stop"]))
@@ -120,7 +122,7 @@ def _copied(
     should_stop: Callable[[], str],
 ) -> Iterator[Callable[[Event], None]]:
     """Keep a copy of the run in its bucket; yields what to report to instead."""
-    with mirrored(recipe.remote, recipe.output_dir, tell, recipe.run, stop=should_stop) as mirror:
+    with mirrored(recipe.remote, recipe.output_dir, tell, recipe.context.run, stop=should_stop) as mirror:
 
         def report_and_send(event: Event) -> None:
             report(event)

@@ -101,9 +101,9 @@ def open_all_frames(
     """Where the camera images of the training and of the held-out data set come from (see `open_frames`); None for one
     that LeRobot reads, or that is streamed."""
     cfg, options = recipe.lerobot, recipe.options
-    samples = cfg.steps * cfg.batch_size * ranks * options.ray.grad_accumulation * recipe.trainings
+    samples = cfg.steps * cfg.batch_size * ranks * options.ray.grad_accumulation * recipe.context.trainings
     validations = math.ceil(cfg.steps / recipe.eval_steps) if recipe.eval_steps else 0
-    reads = samples, validations * (cfg.max_eval_samples or 10**9) * recipe.trainings
+    reads = samples, validations * (cfg.max_eval_samples or 10**9) * recipe.context.trainings
 
     def say(text: str) -> None:
         report(Notice(text))

@@ -5,7 +5,7 @@ import io
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import draccus
@@ -18,7 +18,7 @@ from lerobot.policies import make_policy
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 
 from ray_jobs.checks import preflight
-from ray_jobs.checks.dataset import check_episodes, check_files, check_resize, choose_episodes, open_dataset
+from ray_jobs.checks.dataset import check_episodes, check_files, check_resize, open_dataset, with_episodes
 from ray_jobs.cli.command_line import asked_device, parse_options, split_flags
 from ray_jobs.cli.flags import as_arguments
 from ray_jobs.cli.parse_errors import parse
@@ -29,6 +29,7 @@ from ray_jobs.data import quantiles
 from ray_jobs.data.dataset import make_datasets
 from ray_jobs.data.dataset_cache import once, own_metadata
 from ray_jobs.data.frame_cache import open_frames
+from ray_jobs.data.frames import set_frame_size
 from ray_jobs.data.reader import FrameReader
 from ray_jobs.evaluation.pictures import Replay, joint_names, replay
 from ray_jobs.policies import assets, kernels
@@ -180,12 +181,12 @@ def score(
         options.data.eval_episodes = list(range(meta.total_episodes))
     held_out = options.data.eval_episodes
     if held_out is not None:
-        recipe.eval_steps = 1
+        recipe = replace(recipe, eval_steps=1)
         known = dataset_cfg.episodes if dataset_cfg.episodes is not None else range(meta.total_episodes)
         dataset_cfg.episodes = None
         check_episodes("data.eval_episodes", held_out, meta.total_episodes)
         if len(held_out) < meta.total_episodes:
-            choose_episodes(recipe, meta)
+            with_episodes(recipe, meta)  # raises
         if not _of_other_data(trained) and (seen := sorted(set(held_out) & set(known))):
             say(
                 f"{trained.name}: it was trained on episodes {seen}; how well it does elsewhere, they do not tell."
@@ -193,6 +194,7 @@ def score(
         dataset_cfg.episodes = held_out[:1]  # the training episodes are of no interest here
     check_files(dataset_cfg, meta, held_out)
     check_resize(options.data.resize, meta, cfg.rename_map)
+    set_frame_size(meta, options.data.resize)
     preflight.check_features(recipe, meta)
 
     _, eval_dataset = make_datasets(cfg, held_out, options.data.resize)

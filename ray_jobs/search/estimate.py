@@ -31,7 +31,7 @@ def intro(plan: Plan, slot: Slot) -> str:
     held_out = (
         f"episodes {held_out}"
         if held_out
-        else f"{len(plan.recipe.held_out)} episode(s), the last of each task,"
+        else f"{len(plan.recipe.context.held_out)} episode(s), the last of each task,"
     )
     each = slot.each if tune.workers_per_trial == 1 else f"{tune.workers_per_trial} workers with {slot.each}"
     return (
@@ -111,7 +111,7 @@ def estimate(plan: Plan, slot: Slot) -> Estimate:
         begin = time.monotonic()
         with if_helper_dies("a process that timed a few steps", "No search was begun."):
             timed = ray.get(
-                [run.remote(words, tune.num_samples, plan.recipe.unneeded) for _ in range(copies)]
+                [run.remote(words, tune.num_samples, plan.recipe.context.unneeded) for _ in range(copies)]
             )
         costs += timed
         starts.append(time.monotonic() - begin - statistics.mean(cost.inside_s for cost in timed))

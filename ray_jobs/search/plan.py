@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ray_jobs.checks import preflight
-from ray_jobs.checks.dataset import open_dataset
+from ray_jobs.checks.dataset import open_dataset, with_episodes
 from ray_jobs.checks.output_dir import check_output_dir
 from ray_jobs.cli.command_line import asks_to_resume, listed, read_flags
 from ray_jobs.cli.resolve import resolve
@@ -225,8 +225,7 @@ def make_plan(
             if s.violated(config) is None:
                 try:
                     built = resolve(arguments(config))
-                    preflight.choose_episodes(built, meta)
-                    preflight.check_policy(built, meta)
+                    preflight.check_policy(with_episodes(built, meta), meta)
                 except InputError as error:
                     wrong.setdefault(str(error), _in_file(s, blamed, config, error))
                     continue
@@ -320,8 +319,7 @@ def _checked(arguments: list[str], output_dir: Path) -> Recipe:
     """A recipe, checked as one that writes into the search's folder. `resolve` gets another: it refuses one that is there."""
     recipe = resolve(arguments)
     recipe.lerobot.output_dir = output_dir
-    preflight.check(recipe)
-    return recipe
+    return preflight.check(recipe)
 
 
 def _blame_the_user(error: InputError, without_space: list[str], output_dir: Path) -> None:

@@ -149,7 +149,7 @@ def _search(
             metrics=options.metrics,
             each=slot.each,
             trials=options.num_samples,
-            unneeded=plan.recipe.unneeded,
+            unneeded=plan.recipe.context.unneeded,
             paths=environment.handed_on(),
             line=line,
         ),

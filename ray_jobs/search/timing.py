@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lerobot.datasets import LeRobotDataset
@@ -56,8 +56,7 @@ def time_a_slot(words: list[str], trials: int) -> Costs:
     """
     with tempfile.TemporaryDirectory(prefix="ray_jobs_timing_") as folder:
         recipe = resolve([*words, f"--output_dir={Path(folder) / 'first'}"])
-        preflight.check(recipe)
-        recipe.trainings = trials
+        recipe = preflight.check(recipe).knowing(trainings=trials)
         begin = time.monotonic()
         decode_s, timed = _on_a_few_episodes(recipe, Path(folder) / "frames")
         decoding = time.monotonic() - begin
@@ -66,7 +65,7 @@ def time_a_slot(words: list[str], trials: int) -> Costs:
         # As a trial does that finds the process warm.
         begin = time.monotonic()
         again = resolve([*words, f"--output_dir={Path(folder) / 'second'}"])
-        preflight.check(again)
+        again = preflight.check(again)
         checks = time.monotonic() - begin
         for name in ("dataset", "tolerance_s"):
             setattr(again.lerobot, name, getattr(recipe.lerobot, name))
@@ -95,8 +94,8 @@ def _on_a_few_episodes(recipe: Recipe, folder: Path) -> tuple[float, Callable[[d
     cfg, data = recipe.lerobot, recipe.options.data
     validations = cfg.steps // recipe.eval_steps if recipe.eval_steps else 0
     read = (
-        cfg.steps * cfg.batch_size * recipe.trainings,
-        validations * (cfg.max_eval_samples or 10**9) * recipe.trainings,
+        cfg.steps * cfg.batch_size * recipe.context.trainings,
+        validations * (cfg.max_eval_samples or 10**9) * recipe.context.trainings,
     )
     whole = [of_set for of_set in make_datasets(cfg, data.eval_episodes, data.resize) if of_set is not None]
     decode_s, chosen, keeps = 0.0, data.cache, Path(data.cache)
@@ -142,7 +141,8 @@ def _longest(of_set: LeRobotDataset, frames: int | None) -> list[int]:
 
 def _train(recipe: Recipe, steps: int, timed: Callable[[dict], float]) -> dict:
     """Train as a slot does; how long it took, and what of it were steps and validations."""
-    recipe.lerobot.steps = recipe.eval_steps = recipe.lerobot.save_freq = steps
+    recipe = replace(recipe.copy(), eval_steps=steps)
+    recipe.lerobot.steps = recipe.lerobot.save_freq = steps
     recipe.lerobot.log_freq, recipe.lerobot.wandb.enable = 1, False
     recipe.options.ray.num_workers = 1
     told: list[tuple[float, Event]] = []

@@ -137,8 +137,9 @@ def run_trial(
             return tell_tune({**_ended(folder), **best_values(folder, metrics)})
         if reason := ray.get(line.why_stopped.remote(config["trial"])):  # by what it has just told, say
             return tell_tune({"status": reason, **best_values(folder, metrics)})
-        recipe.trainings, recipe.gpu_share, recipe.unneeded = trials, min(1.0, each.gpus), unneeded
-        recipe.run = place  # not of another run: who may search there is decided by the search's own lock
+        found = {"trainings": trials, "gpu_share": min(1.0, each.gpus), "unneeded": unneeded}
+        # Not of another run: who may search there is decided by the search's own lock.
+        recipe = recipe.knowing(**found, run=place)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         should_stop = lambda: PRUNED if pruned else asked_to_stop()  # noqa: E731
         if recipe.options.ray.num_workers > 1:
@@ -189,9 +190,7 @@ def _prepare(base: list[str], config: dict, search: str, folder: Path) -> Recipe
         shutil.rmtree(folder)
     if _ended(folder):
         return None
-    recipe = resolve(trial_flags(base, config, search, begun))
-    preflight.check(recipe)
-    return recipe
+    return preflight.check(resolve(trial_flags(base, config, search, begun)))
 
 
 def _ended(folder: Path) -> dict | None:

@@ -75,7 +75,7 @@ class _Training:
         if setup.accelerator.is_main_process:
             checkpoint.sweep(recipe.output_dir)
             used = {"eval_steps": recipe.eval_steps, **draccus.encode(options)}
-            self.tracker = Tracker(recipe.lerobot, used, self.step, started, self.tell, should_stop)
+            self.tracker = Tracker(setup.written, used, self.step, started, self.tell, should_stop)
             lost = {"lost_steps": self.tracker.lost_steps, "restarts": self.tracker.restarts}
         self.facts = setup.facts | lost
         self.meter = Meter(setup.shards.weight)
@@ -182,7 +182,7 @@ class _Training:
             write = partial(
                 checkpoint.save,
                 step,
-                cfg=recipe.lerobot,
+                cfg=setup.written,
                 policy=setup.model,
                 weights=weights,
                 averaged=None if setup.average is None else setup.averaged,

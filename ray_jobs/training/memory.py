@@ -106,7 +106,7 @@ class Memory:
             and not whole
             and self.total - (self.activations or 0) > self.total // 2
         ):
-            workers = "--tune.workers_per_trial" if recipe.trainings > 1 else "--ray.num_workers"
+            workers = "--tune.workers_per_trial" if recipe.context.trainings > 1 else "--ray.num_workers"
             more = "" if options.num_workers > 1 else f" {workers}=2"
             changes.append(f"--ray.parallelism=fsdp{more}")
         # LeRobot knows where to put adapters if the policy says so.

@@ -57,7 +57,9 @@ class Setup:
 
     recipe: Recipe
     cfg: TrainPipelineConfig
-    """What this process trains by; `recipe.lerobot` stays what train_config.json will say."""
+    """What this process trains by."""
+    written: TrainPipelineConfig
+    """What train_config.json says: what was used, in terms that hold elsewhere."""
     accelerator: Accelerator
     shards: Shards
     dataset: LeRobotDataset | StreamedDataset
@@ -137,9 +139,10 @@ def set_up(
         report(Notice(text))
 
     options = recipe.options
-    cfg = copy.deepcopy(recipe.lerobot)  # `recipe.lerobot` stays what train_config.json will say
     # The type alone: an index in a checkpoint's config is not understood everywhere.
-    cfg.policy.device = recipe.lerobot.policy.device = torch.device(device).type
+    written = copy.deepcopy(recipe.lerobot)
+    written.policy.device = torch.device(device).type
+    cfg = copy.deepcopy(written)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     accelerator = parallel.make_accelerator(cfg, options.ray)
@@ -174,11 +177,11 @@ def set_up(
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
     frames, eval_frames = open_all_frames(recipe, dataset, eval_dataset, shards.count, report)
     if isinstance(frames, FrameCache) and dataset.meta.video_keys:
-        recipe.lerobot.dataset.video_backend = "pyav"  # which has decoded them, whatever was asked for
+        written.dataset.video_backend = "pyav"  # which has decoded them, whatever was asked for
     quantiles.complete(cfg.policy, dataset.meta)
-    memory, room = recipe.memory, 0.0
+    memory, room = recipe.context.memory, 0.0
     if memory and accelerator.device.type == "cuda":
-        room = recipe.gpu_share * torch.cuda.get_device_properties(accelerator.device).total_memory
+        room = recipe.context.gpu_share * torch.cuda.get_device_properties(accelerator.device).total_memory
         if text := memory.warning(recipe, room):
             tell(text)
     elif memory and accelerator.device.type == "cpu":
@@ -221,7 +224,7 @@ def set_up(
     # processors were saved.
     for name in ("input_features", "output_features", "use_peft", *OF_TEXTS):
         if hasattr(cfg.policy, name):
-            setattr(recipe.lerobot.policy, name, getattr(cfg.policy, name))
+            setattr(written.policy, name, getattr(cfg.policy, name))
 
     samples = samples_of(cfg, dataset) if stream is None else dataset.num_samples
     each_time, begin = (samples, cfg.batch_size, shards.count), START
@@ -243,6 +246,7 @@ def set_up(
     return Setup(
         recipe=recipe,
         cfg=cfg,
+        written=written,
         accelerator=accelerator,
         shards=shards,
         dataset=dataset,

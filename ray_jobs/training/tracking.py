@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import time
-import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,7 @@ def read_progress(output_dir: Path) -> tuple[int | None, int, int, float]:
 
 
 def check_wandb(wandb_cfg: WandBConfig) -> None:
-    """See that W&B can be reached as asked, and give a run that is to be tracked its id.
+    """See that W&B can be reached as asked.
 
     Raises:
         InputError: The mode is none, or there is no login for it.
@@ -61,8 +60,6 @@ def check_wandb(wandb_cfg: WandBConfig) -> None:
             "--wandb.enable=true: there is no W&B login here. Run `wandb login`, set WANDB_API_KEY, "
             "or add --wandb.mode=offline."
         )
-    if wandb_cfg.run_id is None:
-        wandb_cfg.run_id = uuid.uuid4().hex[:8]
 
 
 def _wandb_login() -> bool:
