@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cli.terminal import Display
-from ray_jobs.cluster import channel as line_module
+from ray_jobs.cluster import channel as channel_module
 from ray_jobs.cluster import driver, faults
 from ray_jobs.cluster.driver import waiting_for
 from ray_jobs.cluster.faults import in_plain_words
@@ -69,10 +69,10 @@ def test_what_a_loss_has_done_is_no_exception_of_the_training(error):
 
 
 def test_an_exception_may_come_once_at_every_step():
-    line = line_module.Line()
+    channel = channel_module.Channel()
 
     def came(*error) -> bool:
-        return asyncio.run(line.came_before(0, error))
+        return asyncio.run(channel.came_before(0, error))
 
     assert not came(3, "KeyError: 'a'") and not came(4, "KeyError: 'a'") and not came(4, "KeyError: 'b'")
     assert came(4, "KeyError: 'b'")

@@ -10,7 +10,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cluster import resources
-from ray_jobs.cluster.channel import open_line
+from ray_jobs.cluster.channel import open_channel
 from ray_jobs.cluster.driver import make_trainer
 from ray_jobs.config.errors import InputError
 
@@ -48,7 +48,7 @@ class Book:
 def places_of(parts, folder, runs: int, count: int, *flags: str) -> list[list[str]]:
     """Start several runs at once, as a search does; the nodes of each one's workers, by rank."""
     book = Book.remote()
-    line = open_line()
+    line = open_channel()
 
     def stay(config: dict) -> None:
         import time

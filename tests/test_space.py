@@ -130,8 +130,8 @@ def test_a_trial_whose_slot_was_dead_is_tried_again(tmp_path):
     study = optuna.create_study(sampler=make_sampler(options, 0))
     search = StudySearch(study, SearchSpace((space(tmp_path, GOOD),), {}), options, 0, 10, lambda event: None)
     forgotten: list[str] = []  # by the watchdog
-    line = SimpleNamespace(forget_beat=SimpleNamespace(remote=forgotten.append))
-    scheduler = StudyScheduler(search, line)
+    channel = SimpleNamespace(forget_heartbeat=SimpleNamespace(remote=forgotten.append))
+    scheduler = StudyScheduler(search, channel)
     first = search.suggest("0")
     for number, status in enumerate(["PENDING"] * DEATHS + ["RUNNING"]):
         assert study.trials[0].state == TrialState.RUNNING

@@ -20,20 +20,23 @@ from ray_jobs.training import checkpoint
 from ray_jobs.training import step as step_module
 
 
-def beat(rank: int, step: int | None = 7, **more) -> watchdog.Beat:
+def heartbeat(rank: int, step: int | None = 7, **more) -> watchdog.Heartbeat:
     facts = {"node_id": "n", "address": "10.0.0.3", "pid": 1, "where": "read (data.py:9)", "slow": False}
-    return watchdog.Beat(rank=rank, step=step, waits=False, **facts | more)
+    return watchdog.Heartbeat(rank=rank, step=step, waits=False, **facts | more)
 
 
 @pytest.mark.parametrize(
     ("beats", "found"),
     [
-        ({0: (beat(0), 1, 1), 1: (beat(1), 1, 1)}, None),
-        ({0: (beat(0), 1, 700), 1: (beat(1), 650, 700)}, "1 has stopped answering after step 7"),
-        ({0: (beat(0, None), 1, 700), 1: (beat(1, None), 1, 700)}, None),  # still being built
-        ({0: (beat(0, None), 700, 700)}, "0 has stopped answering before the first step"),
-        ({0: (beat(0, slow=True), 1, 700), 1: (beat(1), 1, 700)}, None),  # one validates or saves
-        ({0: (beat(0), 1, 700), 1: (beat(1, 6), 1, 700)}, "1 has not come further than step 6 for 600 s"),
+        ({0: (heartbeat(0), 1, 1), 1: (heartbeat(1), 1, 1)}, None),
+        ({0: (heartbeat(0), 1, 700), 1: (heartbeat(1), 650, 700)}, "1 has stopped answering after step 7"),
+        ({0: (heartbeat(0, None), 1, 700), 1: (heartbeat(1, None), 1, 700)}, None),  # still being built
+        ({0: (heartbeat(0, None), 700, 700)}, "0 has stopped answering before the first step"),
+        ({0: (heartbeat(0, slow=True), 1, 700), 1: (heartbeat(1), 1, 700)}, None),  # one validates or saves
+        (
+            {0: (heartbeat(0), 1, 700), 1: (heartbeat(1, 6), 1, 700)},
+            "1 has not come further than step 6 for 600 s",
+        ),
     ],
 )
 def test_who_is_waited_for(beats, found):
@@ -42,28 +45,28 @@ def test_who_is_waited_for(beats, found):
 
 
 def test_who_waits_is_not_who_is_waited_for():
-    waiting = watchdog.Beat(0, "n", "a", 1, 7, "wait (distributed.py:1)", slow=False, waits=True)
-    culprit, why = watchdog.culprit({0: (waiting, 1, 700), 1: (beat(1), 1, 700)}, 600)
+    waiting = watchdog.Heartbeat(0, "n", "a", 1, 7, "wait (distributed.py:1)", slow=False, waits=True)
+    culprit, why = watchdog.culprit({0: (waiting, 1, 700), 1: (heartbeat(1), 1, 700)}, 600)
     assert culprit.rank == 1 and "data.py:9" in why
 
 
-class Line:
+class Channel:
     """Keeps the beats that a worker's thread tells it of, without a Ray."""
 
     def __init__(self, monkeypatch):
-        self.beats: list[watchdog.Beat] = []
-        self.beat = SimpleNamespace(remote=self.beats.append)
+        self.heartbeats: list[watchdog.Heartbeat] = []
+        self.heartbeat = SimpleNamespace(remote=self.heartbeats.append)
         monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
         monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
 
 
 def test_a_worker_tells_where_it_is(monkeypatch):
     """The thread that tells sees this one: its step, and the function it is in."""
-    line = Line(monkeypatch)
-    monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
+    channel = Channel(monkeypatch)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_S", 0.05)
 
     def training() -> None:
-        hear = watchdog.beat(line, rank=3)
+        hear = watchdog.heartbeat(channel, rank=3)
         hear(Step(5))
         waits_here()
 
@@ -73,28 +76,28 @@ def test_a_worker_tells_where_it_is(monkeypatch):
     thread = threading.Thread(target=training)
     thread.start()
     thread.join()
-    told = line.beats[-1]
+    told = channel.heartbeats[-1]
     assert (told.rank, told.step, told.slow) == (3, 5, False) and "waits_here" in told.where
     time.sleep(0.2)
-    count = len(line.beats)
+    count = len(channel.heartbeats)
     time.sleep(0.2)
-    assert len(line.beats) == count, "it must end with the training"
+    assert len(channel.heartbeats) == count, "it must end with the training"
 
 
 def beats_within(monkeypatch, doing) -> list[bool]:
     """What a worker tells of `slow` while its training does something that lasts."""
-    line = Line(monkeypatch)
-    monkeypatch.setattr(watchdog, "BEAT_S", 0.02)
+    channel = Channel(monkeypatch)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_S", 0.02)
 
     def training() -> None:
-        hear = watchdog.beat(line, rank=0)
+        hear = watchdog.heartbeat(channel, rank=0)
         hear(Step(1))
         doing()
 
     thread = threading.Thread(target=training)
     thread.start()
     thread.join()
-    return [told.slow for told in line.beats if told.step == 1]
+    return [told.slow for told in channel.heartbeats if told.step == 1]
 
 
 def test_a_hang_within_a_checkpointed_forward_pass_is_no_saving(monkeypatch):
@@ -147,11 +150,11 @@ def test_who_saves_or_validates_says_so(parts, tmp_path, monkeypatch):
 
 
 def test_the_first_step_is_told_at_once(monkeypatch):
-    line = Line(monkeypatch)
-    monkeypatch.setattr(watchdog, "BEAT_S", 60)
+    channel = Channel(monkeypatch)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_S", 60)
 
     def training() -> None:
-        hear = watchdog.beat(line, rank=3)
+        hear = watchdog.heartbeat(channel, rank=3)
         time.sleep(0.2)
         for event in (Notice(""), Step(1), Notice("")):
             hear(event)
@@ -160,4 +163,4 @@ def test_the_first_step_is_told_at_once(monkeypatch):
     thread = threading.Thread(target=training)
     thread.start()
     thread.join()
-    assert [told.step for told in line.beats] == [None, 1]
+    assert [told.step for told in channel.heartbeats] == [None, 1]

@@ -4,7 +4,7 @@ import ray
 from ray.exceptions import RayError
 
 from ray_jobs.cli.terminal import doing, quiet
-from ray_jobs.cluster.channel import open_line
+from ray_jobs.cluster.channel import open_channel
 from ray_jobs.cluster.faults import if_helper_dies, why
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.events import Notice
@@ -16,19 +16,19 @@ def build_on_nodes(words: list[str]) -> None:
     Raises:
         RunError: Some have failed; a line for each.
     """
-    line = open_line()
+    channel = open_channel()
     names = {}
     for node in ray.nodes():
         if node["Alive"]:
             name, here = node["NodeManagerAddress"], {"ray.io/node-id": node["NodeID"]}
             task = ray.remote(num_cpus=0, label_selector=here)(_build_on_node)
-            names[task.remote(words, name, line)] = name
+            names[task.remote(words, name, channel)] = name
     doing("the nodes import LeRobot")
     waiting = list(names)
     with if_helper_dies("this command's helper process", "What is decoded stays; the same command goes on."):
         while waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
-            for event in ray.get(line.hear.remote(0)):
+            for event in ray.get(channel.hear.remote(0)):
                 doing("")
                 print(event.text, flush=True)
     failed = []
@@ -41,13 +41,13 @@ def build_on_nodes(words: list[str]) -> None:
         raise RunError("\n".join(failed))
 
 
-def _build_on_node(words: list[str], name: str, line) -> str | None:
+def _build_on_node(words: list[str], name: str, channel) -> str | None:
     """Returns what went wrong."""
     quiet()
     from ray_jobs.cluster.cache_build import build_here  # LeRobot, whose noise is kept away by now
 
     try:
-        build_here(words, lambda text: line.tell.remote(Notice(f"{name}: {text}")))
+        build_here(words, lambda text: channel.tell.remote(Notice(f"{name}: {text}")))
     except (InputError, RunError) as error:
         return f"{name}: {error}"
     return None

@@ -1,4 +1,4 @@
-"""The line between a run's driver and its workers: an actor that carries events one way, the wish to stop the other way."""
+"""The channel between a run's driver and its workers: an actor that carries events one way, the wish to stop the other way."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ ANSWERED_AFTER_S = 60
 TELL_EVERY_S = 0.5  # how often the driver hears of steps
 
 
-class Line:
+class Channel:
     def __init__(self) -> None:
         self.events: asyncio.Queue = asyncio.Queue()
         self.lost = self.lost_when_saved = 0  # how often workers were lost, and until the last checkpoint
@@ -26,7 +26,7 @@ class Line:
         self.given_up: set[str] = set()
         self.failure: RunError | InputError | None = None
         self.errors: dict[int | str, tuple] = {}  # by rank or trial, the last one
-        # By rank or trial: its last beat, when, and when its step had changed.
+        # By rank or trial: its last heartbeat, when, and when its step had changed.
         self.told: dict[int | str, tuple] = {}
 
     async def tell(self, event: Event) -> None:
@@ -76,21 +76,27 @@ class Line:
             self.leaving.add(node)
             self.asked.notify_all()
 
-    async def beat(self, beat) -> None:
+    async def heartbeat(self, heartbeat) -> None:
         """What a worker tells of itself (see `watchdog`)."""
-        now, before = time.monotonic(), self.told.get(beat.rank)
-        same = before and (before[0].pid, before[0].step, before[0].slow) == (beat.pid, beat.step, beat.slow)
-        self.told[beat.rank] = beat, now, before[2] if same else now
+        now, before = time.monotonic(), self.told.get(heartbeat.rank)
+        same = before and (before[0].pid, before[0].step, before[0].slow) == (
+            heartbeat.pid,
+            heartbeat.step,
+            heartbeat.slow,
+        )
+        self.told[heartbeat.rank] = heartbeat, now, before[2] if same else now
 
-    async def beats(self) -> dict[int | str, tuple]:
-        """By rank or trial, the last beat, the seconds since, and the seconds since its step has changed."""
+    async def heartbeats(self) -> dict[int | str, tuple]:
+        """By rank or trial, the last heartbeat, the seconds since, and the seconds since its step has changed."""
         now = time.monotonic()
-        return {rank: (beat, now - at, now - since) for rank, (beat, at, since) in self.told.items()}
+        return {
+            rank: (heartbeat, now - at, now - since) for rank, (heartbeat, at, since) in self.told.items()
+        }
 
-    async def forget_beat(self, rank: int | str) -> None:
+    async def forget_heartbeat(self, rank: int | str) -> None:
         self.told.pop(rank, None)
 
-    async def forget_beats(self) -> None:
+    async def forget_heartbeats(self) -> None:
         self.told.clear()
 
     async def give_up(self, trial: str) -> None:
@@ -114,30 +120,30 @@ class Line:
             return self.stop_reason or (PREEMPTED if node in self.leaving else GO_ON)
 
 
-def open_line():
-    """A handle of a new `Line`, on the driver's node."""
+def open_channel():
+    """A handle of a new `Channel`, on the driver's node."""
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(num_cpus=0, max_concurrency=1000, label_selector=here)(Line).remote()
+    return ray.remote(num_cpus=0, max_concurrency=1000, label_selector=here)(Channel).remote()
 
 
-def teller(line) -> Callable[[Event], None]:
-    """Sends a run's events over the line; of the steps, only one now and then."""
+def teller(channel) -> Callable[[Event], None]:
+    """Sends a run's events over the channel; of the steps, only one now and then."""
     told_at = 0.0
 
     def tell(event: Event) -> None:
         nonlocal told_at
         if not isinstance(event, Step) or time.monotonic() - told_at > TELL_EVERY_S:
             told_at = time.monotonic()
-            line.tell.remote(event)
+            channel.tell.remote(event)
 
     return tell
 
 
-_asked_to_stop: dict = {}  # line -> the reason it has told; one listening thread for each, however many trials
+_asked_to_stop: dict = {}  # channel -> the reason it has told; one listening thread for each, however many trials
 
 
-def listen_for_stop(line, node: str | None = None) -> Callable[[], str]:
-    """The loop's `should_stop`: what the run was asked to stop for, as far as the line has told.
+def listen_for_stop(channel, node: str | None = None) -> Callable[[], str]:
+    """The loop's `should_stop`: what the run was asked to stop for, as far as the channel has told.
 
     Args:
         node: This one, for a trial, which has nobody else to hear from that it will be taken away.
@@ -145,10 +151,10 @@ def listen_for_stop(line, node: str | None = None) -> Callable[[], str]:
 
     def wait() -> None:
         with contextlib.suppress(Exception):  # the driver is gone: Ray ends this process
-            while not _asked_to_stop[line]:
-                _asked_to_stop[line] = ray.get(line.stop_asked.remote(node))
+            while not _asked_to_stop[channel]:
+                _asked_to_stop[channel] = ray.get(channel.stop_asked.remote(node))
 
-    if line not in _asked_to_stop:
-        _asked_to_stop[line] = ""
+    if channel not in _asked_to_stop:
+        _asked_to_stop[channel] = ""
         threading.Thread(target=wait, daemon=True).start()
-    return lambda: _asked_to_stop[line]
+    return lambda: _asked_to_stop[channel]

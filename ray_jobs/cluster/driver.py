@@ -16,8 +16,8 @@ from ray.train.torch import TorchConfig
 from ray_jobs.cli import environment
 from ray_jobs.cli.terminal import Display
 from ray_jobs.cluster import ray_internals, ray_train_internals
-from ray_jobs.cluster.channel import open_line
-from ray_jobs.cluster.faults import Witness, describe, if_helper_dies, keep_error, of_a_loss, why
+from ray_jobs.cluster.channel import open_channel
+from ray_jobs.cluster.faults import FailureCallback, describe, if_helper_dies, keep_error, of_a_loss, why
 from ray_jobs.cluster.resources import Resources, per_worker
 from ray_jobs.cluster.run_folder import mark_of
 from ray_jobs.cluster.start_worker import start
@@ -84,22 +84,22 @@ def train_on_workers(
     Raises:
         RunError: The run has failed for good.
     """
-    line = open_line()
-    fitting, outcome = start_fit(Training(recipe, each, line))
-    watchdog = Watchdog(line, recipe.options.ray.hang_timeout)
+    channel = open_channel()
+    fitting, outcome = start_fit(Training(recipe, each, channel))
+    watchdog = Watchdog(channel, recipe.options.ray.hang_timeout)
     with if_helper_dies(
         "the run's helper process", "The last checkpoint is intact; --resume=true goes on from it."
     ):
         while fitting.is_alive():
-            for event in ray.get(line.hear.remote(0.5)):
+            for event in ray.get(channel.hear.remote(0.5)):
                 report(event)
             if hung := watchdog.look():
                 report(Notice(hung))
             if reason := should_stop():
-                line.ask_to_stop.remote(reason)
-        for event in ray.get(line.hear.remote(0)):
+                channel.ask_to_stop.remote(reason)
+        for event in ray.get(channel.hear.remote(0)):
             report(event)
-        return summary_of(recipe, line, outcome, should_stop)
+        return summary_of(recipe, channel, outcome, should_stop)
 
 
 class Training:
@@ -107,15 +107,15 @@ class Training:
     process that does so; when a worker was lost while they started (see `ray_train_internals.end_at_lost_start`); or when it has given up a run
     that had got on: `--ray.max_failures` is for one that does not, and not for a week on spot nodes."""
 
-    def __init__(self, recipe: Recipe, each: Resources, line):
-        self.recipe, self.each, self.line = recipe, each, line
+    def __init__(self, recipe: Recipe, each: Resources, channel):
+        self.recipe, self.each, self.channel = recipe, each, channel
 
     def fit(self) -> None:
         most, losses = self.recipe.options.ray.max_failures, 0
         while True:
             ray_internals.give_back_orphaned_room()
             try:
-                make_trainer(self.recipe, self.each, self.line, max(most - losses, -1)).fit()
+                make_trainer(self.recipe, self.each, self.channel, max(most - losses, -1)).fit()
                 return
             except (RayActorError, OutOfMemoryError, WorkerGroupError, ControllerError) as error:
                 fault = Fault(f"the run's controller was lost ({why(error)})")
@@ -127,11 +127,11 @@ class Training:
                         announced=getattr(error.controller_failure, "preempted", False),
                         starting=True,
                     )
-                if not isinstance(error, WorkerGroupError):  # which the `faults.Witness` has told
-                    ray.get(self.line.tell.remote(fault))
-                    self.line.forget_beats.remote()
-                losses = ray.get(self.line.losses.remote())
-                if losses > most >= 0 or ray.get(self.line.why_failed.remote()):
+                if not isinstance(error, WorkerGroupError):  # which the `faults.FailureCallback` has told
+                    ray.get(self.channel.tell.remote(fault))
+                    self.channel.forget_heartbeats.remote()
+                losses = ray.get(self.channel.losses.remote())
+                if losses > most >= 0 or ray.get(self.channel.why_failed.remote()):
                     raise
             threading.Thread(target=_give_back_later, daemon=True).start()
 
@@ -144,12 +144,12 @@ def _give_back_later() -> None:
             ray_internals.give_back_orphaned_room()
 
 
-def make_trainer(recipe: Recipe, each: Resources, line, max_failures: int):
+def make_trainer(recipe: Recipe, each: Resources, channel, max_failures: int):
     """A `TorchTrainer` that runs the recipe on `--ray.num_workers` workers.
 
     Args:
         each: What each worker reserves.
-        line: Handle of a `line.Line`, which will carry the run's events and the wish to stop it.
+        channel: Handle of a `channel.Channel`, which will carry the run's events and the wish to stop it.
         max_failures: How often workers are replaced, -1 for ever.
     """
     options = recipe.options.ray
@@ -166,7 +166,7 @@ def make_trainer(recipe: Recipe, each: Resources, line, max_failures: int):
         # As bytes: Ray's controller would import LeRobot to hold the recipe itself.
         train_loop_config={
             "recipe": pickle.dumps(recipe),
-            "line": line,
+            "channel": channel,
             "unneeded": recipe.context.unneeded,
             "paths": environment.handed_on(),
         },
@@ -185,7 +185,7 @@ def make_trainer(recipe: Recipe, each: Resources, line, max_failures: int):
             # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
             failure_config=FailureConfig(max_failures=max_failures),
             callbacks=[
-                Witness(line),
+                FailureCallback(channel),
                 ray_train_internals.end_at_lost_start(),
                 ray_train_internals.exit_quickly(),
             ],
@@ -212,13 +212,13 @@ def start_fit(trainer) -> tuple[threading.Thread, dict]:
     return thread, outcome
 
 
-def summary_of(recipe: Recipe, line, outcome: dict, should_stop: Callable[[], str]) -> dict:
+def summary_of(recipe: Recipe, channel, outcome: dict, should_stop: Callable[[], str]) -> dict:
     """The summary of a run whose `fit` is over (see `start_fit`).
 
     Raises:
         RunError: Why it failed.
     """
-    if error := ray.get(line.why_failed.remote()):
+    if error := ray.get(channel.why_failed.remote()):
         if isinstance(error, RunError):
             raise error
         raise (StorageLost if isinstance(error, StorageFull) else RunError)(str(error))

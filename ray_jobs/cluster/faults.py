@@ -60,17 +60,17 @@ class Preempted(RayActorError):
         super().__init__(error_msg=message, preempted=True)
 
 
-class Witness(UserCallback):
-    """Tells a run's driver, over its line, why workers are about to be started again."""
+class FailureCallback(UserCallback):
+    """Tells a run's driver, over its channel, why workers are about to be started again."""
 
-    def __init__(self, line):
-        self.line = line
+    def __init__(self, channel):
+        self.channel = channel
 
     def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
         announced = any(getattr(error, "preempted", False) for error in worker_exceptions.values())
         text = describe(worker_exceptions)
-        self.line.tell.remote(Fault(text, announced=announced))
-        self.line.forget_beats.remote()
+        self.channel.tell.remote(Fault(text, announced=announced))
+        self.channel.forget_heartbeats.remote()
 
 
 def describe(errors: dict[int, Exception]) -> str:
@@ -92,17 +92,17 @@ def ordinary(error: Exception) -> str | None:
     return ADDRESS.sub("0x", text) if kind == ORDINARY else None
 
 
-def comes_again(error: Exception, step: int | None, who: int | str, line) -> RunError | None:
+def comes_again(error: Exception, step: int | None, who: int | str, channel) -> RunError | None:
     """What to give the run up with, if the same exception has come at the same step before: another try would end there,
     too. What came once may have been the node's fault.
 
     Args:
         step: The last one done.
         who: The rank or trial.
-        line: Handle of the `line.Line`, which remembers.
+        channel: Handle of the `channel.Channel`, which remembers.
     """
     text = ordinary(error)
-    if text is None or not ray.get(line.came_before.remote(who, (step, text))):
+    if text is None or not ray.get(channel.came_before.remote(who, (step, text))):
         return None
     when = f"after step {step}" if step is not None else "before the first step"
     return RunError(f"{text}, twice {when}: it would come again.")
@@ -119,7 +119,7 @@ def of_a_loss(error: Exception) -> bool:
 
 @contextmanager
 def if_helper_dies(what: str, kept: str) -> Iterator[None]:
-    """Within, a driver that loses a process of its own on the cluster (its line to the run, say) tells why.
+    """Within, a driver that loses a process of its own on the cluster (its channel to the run, say) tells why.
 
     Args:
         what: Which, as in "the run's helper process".

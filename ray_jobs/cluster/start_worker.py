@@ -10,12 +10,12 @@ from ray_jobs.policies.lean_imports import without
 
 def start(config: dict) -> None:
     """Ray Train's `train_loop_per_worker` (see `worker.work`)."""
-    line = config["line"]
-    if ray.get(line.why_failed.remote()):
+    channel = config["channel"]
+    if ray.get(channel.why_failed.remote()):
         return  # Ray has started this worker in place of one that knew better
     environment.take_over(config["paths"])
     quiet()
-    line.tell.remote(Doing("a worker imports LeRobot"))
+    channel.tell.remote(Doing("a worker imports LeRobot"))
     with no_garbage_collection(), without(config["unneeded"]):
         from ray_jobs.cluster.worker import work  # while the packages that are not needed are hidden
     work(config)

@@ -32,7 +32,7 @@ from ray_jobs.training.tracking import save_options
 
 def work(config: dict) -> None:
     """One training worker of a group: unpack the recipe, run the loop, report to the driver and to Ray Train."""
-    line = config["line"]
+    channel = config["channel"]
     recipe = pickle.loads(config["recipe"])
     context = ray.train.get_context()
     try:
@@ -40,14 +40,14 @@ def work(config: dict) -> None:
             recipe.lerobot.dataset.root, None if recipe.remote else recipe.output_dir, recipe.context.mark
         )
     except RunError as error:
-        ray.get(line.fail.remote(error))
+        ray.get(channel.fail.remote(error))
         raise
     main = context.get_world_rank() == 0
     if context.get_world_size() == 1:
         os.environ.pop("LOCAL_RANK", None)  # else accelerate wraps the policy for a group of one
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    tell = teller(line) if main else lambda event: None
-    hear = watchdog.beat(line, context.get_world_rank())
+    tell = teller(channel) if main else lambda event: None
+    hear = watchdog.heartbeat(channel, context.get_world_rank())
 
     reached = None
 
@@ -60,7 +60,7 @@ def work(config: dict) -> None:
             numbers = {k: v for k, v in event.values.items() if isinstance(v, int | float)}
             ray.train.report({"step": event.step, **numbers})
 
-    asked_to_stop = listen_for_stop(line)
+    asked_to_stop = listen_for_stop(channel)
 
     def should_stop() -> str:
         return asked_to_stop() or (PREEMPTED if ray_train_internals.node_will_be_taken() else "")
@@ -76,12 +76,12 @@ def work(config: dict) -> None:
             )
         summary = run_loop(recipe, main=main, **how, stream=stream)
     except (InputError, RunError) as error:
-        ray.get(line.fail.remote(error))
+        ray.get(channel.fail.remote(error))
         raise
     except Exception as error:
-        if again := comes_again(error, reached, context.get_world_rank(), line):
+        if again := comes_again(error, reached, context.get_world_rank(), channel):
             log = keep_error(recipe.output_dir, recipe.remote, error)
-            ray.get(line.fail.remote(RunError(f"{again}\nThe full error is in {log}.")))
+            ray.get(channel.fail.remote(RunError(f"{again}\nThe full error is in {log}.")))
         raise
     if summary["status"] == PREEMPTED:
         raise Preempted()

@@ -250,16 +250,16 @@ class StudySearch(Searcher):
         self.tell(ended)
 
 
-class TrialWitness(Callback):
+class TrialFailureCallback(Callback):
     """Tells why a trial is about to go on in another process.
 
     Args:
         tell: Called with an event.
-        line: Handle of the search's `line.Line`.
+        channel: Handle of the search's `channel.Channel`.
     """
 
-    def __init__(self, tell: Callable[[Event], None], line):
-        self.tell, self.line = tell, line
+    def __init__(self, tell: Callable[[Event], None], channel):
+        self.tell, self.channel = tell, channel
 
     def __getstate__(self) -> dict:
         return {}  # as in `StudySearch`
@@ -268,7 +268,7 @@ class TrialWitness(Callback):
         name, text = trial.config["trial"], "its process has ended"
         with contextlib.suppress(Exception):
             text = why(ray_tune_internals.error_of(trial))
-        self.line.forget_beat.remote(name)
+        self.channel.forget_heartbeat.remote(name)
         self.tell(Fault(text, trial=name))
 
 
@@ -277,18 +277,18 @@ class StudyScheduler(FIFOScheduler):
     are killed, by its defaults, two seconds later, and their W&B runs with them.
 
     Args:
-        line: Handle of the search's `line.Line`.
+        channel: Handle of the search's `channel.Channel`.
     """
 
-    def __init__(self, search: StudySearch, line):
+    def __init__(self, search: StudySearch, channel):
         super().__init__()
-        self.search, self.line = search, line
+        self.search, self.channel = search, channel
         self.reached: dict[str, int] = {}  # the last step of each trial
 
     def on_trial_error(self, tune_controller, trial) -> None:
         if trial.status == trial.PENDING:
             self.search.slot_was_dead.add(trial.trial_id)
-        self.line.forget_beat.remote(trial.config["trial"])
+        self.channel.forget_heartbeat.remote(trial.config["trial"])
         super().on_trial_error(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller):
@@ -304,5 +304,5 @@ class StudyScheduler(FIFOScheduler):
             self.reached[trial.trial_id] = result["step"]
             ray_tune_internals.allow_failures(trial, DEATHS - 1)
         if self.search.judge(trial.trial_id, result):
-            ray.get(self.line.give_up.remote(trial.config["trial"]))
+            ray.get(self.channel.give_up.remote(trial.config["trial"]))
         return TrialScheduler.CONTINUE

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ray_jobs.cli import environment
 from ray_jobs.cli.progress import Progress
 from ray_jobs.cluster import ray_internals, resources
-from ray_jobs.cluster.channel import open_line
+from ray_jobs.cluster.channel import open_channel
 from ray_jobs.cluster.driver import start_fit
 from ray_jobs.cluster.faults import if_helper_dies
 from ray_jobs.cluster.run_folder import check_node, mark_of, only_driver
@@ -34,7 +34,7 @@ from ray_jobs.search.bucket_copy import BucketCopy
 from ray_jobs.search.files import DONE, SEARCH_FILE, SPACES_DIR, TIME_IS_UP, trial_name
 from ray_jobs.search.options import MORE_IS_BETTER
 from ray_jobs.search.plan import Plan
-from ray_jobs.search.ray_tune import DEATHS, StudyScheduler, StudySearch, TrialWitness
+from ray_jobs.search.ray_tune import DEATHS, StudyScheduler, StudySearch, TrialFailureCallback
 from ray_jobs.search.slot import Slot
 from ray_jobs.search.start_slot import start_trial
 from ray_jobs.search.study.begin import open_study
@@ -137,7 +137,7 @@ def _search(
 
     file = StudyFile(address_of(plan))
     search = StudySearch(study, plan.space, options, seed, plan.steps, tell)
-    line = open_line()
+    channel = open_channel()
     shared = (None, "") if plan.remote else (plan.output_dir, mark_of(plan.output_dir))
     trainable = tune.with_resources(
         partial(
@@ -151,7 +151,7 @@ def _search(
             trials=options.num_samples,
             unneeded=plan.recipe.context.unneeded,
             paths=environment.handed_on(),
-            line=line,
+            channel=channel,
         ),
         tune.PlacementGroupFactory([slot.bundle]),
     )
@@ -163,7 +163,7 @@ def _search(
         trainable,
         tune_config=TuneConfig(
             search_alg=search,
-            scheduler=StudyScheduler(search, line),
+            scheduler=StudyScheduler(search, channel),
             num_samples=10**6,  # the searcher says when it is over
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["trial"],
@@ -173,7 +173,7 @@ def _search(
             name=scratch.name,
             storage_path=str(plan.output_dir),
             failure_config=FailureConfig(max_failures=DEATHS - 1),
-            callbacks=[TrialWitness(tell, line)],
+            callbacks=[TrialFailureCallback(tell, channel)],
             verbose=0,
         ),
     )
@@ -190,7 +190,9 @@ def _search(
     )
     progress.say(estimate.intro(plan, slot))
     # Trials with several workers look after these themselves.
-    watchdog = Watchdog(line, plan.recipe.options.ray.hang_timeout if options.workers_per_trial == 1 else 0)
+    watchdog = Watchdog(
+        channel, plan.recipe.options.ray.hang_timeout if options.workers_per_trial == 1 else 0
+    )
     fitting, outcome = start_fit(tuner)
     status, started = DONE, time.monotonic()
     looked, failure = started, None
@@ -200,19 +202,19 @@ def _search(
         search.stopping, status = True, reason
         if reason != TIME_IS_UP:
             stopped.set()
-        line.ask_to_stop.remote(INTERRUPTED)
+        channel.ask_to_stop.remote(INTERRUPTED)
 
     try:
         while fitting.is_alive():
             try:
-                for event in ray.get(line.hear.remote(0.3)):
+                for event in ray.get(channel.hear.remote(0.3)):
                     progress.show(event)
                 while not told.empty():
                     progress.show(told.get())
                 progress.refresh()
                 if copy and copy.failure and status == DONE:  # told when the copy is closed
                     stop(INTERRUPTED)
-                if status == DONE and (failure := search.failure or ray.get(line.why_failed.remote())):
+                if status == DONE and (failure := search.failure or ray.get(channel.why_failed.remote())):
                     stop("failed")  # what has failed for one trial would for all
                 for hung in watchdog.look_at_trials():
                     progress.say(hung)
@@ -222,7 +224,7 @@ def _search(
                         search.failure = search.failure or file.loss()
                         progress.say(f"{file.path} is gone: trials save a checkpoint and end.")
                     for node in ray_internals.draining_nodes():
-                        line.leave.remote(node)
+                        channel.leave.remote(node)
                     if counted:
                         room = resources.room_for(slot.each) // options.workers_per_trial
                         options.max_concurrent = max(1, room) + waiting
@@ -240,10 +242,10 @@ def _search(
                 stop(INTERRUPTED)
         while not told.empty():
             progress.show(told.get())
-        failure = failure or search.failure or ray.get(line.why_failed.remote())
+        failure = failure or search.failure or ray.get(channel.why_failed.remote())
     finally:
         progress.close()
-        ray.kill(line)  # Tune's registry would keep it as long as this process lives
+        ray.kill(channel)  # Tune's registry would keep it as long as this process lives
     shutil.rmtree(scratch, ignore_errors=True)
     if failure:
         told = str(failure)

@@ -79,7 +79,7 @@ def run_trial(
     each: Resources,
     trials: int,
     unneeded: tuple[str, ...],
-    line,
+    channel,
 ) -> None:
     """Train one configuration; reports to Ray Tune at every validation, and how it ended.
 
@@ -92,13 +92,13 @@ def run_trial(
         each: What each worker of a trial with several reserves.
         trials: How many will read the data: whether to keep its frames depends on it.
         unneeded: Packages that the trials do without (see `lean_imports`).
-        line: Handle of the search's `line.Line`.
+        channel: Handle of the search's `channel.Channel`.
     """
     tell_tune = busy("waiting for Ray Tune")(tune.report)  # which decides what comes next
     place, pruned, values, reached = trial_place(search, config["trial"]), False, {}, None
     folder = mirror.folder_of(place) if is_uri(place) else Path(place)
     node = ray.get_runtime_context().get_node_id()
-    asked_to_stop, tell, hear = listen_for_stop(line, node), teller(line), lambda event: None
+    asked_to_stop, tell, hear = listen_for_stop(channel, node), teller(channel), lambda event: None
     tell(Begun(trial=config["trial"]))
     times = {"slot": f"{platform.node()}:{os.getpid()}", "begun": time.time()}
 
@@ -112,7 +112,7 @@ def run_trial(
         if isinstance(event, Validated) and not pruned and all(name in event.values for name in metrics):
             values.update({"step": event.step} | {name: event.values[name] for name in metrics})
             tell_tune({**values, "times": {**times, "end": time.time()}})  # returns once it was judged
-            pruned = ray.get(line.why_stopped.remote(config["trial"])) == PRUNED
+            pruned = ray.get(channel.why_stopped.remote(config["trial"])) == PRUNED
 
     def patient[Result](use: Callable[[], Result]) -> Result:
         passing = lambda error: storage_may_return(error) or may_pass(error)  # noqa: E731
@@ -121,21 +121,21 @@ def run_trial(
 
     try:
         # Drawn before the search was told to end, or given up when its slot died.
-        if reason := ray.get(line.why_stopped.remote(config["trial"])):
+        if reason := ray.get(channel.why_stopped.remote(config["trial"])):
             return tell_tune({"status": reason})
         if asked_to_stop() == PREEMPTED:  # the slot is one that had waited there for a trial
             raise Preempted()
         try:
             patient(check)
         except RunError as error:  # other trials would fail here one after the other
-            ray.get(line.fail.remote(error))
+            ray.get(channel.fail.remote(error))
             return tell_tune({"status": INTERRUPTED})
         recipe = patient(lambda: _prepare(base, config, search, folder))
         for record in validations(folder, metrics):  # of a copy, the study may know less than this
             tell_tune({key: record[key] for key in ("step", *metrics)})
         if recipe is None:  # its slot died before it could tell
             return tell_tune({**_ended(folder), **best_values(folder, metrics)})
-        if reason := ray.get(line.why_stopped.remote(config["trial"])):  # by what it has just told, say
+        if reason := ray.get(channel.why_stopped.remote(config["trial"])):  # by what it has just told, say
             return tell_tune({"status": reason, **best_values(folder, metrics)})
         found = {"trainings": trials, "gpu_share": min(1.0, each.gpus), "unneeded": unneeded}
         # Not of another run: who may search there is decided by the search's own lock.
@@ -147,14 +147,14 @@ def run_trial(
             if recipe.remote:  # they ran on other nodes
                 patient(lambda: mirror.pull_result(place, folder))
         else:
-            hear = watchdog.beat(line, config["trial"])
+            hear = watchdog.heartbeat(channel, config["trial"])
             summary = train_here(recipe, report, should_stop)
             if summary["status"] == PREEMPTED:
                 raise Preempted()  # Ray Tune has it go on elsewhere, and does not count it as a failure
         result = {**_outcome(summary), **(values if pruned else best_values(folder, metrics))}
     except (StorageFull, StorageLost) as error:
         # Nothing is wrong with the trial; it goes on when the search does.
-        ray.get(line.fail.remote(error))
+        ray.get(channel.fail.remote(error))
         return tell_tune({"status": INTERRUPTED})
     except (InputError, RunError) as error:
         result = {"status": "failed", "reason": str(error)}
@@ -162,10 +162,10 @@ def run_trial(
         raise
     except Exception as error:
         if no_room(error):
-            ray.get(line.fail.remote(StorageFull(f"{place}: {first_line(error)}")))
+            ray.get(channel.fail.remote(StorageFull(f"{place}: {first_line(error)}")))
             return tell_tune({"status": INTERRUPTED})
         keep_error(folder, place if is_uri(place) else None, error)
-        again = comes_again(error, reached, config["trial"], line)
+        again = comes_again(error, reached, config["trial"], channel)
         # After an error of its GPU a process can't use it any more, and storage may be back: Ray Tune tries another process.
         if not again and (isinstance(error, torch.AcceleratorError) or may_pass(error)):
             raise
