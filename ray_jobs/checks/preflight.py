@@ -46,6 +46,7 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.data import quantiles
 from ray_jobs.data.dataset_cache import once, own_metadata
 from ray_jobs.data.frames import set_frame_size
+from ray_jobs.data.lerobot_internals import renamed_as_today
 from ray_jobs.policies import assets
 from ray_jobs.policies.build import outline, with_features
 from ray_jobs.policies.facts import facts_of
@@ -394,9 +395,7 @@ def _folder_of_start(recipe: Recipe) -> Path | None:
 def _fit(folder: Path, network: torch.nn.Module, saved: dict[str, torch.Tensor]) -> None:
     """See that a checkpoint's tensors are those of the policy. LeRobot would start those that are missing from
     random values, and pi0 and pi0.5 altogether, without an error."""
-    if hasattr(network, "_fix_pytorch_state_dict_keys"):  # names of older checkpoints
-        saved = network._fix_pytorch_state_dict_keys(saved, network.config)  # noqa: SLF001  (LeRobot's)
-        saved = {key if key.startswith("model.") else f"model.{key}": value for key, value in saved.items()}
+    saved = renamed_as_today(network, saved)
     wanted = network.state_dict(keep_vars=True)
     tied = {id(value) for key, value in wanted.items() if key in saved}
     faults = {

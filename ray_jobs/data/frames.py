@@ -21,6 +21,7 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from ray_jobs.config.errors import RunError
+from ray_jobs.data.lerobot_internals import video_backend
 
 # What a resized frame depends on beside its size; part of a cache's fingerprint.
 DECODER = threading.Lock()  # LeRobot keeps one torchcodec decoder per file, and they are not thread-safe
@@ -86,7 +87,7 @@ class FrameSource:
     def video(self, key: str, episode: int, timestamps: list[float]) -> torch.Tensor:
         """uint8 frames of a video camera: (C, H, W), or (T, C, H, W) with more than one timestamp."""
         path = self._file(episode, key)
-        backend = self.dataset._video_backend  # noqa: SLF001  (LeRobot tells it nowhere else)
+        backend = video_backend(self.dataset)
         start = self.file_start[key][episode]
         with _named(f"{key} of episode {episode} from {path}", self.dataset):
             with DECODER if backend == "torchcodec" else contextlib.nullcontext():

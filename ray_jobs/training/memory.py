@@ -15,6 +15,7 @@ from lerobot.configs.types import PolicyFeature
 from lerobot.optim import AdamConfig, AdamWConfig
 from lerobot.policies import get_policy_class
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ray_jobs.training.parallel import gathered_kinds
 
@@ -171,7 +172,7 @@ def _gathered(network: torch.nn.Module) -> int:
 
 def _storage_of(tensor: torch.Tensor) -> int:
     """What tells the memory of one tensor from another's on the meta device, where every address is 0."""
-    return tensor.untyped_storage()._cdata  # noqa: SLF001  (seen in torch 2.11)
+    return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
 def _activations(network: torch.nn.Module, features: dict[str, PolicyFeature]) -> int | None:

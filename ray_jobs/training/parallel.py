@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -31,13 +30,13 @@ from ray_jobs.config.errors import InputError, RunError, first_line
 from ray_jobs.config.options import RayOptions
 from ray_jobs.data.position import Shards
 from ray_jobs.policies.facts import facts_of
+from ray_jobs.training.accelerate_internals import forget_state, shard_between_cpus
 
 
 def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerator:
     """An Accelerator set up as `lerobot-train` does: the policy's `dtype` decides the precision, or
     `use_amp` where a policy has no `dtype`."""
-    # A process that trains more than once (tests, trials) may change its precision.
-    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  (as accelerate's own tests do)
+    forget_state()
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # left by a run that was sharded
     device = torch.device(cfg.policy.device)
     precision = "no"
@@ -67,10 +66,8 @@ def make_accelerator(cfg: TrainPipelineConfig, options: RayOptions) -> Accelerat
             )
         ],
     )
-    # accelerate 1.15 turns FSDP on between GPUs only, though all of it works between CPUs.
     if sharding and accelerator.distributed_type is DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # noqa: SLF001  (as its own code does)
-        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, sharding
+        shard_between_cpus(accelerator, sharding)
         if precision != "no":
             sharding.set_mixed_precision(precision)
     return accelerator

@@ -30,6 +30,7 @@ from lerobot.utils.random_utils import seeded_context
 
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import InputError, first_line
+from ray_jobs.data.lerobot_internals import registered_name
 from ray_jobs.storage.records import SUCCESS
 
 CONFIDENCE = 0.95
@@ -118,7 +119,7 @@ def _resizes(policy: PreTrainedConfig) -> bool:
     if any(getattr(policy, name, None) for name in own):
         return True
     saved = Path(policy.pretrained_path or "") / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
-    return saved.is_file() and ImageCropResizeProcessorStep._registry_name in saved.read_text()  # noqa: SLF001  (LeRobot)
+    return saved.is_file() and registered_name(ImageCropResizeProcessorStep) in saved.read_text()
 
 
 class Simulator:
