@@ -1,6 +1,6 @@
 """The same policy on faster kernels: what the step gains without a change of its mathematics.
 
-Losses differ from LeRobot's by rounding alone (tests/test_parity.py). Measured on two CPU cores, an ACT step at
+Losses differ from LeRobot's by rounding alone (tests/end_to_end/test_parity.py). Measured on two CPU cores, an ACT step at
 240x320: float32 0.65 -> 0.57 s, bfloat16 0.40 -> 0.29 s; at 96x128 and half as wide: bfloat16 0.18 -> 0.14 s.
 """
 

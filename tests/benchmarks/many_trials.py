@@ -41,9 +41,9 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=200)
     args = parser.parse_args()
-    from test_data import make
-    from test_loop import wandb_runs
-    from test_tune import space_file
+    from support.datasets import make
+    from support.runs import wandb_runs
+    from support.searches import space_file
 
     folder = Path(tempfile.mkdtemp())
     dataset = make(folder / "numbers", [23, 17, 9, 20, 21], seed=2)

@@ -26,7 +26,7 @@ from ray_jobs.cluster import connect
 
 def ours(folder: Path, dataset: Path, trials: int) -> list[dict]:
     """Seconds of each trial after the first."""
-    from test_tune import space_file
+    from support.searches import space_file
 
     flags = [f"--dataset.root={dataset}", "--dataset.repo_id=local/numbers", "--policy.device=cpu"]
     flags += ["--policy.pretrained_backbone_weights=null", "--batch_size=4", "--num_workers=0", "--steps=18"]
@@ -48,9 +48,9 @@ def ours(folder: Path, dataset: Path, trials: int) -> list[dict]:
 
 def building(dataset: Path) -> float:
     """Seconds that building the model alone takes in a warm process."""
-    from conftest import tiny_act
     from lerobot.datasets import LeRobotDatasetMetadata
     from lerobot.policies import make_policy
+    from support.commands import tiny_act
 
     from ray_jobs.cli.resolve import resolve
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--documented", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
-    from test_data import make
+    from support.datasets import make
 
     folder = Path(tempfile.mkdtemp())
     dataset = make(folder / "numbers", [23, 17, 9, 20, 21], seed=2)

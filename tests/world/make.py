@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 from properties import Camera, DataSet
 
@@ -391,3 +392,9 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _write_lines(path: Path, lines: list[dict] | Iterator[dict]) -> None:
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def made(properties: DataSet, folder: Path) -> Path:
+    if properties.recording and not (RECORDINGS / properties.recording).is_dir():
+        pytest.skip(f"the recording is not there ({RECORDINGS / properties.recording})")
+    return write(properties, folder)

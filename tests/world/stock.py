@@ -18,9 +18,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from conftest import tiny_act  # noqa: E402  (sets what must be set before torch is imported)
 from make import RECORDINGS, write  # noqa: E402
 from properties import TABLE, DataSet  # noqa: E402
+from support.commands import tiny_act  # noqa: E402
 
 RECORD = HERE / "stock.json"
 STEPS = 5

@@ -13,11 +13,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import tiny_act
+from make import made
 from properties import TABLE
-from test_loop import assert_same_checkpoint
-from test_tune import space_file, study_of
-from test_world import made, said_by
+from support.commands import said_by, tiny_act
+from support.runs import assert_same_checkpoint
+from support.searches import space_file, study_of
 
 from ray_jobs import cache, doctor, evaluate, train, tune
 from ray_jobs.storage.records import read_json

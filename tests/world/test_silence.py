@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from make import made
 from properties import TABLE
 from stock import flags_for
-from test_world import made
+from support.commands import ROOT
 
 from ray_jobs.cli import terminal
 

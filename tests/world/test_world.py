@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import job, train_in_process
 from drawn import data_sets
 from hypothesis import given, settings
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-from make import RECORDINGS, write
+from make import made, write
 from properties import TABLE, DataSet
 from stock import RECORD, STEPS, flags_for, train_as_stock
+from support.commands import job, said_by, train_in_process
 
 from ray_jobs import cache, doctor, evaluate, train
 from ray_jobs.checks.columns import check_kinds
@@ -30,12 +30,6 @@ from ray_jobs.storage.records import read_metrics
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
 STOCK = json.loads(RECORD.read_text())
-
-
-def made(properties: DataSet, folder: Path) -> Path:
-    if properties.recording and not (RECORDINGS / properties.recording).is_dir():
-        pytest.skip(f"the recording is not there ({RECORDINGS / properties.recording})")
-    return write(properties, folder)
 
 
 def outcome(properties: DataSet, folder: Path) -> list[float] | str:
@@ -95,17 +89,6 @@ def test_agrees_with_lerobot_on_what_is_drawn(properties):
 
 
 # ---------------------------------------------------------------------- every job, as its users call it
-
-
-def said_by(job, argv: list[str], capsys) -> tuple[int, str]:
-    """Exit status and what was printed, of a job that runs in this process: anything but our own errors would have
-    been a traceback."""
-    capsys.readouterr()
-    try:
-        status, told = job.main(argv), ""
-    except (InputError, RunError) as error:
-        status, told = 2 if isinstance(error, InputError) else 1, str(error)
-    return status, capsys.readouterr().out + told
 
 
 @pytest.mark.slow

@@ -1,0 +1,27 @@
+"""The tests mirror the packages, and what several of them use stands in `support`."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ray_jobs
+
+TESTS = Path(__file__).parent
+MODULES = sorted(path for path in TESTS.rglob("*.py") if path.parent.name != "benchmarks")
+OF_THEIR_OWN = {"benchmarks", "end_to_end", "support", "world"}
+PLUGINS = {"colour_follower", "faulty", "tiny_vla"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_module_is_imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not [name for name in names if name == "conftest" or name.startswith("test_")]
+
+
+def test_a_folder_of_tests_is_a_package():
+    packages = {path.name for path in Path(ray_jobs.__file__).parent.iterdir() if path.is_dir()}
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and "cache" not in path.name}
+    assert folders - OF_THEIR_OWN - PLUGINS <= packages
