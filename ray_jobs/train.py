@@ -85,10 +85,14 @@ def _train(recipe: "Recipe", display: Display) -> dict:
             return train_here(recipe, display.show, asked)
     connect.start(recipe.options.ray.address).result()  # before there is a folder
     doing("starting the worker(s)")
-    from ray_jobs.cluster.driver import train_and_show  # not while Ray starts: it imports parts of it
+    from ray_jobs.cluster.driver import (  # not while Ray starts: it imports parts of it
+        resources_of,
+        train_and_show,
+    )
 
+    each = resources_of(recipe)  # before there is a folder
     with only_driver(recipe.output_dir), _interrupts(display) as asked:
-        return train_and_show(recipe, display, asked)
+        return train_and_show(recipe, each, display, asked)
 
 
 @contextlib.contextmanager

@@ -35,23 +35,32 @@ WAITED_S = 60  # before it is told that workers have not started
 HANDED_ON = ("WANDB_RUN_GROUP",)  # from the process that starts the workers
 
 
-def train_and_show(recipe: Recipe, display: Display, asked: Callable[[], str]) -> dict:
+def resources_of(recipe: Recipe) -> Resources:
+    """What each worker of a run reserves.
+
+    Raises:
+        InputError: The cluster has no room for them.
+    """
+    options, streamed = recipe.options.ray, recipe.options.data.source == "stream"
+    reserved = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
+    return per_worker(*reserved, decoders=streamed, at_least=options.min_workers)
+
+
+def train_and_show(recipe: Recipe, each: Resources, display: Display, asked: Callable[[], str]) -> dict:
     """Train on workers of the cluster, show what they report, and what they wait for while they have not begun; returns the
     run's summary.
 
     Args:
+        each: What each worker reserves.
         asked: The wish to stop: one of the loop's STOP_REASONS.
     """
-    options = recipe.options.ray
-    streamed = recipe.options.data.source == "stream"
-    reserved = options.num_workers, options.cpus_per_worker, options.gpus_per_worker, recipe.device
-    each = per_worker(*reserved, decoders=streamed, at_least=options.min_workers)
+    workers = recipe.options.ray.num_workers
 
     def should_stop() -> str:
         if display.waits_since and time.monotonic() - display.waits_since > WAITED_S:
             why = f"{display.why_again}; " if display.facts else ""
             free = None if ray_internals.has_room() else ray.available_resources()
-            display.say(f"{why}{waiting_for(options.num_workers, each, free)}")
+            display.say(f"{why}{waiting_for(workers, each, free)}")
             display.waits_since = time.monotonic()
         return asked()
 

@@ -301,7 +301,7 @@ def test_it_is_said_which_frames_are_meant(pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_JOBS_CACHE", str(tmp_path / "cache"))
     flags = tiny_act(pictures, tmp_path / "run", "--steps=2", "--eval_steps=1", "--save_checkpoint=false")
     _, events = train_in_process([*flags, "--batch_size=1", "--data.eval_episodes=[1]"])
-    told = [e["text"].partition(": ")[::2] for e in events if e.get("text", "").startswith("frame cache")]
+    told = [e.text.partition(": ")[::2] for e in events if getattr(e, "text", "").startswith("frame cache")]
     assert [name for name, _ in told] == ["frame cache", "frame cache of the held-out episodes"]
     assert told[0][1].startswith("none, the run reads 4 frames") and " camera(s) in " in told[1][1]
 

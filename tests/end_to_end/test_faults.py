@@ -181,7 +181,7 @@ def test_two_runs_never_share_a_folder(parts, tmp_path):
 def test_a_busy_folder_is_found_before_anything_else(tmp_path):
     """By training and search alike, with nothing imported or written; a driver that was killed holds nothing."""
     folder = tmp_path / "run"
-    hold = "import sys, time, pathlib; from ray_jobs.cluster.worker import only_driver\n"
+    hold = "import sys, time, pathlib; from ray_jobs.cluster.run_folder import only_driver\n"
     hold += "with only_driver(pathlib.Path(sys.argv[1])): print('here', flush=True); time.sleep(600)"
     command = [sys.executable, "-c", hold, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as holder:

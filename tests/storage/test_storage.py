@@ -79,7 +79,7 @@ def train(flags: list[str], stop_after: int | None = None) -> tuple[dict, list[d
     recipe = resolve(flags)
     recipe = preflight.check(recipe)
     events: list[dict] = []
-    stop = lambda: INTERRUPTED if stop_after and events[-1].get("step") == stop_after else GO_ON  # noqa: E731
+    stop = lambda: INTERRUPTED if stop_after and getattr(events[-1], "step", None) == stop_after else GO_ON  # noqa: E731
     return worker.run_loop(recipe, main=True, device="cpu", report=events.append, should_stop=stop), events
 
 

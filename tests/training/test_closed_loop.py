@@ -15,7 +15,7 @@ from support.evaluations import IN_PARTS, PLUGIN, evaluated
 from support.searches import search
 
 from ray_jobs.config.errors import InputError
-from ray_jobs.config.events import Log
+from ray_jobs.config.events import Log, Validated
 from ray_jobs.storage.records import read_json, read_metrics
 
 EPISODES = (*IN_PARTS, "--eval.n_episodes=6", "--eval.batch_size=1")
@@ -32,7 +32,11 @@ def test_while_training(parts, tmp_path):
     """Every `--env_eval_freq` steps and at the end, the value that `evaluate` and so `lerobot-eval` would give."""
     flags = follower(parts, tmp_path / "run", *EPISODES, "--env_eval_freq=2", "--eval_steps=3", "--steps=5")
     summary, events = train_in_process(flags)
-    rates = {e["step"]: e["env/success_rate"] for e in events if "env/success_rate" in e}
+    rates = {
+        e.step: e.values["env/success_rate"]
+        for e in events
+        if isinstance(e, Validated) and "env/success_rate" in e.values
+    }
     assert list(rates) == [2, 4, 5] and len(set(rates.values())) == 1
     lines = read_metrics(tmp_path / "run")
     assert {r["step"]: r["env/success_rate"] for r in lines if "env/success_rate" in r} == rates

@@ -16,7 +16,7 @@ from ray_jobs.search.spaces.space_file import read_space
 from ray_jobs.search.spaces.values import default, known_flags, meant
 
 WORD = "--new-space"
-SHIPPED = Path(__file__).parent.parent.parent / "search_spaces"
+SHIPPED = Path(__file__).parents[3] / "search_spaces"
 START = "policy.pretrained_path"  # which weights it begins with
 BATCHES = [4, 8, 16]  # 8 is LeRobot's
 MOST_DROPOUT = 0.3
