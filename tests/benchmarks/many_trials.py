@@ -41,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=200)
     args = parser.parse_args()
-    from support.datasets import make
+    from support.data_sets import make
     from support.runs import wandb_runs
     from support.searches import space_file
 

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--documented", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
-    from support.datasets import make
+    from support.data_sets import make
 
     folder = Path(tempfile.mkdtemp())
     dataset = make(folder / "numbers", [23, 17, 9, 20, 21], seed=2)

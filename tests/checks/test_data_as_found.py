@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets import CODEBASE_VERSION, LeRobotDataset
 from support.commands import REAL, job, tiny_act, tiny_diffusion, train_in_process
-from support.datasets import assert_same, make
+from support.data_sets import assert_same, make
 from support.refusals import check, refusal
 from torch.utils.data import default_collate
 

@@ -18,7 +18,7 @@ from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset
 from lerobot.datasets.factory import make_dataset
 from lerobot.processor import ImageCropResizeProcessorStep
 from support.commands import tiny_act
-from support.datasets import POLICIES, assert_same, make, opened
+from support.data_sets import POLICIES, assert_same, make, opened
 from torch.utils.data import DataLoader, default_collate
 
 from ray_jobs.cli.resolve import resolve

@@ -20,7 +20,7 @@ import torch
 from lerobot.datasets import LeRobotDataset
 from ray.cluster_utils import Cluster
 from support.commands import job, tiny_act, train_in_process
-from support.datasets import assert_same, make, opened
+from support.data_sets import assert_same, make, opened
 from support.machine import small_disk
 from torch.utils.data import default_collate
 

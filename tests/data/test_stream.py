@@ -16,7 +16,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.factory import make_pre_post_processors
 from numpy.random import SeedSequence
 from support.commands import job, tiny_act, tiny_diffusion
-from support.datasets import make
+from support.data_sets import make
 from support.processes import Run
 from torch.utils.data import default_collate
 

@@ -17,8 +17,8 @@ from lerobot.policies import make_pre_post_processors
 from lerobot.policies.act.modeling_act import ACTPolicy
 from safetensors.torch import load_file
 from support.commands import REAL, job, stock, tiny_act, tiny_diffusion, train_in_process
-from support.datasets import make as make_numbers
-from support.lerobot import LEROBOT_TRAIN, OUR_LOOP, assert_same_training, run_script
+from support.data_sets import make as make_numbers
+from support.parity import LEROBOT_TRAIN, OUR_LOOP, assert_same_training, run_script
 from support.scores import HELD_OUT, SCORES, built, score
 
 from ray_jobs.storage.records import read_json, read_metrics

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.commands import tiny_act, tiny_diffusion
-from support.datasets import make
+from support.data_sets import make
 from support.runs import wandb_runs
 
 from ray_jobs.checks import preflight

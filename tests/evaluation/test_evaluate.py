@@ -223,7 +223,7 @@ def test_mistakes(runs, follower, numbers_only, tmp_path, no_network):
 
 @pytest.fixture(scope="module")
 def numbers_only(tmp_path_factory) -> Path:
-    from support.datasets import make
+    from support.data_sets import make
 
     return make(tmp_path_factory.mktemp("evaluate") / "numbers", [5, 6])
 

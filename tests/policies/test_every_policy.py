@@ -10,7 +10,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import make_policy
 from support.commands import common, train_in_process
-from support.lerobot import LEROBOT_TRAIN, assert_same_training, run_script
+from support.parity import LEROBOT_TRAIN, assert_same_training, run_script
 from support.vla import _tokenizer
 
 from ray_jobs.checks import preflight

@@ -16,7 +16,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import make_policy, make_pre_post_processors
 from safetensors.torch import load_file, save_file
 from support.commands import job, train_in_process
-from support.lerobot import run_script
+from support.parity import run_script
 from support.refusals import refusal
 from support.vla import PLUGIN, save_base, tiny
 from transformers import AutoTokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import tiny_act, tiny_diffusion, train_in_process
-from support.datasets import make
+from support.data_sets import make
 from support.searches import plan_of
 
 from ray_jobs.config.errors import InputError

@@ -7,7 +7,7 @@ import optuna
 import pytest
 import yaml
 from support.commands import ROOT
-from support.datasets import make
+from support.data_sets import make
 from support.searches import plan_of
 
 from ray_jobs import tune

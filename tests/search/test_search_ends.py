@@ -14,7 +14,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from support.commands import tiny_act, train_in_process
-from support.datasets import make
+from support.data_sets import make
 from support.processes import Run
 from support.searches import ACT, search, space_file
 

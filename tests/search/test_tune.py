@@ -30,7 +30,7 @@ from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from support.commands import PATIENCE, ROOT, job
-from support.datasets import make
+from support.data_sets import make
 from support.machine import free_port, small_disk
 from support.processes import Run, alive
 from support.runs import wandb_runs

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from support.buckets import Bucket
 from support.commands import PATIENCE, job, tiny_act
-from support.datasets import make
+from support.data_sets import make
 from support.processes import Run
 from support.searches import space_file
 

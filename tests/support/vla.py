@@ -177,7 +177,7 @@ def acting(python: str, frames: Path, checkpoints: dict[str, Path], models: Path
     """What checkpoints do with recorded frames in a LeRobot of its own: (frames, chunk, dims) of each."""
     out.mkdir()
     pairs = [f"{checkpoint}={out / name}.npy" for name, checkpoint in checkpoints.items()]
-    command = [python, str(Path(__file__).with_name("acting.py")), str(frames), *pairs]
+    command = [python, str(Path(__file__).parent / "run_alone" / "acting.py"), str(frames), *pairs]
     env = {**os.environ, **lerobots_environment(models)}
     result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr[-3000:]

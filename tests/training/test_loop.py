@@ -12,7 +12,7 @@ from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset
 from PIL import Image
 from safetensors import safe_open
 from support.commands import tiny_act, tiny_diffusion, train_in_process
-from support.datasets import make
+from support.data_sets import make
 from support.runs import assert_same_checkpoint, wandb_runs
 
 from ray_jobs.checks import preflight

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import tiny_act, tiny_diffusion, train_in_process
-from support.datasets import make
+from support.data_sets import make
 
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lerobot.policies.act.modeling_act import ACTPolicy
 from support.commands import tiny_act, tiny_diffusion, train_in_process
-from support.datasets import make
+from support.data_sets import make
 from support.scores import HELD_OUT, SCORES, built, score
 
 from ray_jobs.config.errors import InputError
