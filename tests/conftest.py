@@ -14,10 +14,10 @@ import socket
 from pathlib import Path
 
 import pytest
-from support.commands import REAL, tiny_act, train_in_process
 
 from ray_jobs.cli.terminal import doing
 from ray_jobs.cluster import connect
+from support.commands import REAL, tiny_act, train_in_process
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -50,9 +50,9 @@ def building(dataset: Path) -> float:
     """Seconds that building the model alone takes in a warm process."""
     from lerobot.datasets import LeRobotDatasetMetadata
     from lerobot.policies import make_policy
-    from support.commands import tiny_act
 
     from ray_jobs.cli.resolve import resolve
+    from support.commands import tiny_act
 
     recipe = resolve(tiny_act(dataset, Path(tempfile.mkdtemp()) / "run"))
     meta = LeRobotDatasetMetadata("local/numbers", root=dataset)

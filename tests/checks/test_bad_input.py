@@ -18,14 +18,14 @@ from pathlib import Path
 import psutil
 import pytest
 from huggingface_hub import constants
-from support.commands import job, tiny_act, tiny_diffusion, train_in_process
-from support.machine import small_disk
-from support.refusals import check, refusal
 
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cluster import connect
 from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull
 from ray_jobs.storage import hub
+from support.commands import job, tiny_act, tiny_diffusion, train_in_process
+from support.machine import small_disk
+from support.refusals import check, refusal
 
 STEP = "checkpoints/000002"
 CAMERA = "observation.images.top"

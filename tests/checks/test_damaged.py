@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.commands import tiny_act
 
 from ray_jobs import evaluate, report, tune
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
+from support.commands import tiny_act
 
 TABLE = "trial,state,val/action_error,best_step,steps,wall_s,baseline,other_seeds,reason,policy.type\n"
 ROW = "0,COMPLETE,0.5,2,2,1.5,True,{},,act\n"

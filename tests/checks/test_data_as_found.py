@@ -17,9 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets import CODEBASE_VERSION, LeRobotDataset
-from support.commands import REAL, job, tiny_act, tiny_diffusion, train_in_process
-from support.data_sets import assert_same, make
-from support.refusals import check, refusal
 from torch.utils.data import default_collate
 
 from ray_jobs import doctor
@@ -32,6 +29,9 @@ from ray_jobs.data.frames import FrameSource, NoFrame
 from ray_jobs.data.reader import FrameReader
 from ray_jobs.training import memory
 from ray_jobs.training.checkpoint import pretrained_dir
+from support.commands import REAL, job, tiny_act, tiny_diffusion, train_in_process
+from support.data_sets import assert_same, make
+from support.refusals import check, refusal
 
 TOP, SIDE = "observation.images.top", "observation.images.side"
 LENGTHS = [30, 25, 40]

@@ -17,9 +17,9 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-from support.data_sets import make
 
 from ray_jobs import doctor
+from support.data_sets import make
 
 LENGTHS = [30, 25, 40, 35]
 TINY = [

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.commands import tiny_act
 
 from ray_jobs import evaluate
 from ray_jobs.checks import preflight
@@ -29,6 +28,7 @@ from ray_jobs.search.plan import read_command
 from ray_jobs.search.spaces.space_file import read_space
 from ray_jobs.storage import bucket
 from ray_jobs.training import loop
+from support.commands import tiny_act
 
 SECONDS = 20  # any of them may take
 CAMERA = "observation.images.top"

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from support.advice import BUILT, other_programs, parse_other
-from support.commands import ROOT
 
 from ray_jobs import cache, demo, evaluate, export
 from ray_jobs.cli.command_line import build, read_flags
@@ -25,6 +23,8 @@ from ray_jobs.config.options import Options
 from ray_jobs.search.early_checks import check_search
 from ray_jobs.search.options import SearchFlags
 from ray_jobs.search.spaces import new_space
+from support.advice import BUILT, other_programs, parse_other
+from support.commands import ROOT
 
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.\0-]*)(?:=('[^']*'|\[[^\]]*\]|[^\s`'\",;:)|\]]*))?")
 TOOL = re.compile(r"(?<![\w./-])((?:hf|wandb|ray) [a-z][^`\n;]*)")

@@ -9,9 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.advice import other_programs, parse_other
-from support.commands import tiny_act, train_in_process
-from support.vla import tiny
 
 from ray_jobs import doctor, train
 from ray_jobs.checks import preflight
@@ -27,6 +24,9 @@ from ray_jobs.search.options import TuneOptions
 from ray_jobs.storage import mirror
 from ray_jobs.training import tracking
 from ray_jobs.training.memory import Memory
+from support.advice import other_programs, parse_other
+from support.commands import tiny_act, train_in_process
+from support.vla import tiny
 
 
 def check(*flags: str) -> None:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.commands import ROOT, job, tiny_act, train_in_process
 
 from ray_jobs.cli import flags
 from ray_jobs.cli.command_line import read_flags
@@ -17,6 +16,7 @@ from ray_jobs.cli.early_checks import check_command
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config import flag_table
 from ray_jobs.config.errors import InputError
+from support.commands import ROOT, job, tiny_act, train_in_process
 
 # Names that YAML reads as something else: a comment, a number, a date, a mapping, a truth value, a file to open.
 NAMES = [

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from support.commands import PATIENCE, ROOT, job, tiny_act
 
 from ray_jobs.cli import environment
 from ray_jobs.cluster import connect
 from ray_jobs.cluster.job import check_submitted
 from ray_jobs.cluster.ray_internals import SUBMITTED
+from support.commands import PATIENCE, ROOT, job, tiny_act
 
 SETTLED = """
 import json, os

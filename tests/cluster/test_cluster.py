@@ -24,12 +24,12 @@ from ray.autoscaler._private.util import prepare_config, validate_config, with_e
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from support.commands import PATIENCE, ROOT, job, tiny_act
-from support.machine import free_port
 
 from ray_jobs.cluster import run_folder
 from ray_jobs.config.errors import RunError
 from ray_jobs.training import checkpoint
+from support.commands import PATIENCE, ROOT, job, tiny_act
+from support.machine import free_port
 
 FILE = ROOT / "cluster.yaml"
 

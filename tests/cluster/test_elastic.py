@@ -5,7 +5,6 @@ import json
 
 import pytest
 from lerobot.datasets.factory import make_dataset
-from support.commands import job, tiny_act, train_in_process
 
 from ray_jobs.cli.command_line import parse_options, read_flags
 from ray_jobs.cli.resolve import resolve
@@ -13,6 +12,7 @@ from ray_jobs.cluster import resources
 from ray_jobs.config.events import Log, Start
 from ray_jobs.data.dataset import training_batches
 from ray_jobs.data.position import START, Shards
+from support.commands import job, tiny_act, train_in_process
 
 # What draws random numbers on each worker, and so depends on who computes a batch.
 CALM = ("--policy.use_vae=false", "--policy.dropout=0", "--dataset.episodes=[0,1,2]")

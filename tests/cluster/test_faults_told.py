@@ -22,7 +22,6 @@ from ray.exceptions import (
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors import SafetensorError
-from support.commands import ROOT, tiny_act
 
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
@@ -36,6 +35,7 @@ from ray_jobs.config.errors import InputError, RunError, StorageLost
 from ray_jobs.config.events import Fault, Notice, Start, Step
 from ray_jobs.storage import retry
 from ray_jobs.training import checkpoint, loop
+from support.commands import ROOT, tiny_act
 
 
 @pytest.mark.parametrize(

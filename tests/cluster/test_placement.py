@@ -6,13 +6,13 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from ray.train.torch import TorchConfig, TorchTrainer
-from support.commands import tiny_act
 
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cluster import resources
 from ray_jobs.cluster.channel import open_channel
 from ray_jobs.cluster.driver import make_trainer
 from ray_jobs.config.errors import InputError
+from support.commands import tiny_act
 
 pytestmark = pytest.mark.slow
 

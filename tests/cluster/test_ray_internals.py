@@ -36,11 +36,11 @@ from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_
 from ray.tune.execution import class_cache, tune_controller
 from ray.tune.experiment import Trial
 from ray.util.placement_group import placement_group, placement_group_table
-from support.commands import PATIENCE
 
 from ray_jobs import tune
 from ray_jobs.cluster import connect, ray_internals, ray_train_internals, resources
 from ray_jobs.search import ray_tune_internals
+from support.commands import PATIENCE
 
 RAY = Path(ray.__file__).parent
 

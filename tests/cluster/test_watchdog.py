@@ -10,7 +10,6 @@ import ray
 import torch
 import torch.utils.checkpoint
 from lerobot.policies.act.modeling_act import ACTPolicy
-from support.commands import tiny_act, train_in_process
 
 from ray_jobs.cluster import watchdog
 from ray_jobs.config.busy import busy_with
@@ -18,6 +17,7 @@ from ray_jobs.config.events import Notice, Step
 from ray_jobs.storage.retry import patiently
 from ray_jobs.training import checkpoint
 from ray_jobs.training import step as step_module
+from support.commands import tiny_act, train_in_process
 
 
 def heartbeat(rank: int, step: int | None = 7, **more) -> watchdog.Heartbeat:

@@ -17,8 +17,6 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset
 from lerobot.datasets.factory import make_dataset
 from lerobot.processor import ImageCropResizeProcessorStep
-from support.commands import tiny_act
-from support.data_sets import POLICIES, assert_same, make, opened
 from torch.utils.data import DataLoader, default_collate
 
 from ray_jobs.cli.resolve import resolve
@@ -29,6 +27,8 @@ from ray_jobs.data.frame_cache import FrameCache, open_frames
 from ray_jobs.data.frames import FrameSource
 from ray_jobs.data.position import START, Position
 from ray_jobs.data.reader import FrameReader
+from support.commands import tiny_act
+from support.data_sets import POLICIES, assert_same, make, opened
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
 

@@ -19,9 +19,6 @@ import pytest
 import torch
 from lerobot.datasets import LeRobotDataset
 from ray.cluster_utils import Cluster
-from support.commands import job, tiny_act, train_in_process
-from support.data_sets import assert_same, make, opened
-from support.machine import small_disk
 from torch.utils.data import default_collate
 
 from ray_jobs import cache as cache_job
@@ -32,6 +29,9 @@ from ray_jobs.data import columns, frame_store
 from ray_jobs.data.frame_cache import FrameCache, open_frames
 from ray_jobs.data.frames import FrameSource
 from ray_jobs.data.reader import FrameReader
+from support.commands import job, tiny_act, train_in_process
+from support.data_sets import assert_same, make, opened
+from support.machine import small_disk
 
 torch.set_num_threads(1)
 FORK = multiprocessing.get_context("fork")  # children that have LeRobot already

@@ -8,14 +8,14 @@ import pytest
 import torch
 from lerobot.datasets import LeRobotDataset
 from lerobot.policies import get_policy_class, make_pre_post_processors
-from support.commands import stock, tiny_act, tiny_diffusion, train_in_process
-from support.scores import HELD_OUT, built, score
 
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
 from ray_jobs.storage.cache_folder import default_folder
 from ray_jobs.storage.records import read_json, read_metrics
+from support.commands import stock, tiny_act, tiny_diffusion, train_in_process
+from support.scores import HELD_OUT, built, score
 
 SIZE = [32, 48]  # of 64x64
 RUN = ["--batch_size=2", "--steps=6", "--save_freq=3", f"--data.resize={SIZE}"]

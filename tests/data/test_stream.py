@@ -15,9 +15,6 @@ import torch
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.factory import make_pre_post_processors
 from numpy.random import SeedSequence
-from support.commands import job, tiny_act, tiny_diffusion
-from support.data_sets import make
-from support.processes import Run
 from torch.utils.data import default_collate
 
 from ray_jobs import train
@@ -36,6 +33,9 @@ from ray_jobs.data.stream import make_streamed_datasets, streamed_batches
 from ray_jobs.search.plan import read_command
 from ray_jobs.search.spaces.chosen import read_spaces
 from ray_jobs.storage import bucket
+from support.commands import job, tiny_act, tiny_diffusion
+from support.data_sets import make
+from support.processes import Run
 
 STREAM = "--data.source=stream"
 

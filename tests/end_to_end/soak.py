@@ -162,9 +162,8 @@ def main(argv: list[str]) -> int:
     asked = asked.parse_args(argv)
     scratch = tempfile.mkdtemp(prefix="rj_")
     os.environ |= {"RAY_TMPDIR": scratch, "RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "1000"}
-    from support.commands import job, tiny_act
-
     from ray_jobs.part_sorting.record import record
+    from support.commands import job, tiny_act
 
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     root = record(folder / "parts", episodes=12, image_size=64, seed=7)

@@ -20,13 +20,13 @@ from pathlib import Path
 import fsspec
 import psutil
 import pytest
+
+from ray_jobs.training import checkpoint
 from support.buckets import Bucket
 from support.commands import PATIENCE, tiny_act
 from support.machine import small_disk
 from support.processes import Run
 from support.searches import SPACE, space_file
-
-from ray_jobs.training import checkpoint
 
 pytestmark = pytest.mark.slow
 EVERY = 10  # steps between checkpoints

@@ -17,14 +17,14 @@ from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
-from support.commands import PATIENCE, ROOT, job, tiny_act
-from support.machine import free_port
-from support.processes import Run, alive
 
 from ray_jobs import train, tune
 from ray_jobs.cli.signals import ONE_S
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.training import checkpoint
+from support.commands import PATIENCE, ROOT, job, tiny_act
+from support.machine import free_port
+from support.processes import Run, alive
 
 STEPS = ("--steps=40", "--save_freq=10")
 WEIGHTS = "checkpoints/000040/pretrained_model/model.safetensors"

@@ -22,12 +22,12 @@ import pytest
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-from support.commands import PATIENCE, tiny_act, train_in_process
-from support.processes import Run, nothing_is_left
-from support.searches import SPACE, space_file
 
 from ray_jobs.config.events import Log
 from ray_jobs.training import checkpoint
+from support.commands import PATIENCE, tiny_act, train_in_process
+from support.processes import Run, nothing_is_left
+from support.searches import SPACE, space_file
 
 pytestmark = pytest.mark.slow
 LOST_EARLY = "a worker was lost while they started"

@@ -16,12 +16,12 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.act.modeling_act import ACTPolicy
 from safetensors.torch import load_file
+
+from ray_jobs.storage.records import read_json, read_metrics
 from support.commands import REAL, job, stock, tiny_act, tiny_diffusion, train_in_process
 from support.data_sets import make as make_numbers
 from support.parity import LEROBOT_TRAIN, OUR_LOOP, assert_same_training, run_script
 from support.scores import HELD_OUT, SCORES, built, score
-
-from ray_jobs.storage.records import read_json, read_metrics
 
 DATASETS = REAL.parent
 STEPS, SAVED = 20, 10  # of an epoch that ends between the two

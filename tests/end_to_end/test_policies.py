@@ -10,13 +10,13 @@ import pytest
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 from safetensors.torch import load_file, load_model
+
+from ray_jobs.policies import assets
+from ray_jobs.storage.records import read_json, read_metrics
 from support.commands import DEVICE, job, train_in_process
 from support.parity import LEROBOT_TRAIN, OUR_LOOP, assert_same_training, run_script
 from support.run_alone.acting import act
 from support.vla import ALL, LARGE, acting, lerobots_environment, record_frames, tiny
-
-from ray_jobs.policies import assets
-from ray_jobs.storage.records import read_json, read_metrics
 
 WEIGHTS = "pretrained_model/model.safetensors"
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch._inductor.config
 import yaml
-from support.commands import ROOT, job, train_in_process
-from support.processes import Run
-from support.vla import PLUGIN, save_base
 
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.events import Log, Notice
+from support.commands import ROOT, job, train_in_process
+from support.processes import Run
+from support.vla import PLUGIN, save_base
 
 COMMANDS = ROOT.parent / "shared" / "seed" / "commands.json"
 PI = [PLUGIN, "--policy.image_resolution=[28,28]"]

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import tiny_act, tiny_diffusion
-from support.data_sets import make
-from support.runs import wandb_runs
 
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
@@ -16,6 +13,9 @@ from ray_jobs.data import dataset
 from ray_jobs.storage.records import read_json
 from ray_jobs.training import loop, setup, step
 from ray_jobs.training.tracking import save_options
+from support.commands import tiny_act, tiny_diffusion
+from support.data_sets import make
+from support.runs import wandb_runs
 
 STEPS = 3
 ACT = (

@@ -6,12 +6,10 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import colour_follower
 import numpy as np
 import pytest
-from support.commands import stock, tiny_act, tiny_diffusion
-from support.evaluations import IN_PARTS, PLUGIN, evaluated, trained
 
+import colour_follower
 from ray_jobs import evaluate
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.evaluation import rollouts
@@ -19,6 +17,8 @@ from ray_jobs.evaluation.results import RESULTS
 from ray_jobs.evaluation.run import _new_folder
 from ray_jobs.evaluation.trained import open_trained
 from ray_jobs.training.simulator import wilson
+from support.commands import stock, tiny_act, tiny_diffusion
+from support.evaluations import IN_PARTS, PLUGIN, evaluated, trained
 
 FLAGS = {"act": tiny_act, "diffusion": tiny_diffusion}
 RUNS = {

@@ -9,15 +9,15 @@ import pytest
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import make_policy
-from support.commands import common, train_in_process
-from support.parity import LEROBOT_TRAIN, assert_same_training, run_script
-from support.vla import _tokenizer
 
 from ray_jobs.checks import preflight
 from ray_jobs.checks.policy import missing_packages
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
 from ray_jobs.storage.records import read_metrics
+from support.commands import common, train_in_process
+from support.parity import LEROBOT_TRAIN, assert_same_training, run_script
+from support.vla import _tokenizer
 
 CROP = "--policy.crop_shape=[48,48]"
 # What is told on the machine of the tests, without a network, of a data set without rewards; None: it trains.

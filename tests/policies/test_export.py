@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lerobot.policies import pi_gemma
-from support.commands import ROOT, job, train_in_process
-from support.vla import ALL, acting, record_frames, tiny
 
 from ray_jobs import export
 from ray_jobs.config.errors import InputError
 from ray_jobs.policies import export as export_policy
 from ray_jobs.training.checkpoint import pretrained_dir
+from support.commands import ROOT, job, train_in_process
+from support.vla import ALL, acting, record_frames, tiny
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from pathlib import Path
 import lerobot.policies  # noqa: F401  (registers their configs)
 import pytest
 from lerobot.configs.policies import PreTrainedConfig
-from support.vla import ALL
 
 import ray_jobs
 from ray_jobs.config import flag_table
 from ray_jobs.policies.facts import FACTS, PolicyFacts, facts_of
+from support.vla import ALL
 
 PACKAGE = Path(ray_jobs.__file__).parent
 KNOWN = flag_table.load().policies

@@ -15,10 +15,6 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import make_policy, make_pre_post_processors
 from safetensors.torch import load_file, save_file
-from support.commands import job, train_in_process
-from support.parity import run_script
-from support.refusals import refusal
-from support.vla import PLUGIN, save_base, tiny
 from transformers import AutoTokenizer
 
 from ray_jobs import export
@@ -30,6 +26,10 @@ from ray_jobs.data.reader import FrameReader
 from ray_jobs.policies import assets
 from ray_jobs.storage.records import read_json, read_metrics
 from ray_jobs.training import loop, memory
+from support.commands import job, train_in_process
+from support.parity import run_script
+from support.refusals import refusal
+from support.vla import PLUGIN, save_base, tiny
 
 LORA = ["--peft.method_type=LORA", "--peft.r=4"]
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")

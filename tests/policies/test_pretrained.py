@@ -8,9 +8,6 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from safetensors.torch import load_file
-from support.commands import job, tiny_act, train_in_process
-from support.hub import hub_with
-from support.vla import RESNET, save_base, tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ray_jobs.cli.command_line import read_flags
@@ -19,6 +16,9 @@ from ray_jobs.config.errors import InputError
 from ray_jobs.config.events import Log
 from ray_jobs.policies import assets
 from ray_jobs.storage.records import read_json
+from support.commands import job, tiny_act, train_in_process
+from support.hub import hub_with
+from support.vla import RESNET, save_base, tiny
 
 
 def tiny_tokenizer(folder) -> None:

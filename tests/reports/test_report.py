@@ -14,9 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from support.commands import tiny_act
-from support.evaluations import evaluated, trained
-from support.searches import ACT, search, study_of
 from tensorboardX.proto.event_pb2 import Event
 
 from ray_jobs import report
@@ -26,6 +23,9 @@ from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.evaluation import run as evaluation_run
 from ray_jobs.search.early_checks import check_search
 from ray_jobs.storage.records import read_json, read_metrics
+from support.commands import tiny_act
+from support.evaluations import evaluated, trained
+from support.searches import ACT, search, study_of
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "link", "img"}

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from support.commands import tiny_act, tiny_diffusion, train_in_process
-from support.data_sets import make
-from support.searches import plan_of
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.events import Log
 from ray_jobs.policies.facts import FACTS
+from support.commands import tiny_act, tiny_diffusion, train_in_process
+from support.data_sets import make
+from support.searches import plan_of
 
 ENDS = {  # of each flag
     "vision_backbone": ("resnet18", "resnet34"),

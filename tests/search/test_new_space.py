@@ -6,9 +6,6 @@ import sys
 import optuna
 import pytest
 import yaml
-from support.commands import ROOT
-from support.data_sets import make
-from support.searches import plan_of
 
 from ray_jobs import tune
 from ray_jobs.config import flag_table
@@ -18,6 +15,9 @@ from ray_jobs.search.early_checks import check_search
 from ray_jobs.search.spaces.new_space import SHIPPED, space_for
 from ray_jobs.search.spaces.space import SearchSpace, encoded
 from ray_jobs.search.spaces.space_file import read_space
+from support.commands import ROOT
+from support.data_sets import make
+from support.searches import plan_of
 
 ALL = flag_table.load().policies
 POLICIES = [policy for policy in ALL if facts_of(policy).scored]

@@ -13,12 +13,12 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+
+from ray_jobs.config.errors import RunError
 from support.commands import tiny_act, train_in_process
 from support.data_sets import make
 from support.processes import Run
 from support.searches import ACT, search, space_file
-
-from ray_jobs.config.errors import RunError
 
 ODD = "a b#c? 100%41 [v2] {x}, ü"  # legal in a name, and something else in an address or a pattern
 DIVERGE = {

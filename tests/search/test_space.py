@@ -11,7 +11,6 @@ import pytest
 import yaml
 from lerobot.configs.policies import PreTrainedConfig
 from optuna.trial import TrialState
-from support.commands import ROOT
 
 from ray_jobs.cli.flags import check_flags
 from ray_jobs.config.errors import InputError
@@ -22,6 +21,7 @@ from ray_jobs.search.spaces import constraints
 from ray_jobs.search.spaces.space import SearchSpace, flags
 from ray_jobs.search.spaces.space_file import read_space
 from ray_jobs.search.study.begin import make_sampler
+from support.commands import ROOT
 
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 GOOD = """\

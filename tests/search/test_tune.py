@@ -29,13 +29,6 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
-from support.commands import PATIENCE, ROOT, job
-from support.data_sets import make
-from support.machine import free_port, small_disk
-from support.processes import Run, alive
-from support.runs import wandb_runs
-from support.searches import ACT, search, space_file, study_of
-from support.vla import save_base, tiny
 
 from ray_jobs.cli import progress
 from ray_jobs.cli.resolve import resolve
@@ -46,6 +39,13 @@ from ray_jobs.search.study import storage as storage_module
 from ray_jobs.search.study.study import BASELINE
 from ray_jobs.storage import retry
 from ray_jobs.storage.records import read_json, read_metrics
+from support.commands import PATIENCE, ROOT, job
+from support.data_sets import make
+from support.machine import free_port, small_disk
+from support.processes import Run, alive
+from support.runs import wandb_runs
+from support.searches import ACT, search, space_file, study_of
+from support.vla import save_base, tiny
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import psutil
 import pytest
+
 from support.buckets import Bucket
 from support.commands import tiny_act, train_in_process
 from support.processes import Run

@@ -14,11 +14,6 @@ import pytest
 from lerobot.policies.act.modeling_act import ACTPolicy
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
-from support.buckets import Bucket
-from support.commands import PATIENCE, job, tiny_act
-from support.data_sets import make
-from support.processes import Run
-from support.searches import space_file
 
 from ray_jobs import evaluate
 from ray_jobs.checks import preflight
@@ -28,6 +23,11 @@ from ray_jobs.config.errors import GO_ON, INTERRUPTED, InputError, RunError
 from ray_jobs.evaluation import run as evaluation_run
 from ray_jobs.storage import bucket, lease, mirror
 from ray_jobs.training import checkpoint
+from support.buckets import Bucket
+from support.commands import PATIENCE, job, tiny_act
+from support.data_sets import make
+from support.processes import Run
+from support.searches import space_file
 
 WEIGHTS = "pretrained_model/model.safetensors"
 OPTIMIZER = "training_state/optimizer_state.safetensors"

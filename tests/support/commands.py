@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import support.environment  # noqa: F401
-
 from ray_jobs.config.errors import InputError, RunError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from uuid import uuid4
 
 import psutil
+
 from support.commands import PATIENCE, ROOT
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from lerobot.policies import make_policy
-from support.commands import tiny_act
 
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.data.dataset import make_datasets
 from ray_jobs.policies.build import make_processors
 from ray_jobs.training.validation import Validation
+from support.commands import tiny_act
 
 HELD_OUT = [0, 2]
 

@@ -135,7 +135,6 @@ def tiny(policy: str, root: Path, output_dir: Path, models: Path, *more: str) ->
 def save_base(policy: str, folder: Path, real: Path, models: Path, cameras: tuple[str, ...] = ()) -> None:
     """A pretrained policy in `folder`, made and saved by LeRobot's own classes. `cameras`: its names for them."""
     import draccus
-    import tiny_vla  # noqa: F401
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.configs.types import FeatureType
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -143,6 +142,7 @@ def save_base(policy: str, folder: Path, real: Path, models: Path, cameras: tupl
     from lerobot.utils.constants import OBS_IMAGES
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
+    import tiny_vla  # noqa: F401
     from ray_jobs.policies import assets
 
     flags = [f.replace("--policy.", "--") for f in tiny(policy, real, folder, models) if "--policy." in f]

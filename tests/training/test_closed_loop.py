@@ -10,13 +10,13 @@ import optuna
 import pytest
 import yaml
 from optuna.trial import TrialState
-from support.commands import tiny_act, train_in_process
-from support.evaluations import IN_PARTS, PLUGIN, evaluated
-from support.searches import search
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.events import Log, Validated
 from ray_jobs.storage.records import read_json, read_metrics
+from support.commands import tiny_act, train_in_process
+from support.evaluations import IN_PARTS, PLUGIN, evaluated
+from support.searches import search
 
 EPISODES = (*IN_PARTS, "--eval.n_episodes=6", "--eval.batch_size=1")
 

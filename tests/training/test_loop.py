@@ -11,9 +11,6 @@ import pytest
 from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset
 from PIL import Image
 from safetensors import safe_open
-from support.commands import tiny_act, tiny_diffusion, train_in_process
-from support.data_sets import make
-from support.runs import assert_same_checkpoint, wandb_runs
 
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
@@ -22,6 +19,9 @@ from ray_jobs.config.events import Event, Log, Saved, Step, Validated
 from ray_jobs.storage.records import read_json, read_metrics
 from ray_jobs.training import loop
 from ray_jobs.training.checkpoint import checkpoint_steps, fault, last_checkpoint
+from support.commands import tiny_act, tiny_diffusion, train_in_process
+from support.data_sets import make
+from support.runs import assert_same_checkpoint, wandb_runs
 
 LENGTHS = [23, 17, 9, 20]
 TIMES = ("train/step_s", "train/data_s", "train/samples_per_s")

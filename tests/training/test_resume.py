@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.commands import tiny_act, tiny_diffusion, train_in_process
-from support.data_sets import make
 
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
@@ -16,6 +14,8 @@ from ray_jobs.config.errors import InputError
 from ray_jobs.storage.records import read_json, read_metrics
 from ray_jobs.training import loop, step
 from ray_jobs.training.tracking import save_options
+from support.commands import tiny_act, tiny_diffusion, train_in_process
+from support.data_sets import make
 
 LENGTHS = [23, 17, 9, 20]
 CONFIG = "pretrained_model/train_config.json"

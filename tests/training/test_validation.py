@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from lerobot.policies.act.modeling_act import ACTPolicy
-from support.commands import tiny_act, tiny_diffusion, train_in_process
-from support.data_sets import make
-from support.scores import HELD_OUT, SCORES, built, score
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.events import Log, Validated
 from ray_jobs.training.validation import Validation
+from support.commands import tiny_act, tiny_diffusion, train_in_process
+from support.data_sets import make
+from support.scores import HELD_OUT, SCORES, built, score
 
 FLAGS = {
     "act": tiny_act,

@@ -20,6 +20,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from make import RECORDINGS, write  # noqa: E402
 from properties import TABLE, DataSet  # noqa: E402
+
 from support.commands import tiny_act  # noqa: E402
 
 RECORD = HERE / "stock.json"

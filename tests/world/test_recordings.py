@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from make import made
 from properties import TABLE
-from support.commands import said_by, tiny_act
-from support.runs import assert_same_checkpoint
-from support.searches import space_file, study_of
 
 from ray_jobs import cache, doctor, evaluate, train, tune
 from ray_jobs.storage.records import read_json
+from support.commands import said_by, tiny_act
+from support.runs import assert_same_checkpoint
+from support.searches import space_file, study_of
 
 JITTER = "CR5 with its jitter"
 TRAINED = [name for name, properties in TABLE.items() if properties.recording and name != JITTER]

@@ -12,9 +12,9 @@ import pytest
 from make import made
 from properties import TABLE
 from stock import flags_for
-from support.commands import ROOT
 
 from ray_jobs.cli import terminal
+from support.commands import ROOT
 
 ALLOWED_S = 5.5  # on a machine that has nothing else to do
 

@@ -20,13 +20,13 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from make import made, write
 from properties import TABLE, DataSet
 from stock import RECORD, STEPS, flags_for, train_as_stock
-from support.commands import job, said_by, train_in_process
 
 from ray_jobs import cache, doctor, evaluate, train
 from ray_jobs.checks.columns import check_kinds
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.events import Log
 from ray_jobs.storage.records import read_metrics
+from support.commands import job, said_by, train_in_process
 
 torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
 STOCK = json.loads(RECORD.read_text())
