@@ -8,7 +8,6 @@ import fsspec
 import optuna
 import pytest
 import torch
-from conftest import tiny_act, train_in_process
 from optuna.trial import TrialState
 
 from ray_jobs import cache as cache_job
@@ -20,6 +19,7 @@ from ray_jobs.config.errors import GO_ON
 from ray_jobs.config.events import Notice
 from ray_jobs.data.frames import FrameSource
 from ray_jobs.storage.records import read_json, read_metrics
+from support.commands import tiny_act, train_in_process
 
 torch.set_num_threads(1)  # as they were made
 MADE = Path(__file__).parent / "data" / "made_by_0.1.0"
