@@ -13,15 +13,17 @@ MODULES = sorted(
     path for path in TESTS.rglob("*.py") if not path.parent.name.startswith(("benchmarks", "made_by_"))
 )
 OF_THEIR_OWN = {"benchmarks", "end_to_end", "support", "world"}
+TEST_MODULES = {path.stem for path in MODULES if path.stem == "conftest" or path.stem.startswith("test_")}
 PLUGINS = {"colour_follower", "faulty", "tiny_vla"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_test_module_is_imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        assert not [name for name in names if name == "conftest" or name.startswith("test_")]
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        parts = {part for name in names for part in name.split(".")}
+        assert not parts & TEST_MODULES
 
 
 def test_a_folder_of_tests_is_a_package():
