@@ -17,7 +17,6 @@ was held out, and how it is compared, is what the training said: the value is th
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ray_jobs.checks.output_dir import check_output_dir
 from ray_jobs.cli.command_line import listed, parse_options, read_flags
@@ -27,9 +26,6 @@ from ray_jobs.cluster import connect
 from ray_jobs.cluster.job import run_job
 from ray_jobs.config.errors import all_mistakes
 from ray_jobs.search.files import SEARCH_FILE, read_search
-
-if TYPE_CHECKING:
-    pass
 
 GROUPS = ("dataset.", "data.", "env.", "eval.", "ray.", "assets.")
 FLAGS = ("rename_map", "max_eval_samples", "seed", "policy.device", "tolerance_s", "num_workers")

@@ -9,7 +9,6 @@ Every flag of `ray_jobs.train` holds for all trials; the space says what varies.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ray_jobs.cli.command_line import asks_to_resume, help_for, read_flags
 from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet
@@ -21,9 +20,6 @@ from ray_jobs.search.early_checks import check_search
 from ray_jobs.search.files import read_begun
 from ray_jobs.search.options import TuneOptions, in_full
 from ray_jobs.search.spaces import new_space
-
-if TYPE_CHECKING:
-    pass
 
 # For Ray Tune, which reads them while it is imported, or when a search begins.
 TUNE_ENV = {

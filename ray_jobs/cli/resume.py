@@ -9,7 +9,7 @@ import io
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import draccus
 from lerobot.configs.policies import PreTrainedConfig
@@ -18,9 +18,6 @@ from lerobot.configs.train import TrainPipelineConfig
 from ray_jobs.cli.flags import as_arguments
 from ray_jobs.cli.parse_errors import parse
 from ray_jobs.config.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 STARTS = {"policy.path", "policy.pretrained_path"}  # what a run begins from
 # Clipping and a schedule's other numbers are read in every step. Texts and relative actions are the saved processors'.

@@ -1,4 +1,4 @@
-"""Ray for the jobs: start or join a cluster, see what it can give.
+"""Ray for the jobs: start or join a cluster, and leave it.
 
 Import it before Ray, which reads its environment once. Only light imports at the top: jobs start Ray while they
 are still importing torch and LeRobot.

@@ -1,8 +1,8 @@
 """All of Ray that is used here and is not public: what for, and which public way is missing.
 
-Seen in Ray 2.60. At the next version `tests/cluster/test_ray_internals.py` tells which name has gone, and which workaround is no longer
-needed. Ray is imported within the functions, for nothing here may cost a command time that does not start Ray, and some of this
-is called before Ray's other parts may be imported (see `connect.start`).
+Seen in Ray 2.60. At the next version `tests/cluster/test_ray_internals.py` tells which name has gone, and which workaround is
+no longer needed. Ray is imported within the functions, for nothing here may cost a command time that does not start Ray, and
+some of this is called before Ray's other parts may be imported (see `connect.start`).
 """
 
 import contextlib

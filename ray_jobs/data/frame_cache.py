@@ -23,7 +23,7 @@ from ray_jobs.config.units import duration, gigabytes
 from ray_jobs.data.columns import cached_columns
 from ray_jobs.data.frame_store import Entry, entry_folder, fingerprint, open_entry
 from ray_jobs.data.frames import FrameSource, NoFrame, frame_shape
-from ray_jobs.storage.cache_folder import default_folder, free_bytes
+from ray_jobs.storage.cache_folder import folder_of, free_bytes
 
 TELL_EVERY_S = 15
 
@@ -178,7 +178,7 @@ def open_frames(
     source = FrameSource(dataset, options.resize)
     if options.cache == "off":
         return source
-    folder = default_folder() if options.cache == "auto" else Path(options.cache)
+    folder = folder_of(options)
     try:
         cache = FrameCache(source, folder)
         if not cache.entries:

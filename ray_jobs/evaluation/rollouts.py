@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ray_jobs.cluster import resources
 from ray_jobs.config.errors import InputError, RunError, first_line
 from ray_jobs.evaluation.start_rollouts import start_rollouts
 from ray_jobs.evaluation.trained import load
@@ -63,7 +62,10 @@ def _in_this_process(trained, options, batches: list, videos: int) -> Iterator[l
 def _on_workers(
     trained, options, batches: list, num_workers: int | None, plugins: list[str], videos: int
 ) -> Iterator[list[dict]]:
-    import ray  # not where Ray starts: two threads that import its parts trip each other
+    # Not where Ray starts: two threads that import its parts trip each other.
+    import ray
+
+    from ray_jobs.cluster import resources
 
     asked = trained.recipe.options.ray
     total = int(ray.cluster_resources().get("CPU", 1))

@@ -27,8 +27,6 @@ from ray_jobs.training.checkpoint import pretrained_dir
 from ray_jobs.training.simulator import SimulatorOptions, check, check_eval, success
 
 VIDEOS = 4  # of the first episodes in a simulator
-
-
 OTHERWISE_SCORED = ("data.eval_episodes", "data.eval_horizon", "dataset.eval_split", "max_eval_samples")
 
 

@@ -1,4 +1,4 @@
-"""What a search will do and what it will cost, before it does it."""
+"""What a search will do and what it will cost, before it does it. Imported once Ray is up."""
 
 import math
 import statistics
@@ -12,6 +12,7 @@ import ray
 
 from ray_jobs.cli.terminal import doing
 from ray_jobs.cluster import resources
+from ray_jobs.cluster.faults import if_helper_dies
 from ray_jobs.config.units import duration
 from ray_jobs.search.plan import Plan
 from ray_jobs.search.slot import Slot
@@ -99,8 +100,6 @@ class Estimate:
 
 def estimate(plan: Plan, slot: Slot) -> Estimate:
     """Time slots, all at once, with the baselines."""
-    from ray_jobs.cluster.faults import if_helper_dies  # not while Ray starts: it imports parts of it
-
     tune, spaces = plan.options.tune, plan.space.spaces
     slots = min(at_once(plan, slot), tune.num_samples)
     copies = max(1, min(MOST_TIMED, slots, resources.room_for(slot.each, now=True)))

@@ -147,6 +147,7 @@ def set_up(
         torch.cuda.set_device(device)
     accelerator = parallel.make_accelerator(cfg, options.ray)
     shards = parallel.divide(accelerator, options.ray)
+
     # ------------------------------------------------------------------ where to go on from
     resume_dir = checkpoint.last_checkpoint(recipe.output_dir)
     if recipe.lerobot.resume and resume_dir is None:

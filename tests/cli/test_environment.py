@@ -1,13 +1,11 @@
 """A job starts as whoever it is, wherever its home is, and whoever hears it: what containers and schedulers do to processes."""
 
-import contextlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from ray_jobs.cluster import connect
 from ray_jobs.cluster.job import check_submitted
 from ray_jobs.cluster.ray_internals import SUBMITTED
 from support.commands import PATIENCE, ROOT, job, tiny_act
+from support.machine import read_only_disk
 
 SETTLED = """
 import json, os
@@ -87,18 +86,6 @@ def test_a_worker_takes_over_what_its_node_has_not(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- identity and home
 
 
-@contextlib.contextmanager
-def read_only(folder: Path) -> Iterator[Path]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def train_as(
     who: list[str], parts: Path, folder: Path, *more: str, env: dict[str, str], shell: str = ""
 ) -> subprocess.CompletedProcess:
@@ -131,7 +118,7 @@ def train_as(
 
 def test_a_container_with_nothing_right(parts, tmp_path):
     """No name, a home that cannot be written, no letters but ASCII, closed input and output."""
-    with read_only(tmp_path / "home") as home:
+    with read_only_disk(tmp_path / "home") as home:
         env = {"HOME": str(home), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
         result = train_as(NOBODY, parts, tmp_path, "--ray.num_workers=0", env=env, shell="<&- >&-")
     assert f"{home}/.cache/huggingface/datasets" in result.stderr and "HF_HOME" in result.stderr
@@ -159,7 +146,7 @@ def test_each_of_it_alone(parts, tmp_path, name):
 @pytest.mark.slow
 def test_its_workers_are_no_better_off(parts, tmp_path):
     """With a Ray of its own, which wants a token in the home, and sockets whose names are too long in this folder."""
-    with read_only(tmp_path / "home") as home:
+    with read_only_disk(tmp_path / "home") as home:
         more = ["--ray.num_workers=1", "--ray.address=local"]
         train_as(NOBODY, parts, tmp_path, *more, env={"HOME": str(home)})
 
@@ -185,7 +172,7 @@ def test_a_relative_home_of_data_sets_is_the_workers_too(parts, tmp_path):
 
 def test_what_is_in_a_home_that_cannot_be_written_is_read_there(tmp_path):
     """Models that lie there are found; what every training writes goes elsewhere."""
-    with read_only(tmp_path / "home") as home:
+    with read_only_disk(tmp_path / "home") as home:
         subprocess.run(["mount", "-o", "remount,rw", str(home)], check=True)
         (home / ".cache/huggingface/hub").mkdir(parents=True)
         subprocess.run(["mount", "-o", "remount,ro", str(home)], check=True)

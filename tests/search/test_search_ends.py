@@ -18,7 +18,7 @@ from ray_jobs.config.errors import RunError
 from support.commands import tiny_act, train_in_process
 from support.data_sets import make
 from support.processes import Run
-from support.searches import ACT, search, space_file
+from support.searches import ACT, on_numbers, search, space_file
 
 ODD = "a b#c? 100%41 [v2] {x}, ü"  # legal in a name, and something else in an address or a pattern
 DIVERGE = {
@@ -39,18 +39,8 @@ def strict(text: str):
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory) -> list[str]:
-    """Flags of searches on a data set without cameras: a step takes milliseconds."""
     numbers = make(tmp_path_factory.mktemp("ends") / "numbers", [23, 17, 9, 20, 21], seed=2)
-    return [
-        "--dataset.repo_id=local/numbers",
-        f"--dataset.root={numbers}",
-        "--policy.device=cpu",
-        "--policy.pretrained_backbone_weights=null",
-        "--batch_size=4",
-        "--num_workers=0",
-        "--data.eval_episodes=[2,4]",
-        "--seed=5",
-    ]
+    return on_numbers(numbers)
 
 
 def trials_in(folder: Path, name: str = "run") -> list[FrozenTrial]:

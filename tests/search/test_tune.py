@@ -44,7 +44,7 @@ from support.data_sets import make
 from support.machine import free_port, small_disk
 from support.processes import Run, alive
 from support.runs import wandb_runs
-from support.searches import ACT, search, space_file, study_of
+from support.searches import ACT, on_numbers, search, space_file, study_of
 from support.vla import save_base, tiny
 
 
@@ -55,18 +55,7 @@ def numbers(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def common(numbers) -> list[str]:
-    return [
-        "--dataset.repo_id=local/numbers",
-        f"--dataset.root={numbers}",
-        "--policy.device=cpu",
-        "--policy.pretrained_backbone_weights=null",
-        "--batch_size=4",
-        "--num_workers=0",
-        "--data.eval_episodes=[2,4]",
-        "--steps=18",
-        "--eval_steps=2",
-        "--seed=5",
-    ]
+    return [*on_numbers(numbers), "--steps=18", "--eval_steps=2"]
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,23 @@ from pathlib import Path
 import pytest
 
 
+def small_disk(folder: Path, size: str) -> contextlib.AbstractContextManager[Path]:
+    """A disk of that size."""
+    return _disk(folder, f"size={size}")
+
+
+def read_only_disk(folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """An empty disk that cannot be written."""
+    return _disk(folder, "ro")
+
+
 @contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A disk of that size, in memory; skips the test where it can't be had."""
+def _disk(folder: Path, options: str) -> Iterator[Path]:
+    """A disk in memory; skips the test where it can't be had."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
+        pytest.skip("only root can mount a disk")
     try:
         yield folder
     finally:

@@ -74,3 +74,17 @@ SPACE = {
     "baseline": {"policy.optimizer_lr": 1e-4},
     "search": {"policy.optimizer_lr": {"low": 1e-5, "high": 1e-3, "log": True}},
 }
+
+
+def on_numbers(root: Path) -> list[str]:
+    """Flags of searches on a data set without cameras: a step takes milliseconds."""
+    return [
+        "--dataset.repo_id=local/numbers",
+        f"--dataset.root={root}",
+        "--policy.device=cpu",
+        "--policy.pretrained_backbone_weights=null",
+        "--batch_size=4",
+        "--num_workers=0",
+        "--data.eval_episodes=[2,4]",
+        "--seed=5",
+    ]
