@@ -4,7 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
-JOBS = ("demo", "doctor", "cache", "train", "tune", "evaluate", "report", "export")
+JOBS = ("demo", "doctor", "train", "tune", "evaluate", "report", "list", "cache", "export")
 
 
 def main() -> int:
@@ -12,6 +12,7 @@ def main() -> int:
     for job in JOBS:
         text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{job}.py").read_text()))
         print(f"python -m ray_jobs.{job:10}{text.splitlines()[0]}")
+    print("Each has --help; README.md and docs/ say more.")
     return 2
 
 

@@ -25,6 +25,7 @@ from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet
 from ray_jobs.cluster import connect
 from ray_jobs.cluster.job import run_job
 from ray_jobs.config.errors import all_mistakes
+from ray_jobs.interface import callable_as_job
 from ray_jobs.search.files import SEARCH_FILE, read_search
 
 GROUPS = ("dataset.", "data.", "env.", "eval.", "ray.", "assets.")
@@ -84,6 +85,8 @@ def _check(checkpoint: str | None, output_dir: str | None, flags: dict[str, str]
 
 # ---------------------------------------------------------------------- what is left behind, and said
 
+
+callable_as_job(__name__, "evaluation.json")
 
 if __name__ == "__main__":
     run_job(main, at_end=connect.leave)

@@ -1,7 +1,6 @@
 """Train a LeRobot policy on Ray: `lerobot-train`'s flags, on one or many workers, safe against interruption.
 
-    python -m ray_jobs.train --dataset.repo_id=me/set --dataset.root=datasets/set --policy.type=act \
-        --output_dir=outputs/act --ray.num_workers=2
+    python -m ray_jobs.train --dataset.repo_id=me/set --dataset.root=datasets/set --policy.type=act
 
 `--help` lists our flags, `--policy.type=act --help` LeRobot's as well.
 """
@@ -24,7 +23,9 @@ from ray_jobs.cluster.job import run_job
 from ray_jobs.cluster.run_folder import only_driver, refuse_busy
 from ray_jobs.config.errors import INTERRUPTED
 from ray_jobs.config.units import duration
+from ray_jobs.interface import callable_as_job
 from ray_jobs.policies.lean_imports import unneeded, without
+from ray_jobs.storage.records import SUMMARY_FILE
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
@@ -153,6 +154,8 @@ def _help(argv: list[str]) -> int:
     print(help_of_training(flags.get("policy.type")))
     return 0
 
+
+callable_as_job(__name__, SUMMARY_FILE)
 
 if __name__ == "__main__":
     run_job(main, at_end=connect.leave)

@@ -1,7 +1,6 @@
 """Search hyper-parameters of a LeRobot policy unattended: Ray Tune runs the trials, Optuna steers them.
 
-    python -m ray_jobs.tune --space=search_spaces/act.yaml --dataset.repo_id=me/set --dataset.root=datasets/set \
-        --steps=2000 --output_dir=outputs/act_search --tune.num_samples=32
+    python -m ray_jobs.tune --space=search_spaces/act.yaml --dataset.repo_id=me/set --dataset.root=datasets/set --steps=2000
 
 Every flag of `ray_jobs.train` holds for all trials; the space says what varies. `--dry-run` prints the plan,
 `--help` the tuner's own flags.
@@ -15,11 +14,13 @@ from ray_jobs.cli.terminal import doing, no_garbage_collection, quiet
 from ray_jobs.cluster import connect
 from ray_jobs.cluster.job import run_job
 from ray_jobs.cluster.run_folder import refuse_busy
+from ray_jobs.interface import callable_as_job
 from ray_jobs.policies.lean_imports import without
 from ray_jobs.search.early_checks import check_search
 from ray_jobs.search.files import read_begun
 from ray_jobs.search.options import TuneOptions, in_full
 from ray_jobs.search.spaces import new_space
+from ray_jobs.storage.records import SUMMARY_FILE
 
 # For Ray Tune, which reads them while it is imported, or when a search begins.
 TUNE_ENV = {
@@ -86,6 +87,8 @@ def _help() -> int:
     print("\nThe flags of one training:  python -m ray_jobs.train --help")
     return 0
 
+
+callable_as_job(__name__, SUMMARY_FILE)
 
 if __name__ == "__main__":
     run_job(main, at_end=connect.leave)

@@ -19,6 +19,8 @@ from ray_jobs.cli.terminal import doing
 from ray_jobs.cluster import connect
 from support.commands import REAL, tiny_act, train_in_process
 
+connect.before_ray()  # some tests import Ray themselves
+
 
 @pytest.fixture(autouse=True, scope="module")
 def ray_of_the_module():

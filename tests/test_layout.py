@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 MODULES = sorted(
     path for path in TESTS.rglob("*.py") if not path.parent.name.startswith(("benchmarks", "made_by_"))
 )
-OF_THEIR_OWN = {"benchmarks", "end_to_end", "support", "world"}
+OF_THEIR_OWN = {"benchmarks", "docs", "end_to_end", "support", "world"}
 TEST_MODULES = {path.stem for path in MODULES if path.stem == "conftest" or path.stem.startswith("test_")}
 PLUGINS = {"colour_follower", "faulty", "tiny_vla"}
 

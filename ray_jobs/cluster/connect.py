@@ -1,6 +1,6 @@
 """Ray for the jobs: start or join a cluster, and leave it.
 
-Import it before Ray, which reads its environment once. Only light imports at the top: jobs start Ray while they
+Only light imports at the top: jobs start Ray while they
 are still importing torch and LeRobot.
 """
 
@@ -39,23 +39,26 @@ CPU_WORKER_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
-# Ray reads these while it is imported.
-os.environ.update(TRAIN_ENV)
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
-# Under `uv run`, Ray would copy this folder and build an environment of its own for the workers. The nodes have
-# theirs.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-# At SIGTERM, Ray's handler would print its stack, hand on to ours, and abort the process 3 s later, in the middle of
-# what is saved. (Python's faulthandler, which Ray enables, still tells of crashes.)
-os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
-os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` must not start another Ray
-
 GPU_DEVICE = Path("/dev/nvidiactl")  # is there where a GPU is
 LEAVES_WITHIN_S = 5  # while it is still being started or joined
 ANSWERS_WITHIN_S = 10  # a cluster, when asked whether it is there
 
 _ready: Future | None = None  # set once this process has begun to connect
+
+
+def before_ray() -> None:
+    """Set what Ray reads from the environment while it is imported. A job does so, not who imports this module: a notebook's own
+    Ray is none of ours."""
+    os.environ.update(TRAIN_ENV)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
+    # Under `uv run`, Ray would copy this folder and build an environment of its own for the workers. The nodes have
+    # theirs.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # At SIGTERM, Ray's handler would print its stack, hand on to ours, and abort the process 3 s later, in the middle of
+    # what is saved. (Python's faulthandler, which Ray enables, still tells of crashes.)
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives `leave` must not start another Ray
 
 
 def start(address: str | None) -> Future:
@@ -70,6 +73,7 @@ def start(address: str | None) -> Future:
         A future of None; its `result()` raises InputError if the cluster cannot be reached, RunError if none can be started.
     """
     global _ready
+    before_ray()
     flag, place = "--ray.address", address
     if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):
         flag, place = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]

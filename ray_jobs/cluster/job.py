@@ -9,8 +9,10 @@ from pathlib import Path
 
 from ray_jobs.cli import environment
 from ray_jobs.cli.command_line import read_flags
+from ray_jobs.cli.pages import page_of
 from ray_jobs.cli.signals import interrupt, on_interruption, take_back
 from ray_jobs.cli.terminal import doing
+from ray_jobs.cluster import connect
 from ray_jobs.cluster.ray_internals import SUBMITTED
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.options import NO_CACHE, SOME_CACHE
@@ -28,6 +30,7 @@ HAS_OUTPUT = (
 def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> None:
     """Run a job's main, then `at_end`, and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
     environment.be_heard()
+    connect.before_ray()
     on_interruption(interrupt)
     try:
         check_submitted(Path(sys.argv[0]).stem, sys.argv[1:])
@@ -43,6 +46,10 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
             told, status = f"failed: {error}", 1
         else:
             raise
+        if status != 130 and (page := page_of(error)):
+            told += f"\nmore: {page}"
+        if status == 2 and not sys.argv[1:]:
+            told += f"\nshortest: {shortest(sys.modules['__main__'].__doc__)}"
         print(told, file=sys.stderr)
     doing("")
     sys.stdout.flush()
@@ -53,6 +60,13 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
     except TimeoutError:  # what has been started ends with this process
         os._exit(status)
     sys.exit(status)
+
+
+def shortest(text: str) -> str:
+    """The first command in a job's description, without what may be left out."""
+    return (
+        next(line for line in text.splitlines() if line.startswith("    python")).partition(" [")[0].strip()
+    )
 
 
 def check_submitted(job: str, words: list[str]) -> None:

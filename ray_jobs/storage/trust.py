@@ -13,9 +13,6 @@ from typing import Any
 from ray_jobs.config.errors import InputError
 from ray_jobs.storage.records import parse_json
 
-# torchvision's own loader of weights would unpickle whatever lies in `--assets.dir`.
-os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-
 PLACES = {"chunk_index", "file_index", "video_key"}  # what LeRobot fills into a data set's paths
 MOST_PIXELS = 10**9  # of a camera's image
 OURS = ("checkpoints",)  # may be a link: to a larger disk, say

@@ -29,7 +29,9 @@ from support.commands import ROOT
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.\0-]*)(?:=('[^']*'|\[[^\]]*\]|[^\s`'\",;:)|\]]*))?")
 TOOL = re.compile(r"(?<![\w./-])((?:hf|wandb|ray) [a-z][^`\n;]*)")
 JOB = re.compile(r"python -m (ray_jobs[\w.]*)((?:[^\n`\0]|\\\n)*)")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "search_spaces").glob("*.yaml"))]
+READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+READ += [*sorted((ROOT / "docs").rglob("*.yaml")), *sorted((ROOT / "examples").iterdir())]
+DOCUMENTS = [*READ, *sorted((ROOT / "search_spaces").glob("*.yaml"))]
 OF_OTHERS = {  # flags of other programs, which the test of their commands parses
     "local-dir": "hf download",
     "head": "ray start",
@@ -37,6 +39,10 @@ OF_OTHERS = {  # flags of other programs, which the test of their commands parse
     "address": "ray start",
     "node-ip-address": "ray start",
     "no-wait": "ray job submit",
+    "submission-id": "ray job submit",
+    "min-nodes": "ray symmetric-run",
+    "from-literal": "kubectl",
+    **dict.fromkeys(("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time"), "SLURM's sbatch"),
     "working-dir": "ray job submit",
     "logdir": "TensorBoard",
     "amp": "a benchmark in tests/benchmarks",
@@ -50,7 +56,7 @@ OF_OTHERS = {  # flags of other programs, which the test of their commands parse
 def texts_of(file: Path) -> list[tuple[str, str]]:
     """All texts in a file, with their places. Of Python, the strings without those that describe a function; what is put
     into one while the program runs is `BUILT`."""
-    if file.suffix != ".py":
+    if file.suffix != ".py" or file.parent.name == "examples":
         return [(f"{file.name}:{n}", line) for n, line in enumerate(file.read_text().splitlines(), 1)]
     found = []
 
@@ -164,7 +170,7 @@ LOOKS = {
     ),
 }
 # What may be wrong with a command out of a text: it names data that are not here, or leaves out what is typed before.
-MEANT = re.compile(r"there is no (such folder|checkpoint)|is missing|already exists|^It can be")
+MEANT = re.compile(r"there is no (such folder|checkpoint)|nothing to resume|is missing|already exists|^It can be")
 
 
 def _evaluate(flags: dict[str, str]) -> None:
@@ -183,8 +189,7 @@ def words_of(command: str) -> list[str]:
 
 
 def test_commands_of_the_jobs():
-    text = (ROOT / "README.md").read_text()
-    commands = [("README.md", found) for found in JOB.finditer(text)]
+    commands = [(file.name, found) for file in READ for found in JOB.finditer(file.read_text())]
     commands += [(where, found) for where, text in TEXTS if ".py" in where for found in JOB.finditer(text)]
     wrong = []
     for where, (module, rest) in ((where, found.groups()) for where, found in commands):

@@ -148,10 +148,10 @@ class Nodes:
                     {"RAY_HEAD_IP": "127.0.0.1", "RAY_NODE_TYPE_NAME": kind, "RAY_enable_autoscaler_v2": 1},
                 )
 
-    def start_by_the_readme(self) -> None:
-        """A head, by the commands under "On machines that you have"."""
-        _, _, chapter = (ROOT / "README.md").read_text().partition("**On machines that you have.**")
-        block = chapter.split("\n\n")[1]
+    def start_by_the_page(self) -> None:
+        """A head, by the page's commands for machines that one has."""
+        _, _, chapter = (ROOT / "docs" / "clusters.md").read_text().partition("## Machines that you have")
+        block = next(part for part in chapter.split("\n\n") if part.startswith("    "))
         lines = [line.partition(" #")[0].strip() for line in block.splitlines()]
         assert lines[-1].startswith("ray start --address=") and lines[-2].startswith("ray start --head")
         ports = (
@@ -169,7 +169,7 @@ class Nodes:
         assert result.returncode == 0, result.stdout + result.stderr
 
     def ray(self, *args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-        """`ray ...` as a user types it, in the shell that the README sets up."""
+        """`ray ...` as a user types it, in the shell that the page sets up."""
         address = {"RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}", "RAY_AUTH_MODE": "token"}
         ray = Path(sys.executable).with_name("ray")
         env = self.env | address | env
@@ -260,7 +260,7 @@ def nodes(launched, metadata, tmp_path_factory):
 def machine(tmp_path_factory):
     cluster = Nodes(new_home(tmp_path_factory))
     try:
-        cluster.start_by_the_readme()
+        cluster.start_by_the_page()
         yield cluster
     finally:
         cluster.stop()

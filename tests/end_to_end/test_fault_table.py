@@ -1,5 +1,5 @@
 """The same fault for one worker, for two, and for a search: what happens, and how many steps it costs. With `test_faults`,
-`test_node_faults` and `test_storage` these make the README's fault table.
+`test_node_faults` and `test_storage` these make the table of docs/faults.md.
 
 Minutes long, so `-m slow`. `pytest -m slow -rP` shows what was lost.
 """

@@ -1,6 +1,6 @@
 """Faults of nodes: lost, hung, taken away with and without warning, back again. Real raylets, real signals.
 
-Minutes long, so `-m slow`. Its findings are the fault table in the README.
+Minutes long, so `-m slow`. Its findings are the table of docs/faults.md.
 """
 
 import contextlib

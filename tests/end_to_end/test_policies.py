@@ -1,4 +1,4 @@
-"""All five policies on the real recording, in tiny: each cell of README's table; and the three large ones beside
+"""All five policies on the real recording, in tiny: each cell of docs/policies.md's table; and the three large ones beside
 stock `lerobot-train`, step by step."""
 
 import shutil
