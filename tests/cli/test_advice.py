@@ -170,7 +170,9 @@ LOOKS = {
     ),
 }
 # What may be wrong with a command out of a text: it names data that are not here, or leaves out what is typed before.
-MEANT = re.compile(r"there is no (such folder|checkpoint)|nothing to resume|is missing|already exists|^It can be")
+MEANT = re.compile(
+    r"there is no (such folder|checkpoint)|nothing to resume|is missing|already exists|^It can be"
+)
 
 
 def _evaluate(flags: dict[str, str]) -> None:

@@ -105,7 +105,8 @@ def test_real_recording(real, policy, episodes):
     assert_same(FrameReader(dataset, threads=2)(indices), default_collate([dataset[i] for i in indices]))
 
 
-@pytest.mark.parametrize("policy", ["act", pytest.param("diffusion", marks=pytest.mark.slow)])
+@pytest.mark.slow  # of data that is made here: `test_every_frame_equals_lerobots`, `test_two_cameras_in_several_files`
+@pytest.mark.parametrize("policy", ["act", "diffusion"])
 def test_real_recording_from_the_cache(real, policy, tmp_path):
     """A thousand random frames."""
     dataset = opened(real, policy)

@@ -102,7 +102,7 @@ def root(request, tmp_path) -> Path:
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("policy", [tiny_act, tiny_diffusion])
+@pytest.mark.parametrize("policy", [tiny_act, pytest.param(tiny_diffusion, marks=pytest.mark.slow)])
 def test_an_epoch_holds_lerobots_samples(policy, root, tmp_path, cluster):
     """Every frame once (Diffusion leaves out the last ones of an episode), bit for bit as `LeRobotDataset` gives it."""
     recipe = resolve(policy(root, tmp_path / "run", STREAM, "--data.eval_episodes=[3]"))

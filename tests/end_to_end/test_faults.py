@@ -46,7 +46,6 @@ def assert_same_end(output_dir: Path, undisturbed: Path) -> None:
     assert steps == list(range(1, 41))
 
 
-@pytest.mark.slow
 def test_killed_worker_is_replaced(parts, undisturbed, tmp_path):
     """SIGKILL to the worker at a random step: the run finishes by itself, bit for bit the same."""
     run = Run(tiny_act(parts, tmp_path / "run", *STEPS))
@@ -377,12 +376,8 @@ run_job(main, at_end=lambda: None)
     assert (result.returncode, result.stderr) == (130, "interrupted.\n")
 
 
-SLOW_SOAKS = [("train", 2, 5, 150), ("tune", 1, 5, 150)]
-
-
-@pytest.mark.parametrize(
-    "soak", [("train", 1, 2, 150), *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SOAKS)]
-)
+@pytest.mark.slow  # the kills themselves: `test_killed_worker_is_replaced`, `test_killed_run_resumes`
+@pytest.mark.parametrize("soak", [("train", 1, 2, 150), ("train", 2, 5, 150), ("tune", 1, 5, 150)])
 def test_short_soak(soak):
     """A few kills at random; the long version is run by hand (see `soak.py`)."""
     what, workers, kills, steps = soak

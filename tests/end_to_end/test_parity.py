@@ -243,6 +243,7 @@ def lerobots_two(two_workers, folder) -> list[dict]:
     return run_script(LEROBOT_TRAIN, folder, [run], processes=2)[0]
 
 
+@pytest.mark.slow  # `test_two_ray_workers_equal_lerobots` compares, `test_resume_is_bitwise` resumes
 def test_two_processes_equal_lerobots_and_resume_exactly(two_workers, lerobots_two, folder):
     """The bare loop in two processes; stopped at step 6 and gone on, it ends in the same weights, bit for bit."""
     whole, stopped = ([*two_workers, f"--output_dir={folder / name}"] for name in ("whole", "stopped"))

@@ -215,14 +215,25 @@ def test_device_is_the_workers(real, tmp_path):
     assert resolve(command("act", real, tmp_path / "run")).device == "cuda"
 
 
+DEMO = ("--episodes=4", "--steps=2", "--trials=2", "--rollouts=1")
+
+
 def test_demo_from_nothing(tmp_path):
-    """Records, searches, draws, drives; others, the last ended by Ctrl-C, use the recording again and overwrite nothing."""
-    flags = (f"--output_dir={tmp_path}", "--episodes=4", "--steps=2", "--trials=2", "--rollouts=1")
-    first = job("ray_jobs.demo", *flags)
+    """Records, searches, draws, drives."""
+    first = job("ray_jobs.demo", f"--output_dir={tmp_path}", *DEMO)
     assert first.returncode == 0 and first.stderr == "", first.stderr
     assert "baseline    val/action_error" in first.stdout and "trial 0001" in first.stdout
     assert len(list(tmp_path.glob("search-1/evaluation/*/predicted_against_recorded.png"))) == 2
     assert "In the simulator" in (tmp_path / "search-1" / "report.html").read_text()
+    wrong = job("ray_jobs.demo", "--episode=4")
+    assert wrong.returncode == 2 and "--episode" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_demo_again(tmp_path):
+    """It uses the recording again and overwrites nothing; the last one is ended by Ctrl-C."""
+    flags = (f"--output_dir={tmp_path}", *DEMO)
+    assert job("ray_jobs.demo", *flags).returncode == 0
     before = (tmp_path / "search-1" / "trials.csv").read_bytes()
     second = job("ray_jobs.demo", *flags)
     assert second.returncode == 0 and "using the 4 recorded episodes" in second.stdout
@@ -232,5 +243,3 @@ def test_demo_from_nothing(tmp_path):
     third.process.send_signal(signal.SIGINT)
     assert third.end() == 130 and "Traceback" not in third.printed, third.printed
     assert (tmp_path / "search-1" / "trials.csv").read_bytes() == before
-    wrong = job("ray_jobs.demo", "--episode=4")
-    assert wrong.returncode == 2 and "--episode" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -300,7 +300,7 @@ def test_lost_node(common, tmp_path):
         cluster.shutdown()
 
 
-@pytest.mark.parametrize(("kills", "trials"), [(1, 8), pytest.param(3, 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "trials"), [(1, 4), pytest.param(3, 12, marks=pytest.mark.slow)])
 def test_killed_driver(common, tmp_path, kills, trials):
     """SIGKILL to the driver at random moments, resumed each time: as many trials as asked for, all different, none RUNNING."""
     output = tmp_path / "run"
@@ -538,6 +538,7 @@ def test_no_room_for_the_next_trial(common, tmp_path):
         assert [t.state for t in study_of(output).trials] == [TrialState.COMPLETE] * 2
 
 
+@pytest.mark.slow  # `test_answer` ranks by actions, `test_validation` says why
 def test_kl_weight_alone(common, tmp_path):
     """A search over the KL weight picks by actions: the training loss, which has the KL term in it, would rank by the
     weight. The study lies in Optuna's journal."""
@@ -595,10 +596,10 @@ def test_postgres(common, postgres, tmp_path):
 
 
 RATES = {"smolvla": 1e-4, "smolvla_lora": 1e-3, "diffusion": 1e-4, "pi0": 2.5e-5, "pi05": 2.5e-5}
-SLOW_ONES = [pytest.param(name, marks=pytest.mark.slow) for name in RATES if name != "smolvla"]
 
 
-@pytest.mark.parametrize("name", ["smolvla", *SLOW_ONES])
+@pytest.mark.slow  # that they can be read and drawn from: `test_space`
+@pytest.mark.parametrize("name", RATES)
 def test_shipped_space(parts, models, tmp_path, name):
     """Spaces as they are, but for the policies' size; pretrained ones from a checkpoint of LeRobot's in a folder."""
     policy, base, output = name.partition("_")[0], tmp_path / "base", tmp_path / "run"
@@ -746,6 +747,7 @@ def test_study_of_something_else(common, asha, tmp_path):
         search(*common, same, *storage, where, "--batch_size=3")
 
 
+@pytest.mark.slow  # `test_killed_driver` and `test_time_budget` go on, under their own names
 def test_a_renamed_search_goes_on(asha, tmp_path, capsys):
     """With its own spaces, whatever the file has become that it began with."""
     moved = Path(shutil.copytree(asha, tmp_path / "moved"))

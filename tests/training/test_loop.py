@@ -86,7 +86,10 @@ RESUMES = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMES)
+SLOW = pytest.param("bf16 and channels_last", marks=pytest.mark.slow)  # 22 s on a CPU without bfloat16
+
+
+@pytest.mark.parametrize("case", [*(case for case in RESUMES if case not in SLOW.values), SLOW])
 def test_resume_is_bitwise(numbers, pictures, tmp_path, case):
     """A run that was killed and goes on ends in the same checkpoint, to the last byte, as one that was not."""
     policy, steps, at, more = RESUMES[case]
