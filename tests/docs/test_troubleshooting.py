@@ -7,18 +7,24 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 from support.commands import ROOT
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 SOURCES = sorted((ROOT / "ray_jobs").rglob("*.py"))
 LISTS = {"mistakes", "wrong", "found", "faults"}  # of mistakes
-TAKERS = {"error_at", "error", "note", "wrong", "Fault", "Rule"}  # functions that make a mistake of a text
+TAKERS = {"error_at", "error", "note", "wrong", "Fault", "Translation", "__init__"}  # functions that make a mistake of a text
 # Functions whose texts are told far from where they are made.
-ELSEWHERE = "_reason", "_end", "culprit", "metadata_faults", "missing_files", "file_faults", "_lacking", "without_hope"
-ENDING = re.compile(r"[\s,.;:(]| ?(did you|and|for|before|after|none|python|hf|learning|stream:) ")  # no message of its own
+ELSEWHERE = "_reason", "_end", "culprit", "metadata_faults", "missing_files", "file_faults", "_lacking", "_fault_of", "warning", "describe", "_search", "_run", "CLEARER", "EXPECTED"
+# Parts of messages, and what is no error.
+PART = re.compile(
+    r"[\s,.;:(]|(…*and |As in|Fewer|Leave|not looked|is not known here$|cannot be read$|none of them|true or false|trained in|"
+    r"first in|… frames of|… rows are given|require_package|--help lists|`pip|(did you|learning rate|stream: every|…… after)|"
+    r"other shapes|for … steps|before the first|a smaller|hf download|python -m ray_jobs.train|accept the)"
+)
 WORDS = 3  # of a message itself; what has fewer passes on the text of another error
-SHARE = 0.3  # of a message's letters, which its entry has at least
+SHARE = 0.15  # of a message's letters, which its entry has at least
 
 
 def name_of(node: ast.AST) -> str:
@@ -57,6 +63,11 @@ class Finder:
             self.look(tree, {})
         for name in ELSEWHERE:
             self.returned(name)
+            self.take(self.constants[name], {})
+
+    def messages(self) -> set[str]:
+        """Those that say something by themselves."""
+        return {text for text in self.found if len(own_words(text)) >= WORDS and not PART.match(text)}
 
     def look(self, node: ast.AST, names: dict[str, list[ast.AST]]) -> None:
         """Find where something is told; `names` are those of the function around it."""
@@ -68,23 +79,18 @@ class Finder:
         elif isinstance(node, ast.Call):
             owner = name_of(getattr(node.func, "value", node))
             collects = name_of(node.func) in ("append", "extend") and owner in LISTS
-            if collects or name_of(node.func) in self.errors | TAKERS:
+            makers = {*map(name_of, ast.walk(node.func) if isinstance(node.func, ast.IfExp) else [node.func])}
+            if collects or makers & (self.errors | TAKERS):
                 told = [*node.args, *(keyword.value for keyword in node.keywords)]
-        elif isinstance(node, ast.AugAssign | ast.Assign) and LISTS & {*map(name_of, getattr(node, "targets", [node]))}:
-            told = [node.value]
-        elif isinstance(node, ast.AugAssign) and name_of(node.target) in LISTS:
-            told = [node.value]
+        elif isinstance(node, ast.AugAssign | ast.Assign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            told = [node.value] if LISTS & {*map(name_of, targets)} else []
         self.take(told, names)
         for inner in ast.iter_child_nodes(node):
             self.look(inner, names)
 
     def take(self, nodes: list[ast.AST], names: dict[str, list[ast.AST]]) -> None:
-        self.found |= {
-            text
-            for node in nodes
-            for text in self.texts(node, names)
-            if len(own_words(text)) >= WORDS and not ENDING.match(text)
-        }
+        self.found |= {re.sub(r"\s+", " ", text) for node in nodes for text in self.texts(node, names)}
 
     def texts(self, node: ast.AST, names: dict[str, list[ast.AST]]) -> Iterator[str]:
         """The texts in an expression, with what its names have been given and its functions return."""
@@ -98,8 +104,14 @@ class Finder:
             left = {name: values for name, values in names.items() if name != node.id}
             for value in names.get(node.id) or self.constants.get(node.id, []):
                 yield from self.texts(value, left)
-        for inner in ast.iter_child_nodes(node):
-            if not (isinstance(node, ast.JoinedStr) and isinstance(inner, ast.Constant)):
+        inside = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Dict):
+            inside = node.values
+        elif isinstance(node, ast.Call) and not isinstance(getattr(node.func, "value", None), ast.Call):
+            inside = [*node.args, *(keyword.value for keyword in node.keywords)]
+        for inner in inside:
+            in_pieces = isinstance(node, ast.JoinedStr) and isinstance(inner, ast.Constant)
+            if not in_pieces and not isinstance(inner, ast.Compare | ast.Subscript | ast.comprehension):
                 yield from self.texts(inner, names)
 
     def returned(self, name: str) -> None:
@@ -111,5 +123,64 @@ class Finder:
                 self.take([node.value for node in returns], given(ast.walk(function)))
 
 
+
+
 def own_words(text: str) -> list[str]:
     return [word for word in text.split() if re.search(r"[A-Za-z]{2}", word)]
+
+
+def letters(text: str) -> int:
+    return len(re.sub(r"\W", "", text))
+
+
+def entries(page: str) -> list[str]:
+    """The messages in the first column of the page's tables."""
+    cells = (row.split(" | ")[0] for row in page.splitlines() if row.startswith("| `"))
+    return [found[2].strip() for cell in cells for found in re.finditer(r"(`+)(.+?)\1(?!`)", cell)]
+
+
+def is_of(entry: str, message: str) -> bool:
+    """Whether an entry says a good part of a message, piece by piece in its order."""
+    pattern = ".*".join(map(re.escape, entry.split("…")))
+    return letters(entry) >= SHARE * letters(message) and re.fullmatch(pattern, message.strip()) is not None
+
+
+def without_entry(messages: Iterable[str], page: str) -> list[str]:
+    listed = entries(page)
+    return sorted(message for message in messages if not any(is_of(entry, message) for entry in listed))
+
+
+@cache
+def of_the_program() -> Finder:
+    return Finder([file.read_text() for file in SOURCES])
+
+
+def test_each_message_has_an_entry():
+    messages = of_the_program().messages()
+    assert len(messages) > 400  # or they are not found any more
+    assert without_entry(messages, PAGE.read_text()) == []
+
+
+def test_each_entry_is_of_a_message():
+    listed = entries(PAGE.read_text())
+    dead = [entry for entry in listed if not any(is_of(entry, message) for message in of_the_program().found)]
+    assert dead == []
+    assert len(listed) == len(set(listed)) > 300
+
+
+def test_what_is_new_is_found():
+    """A message in any of the ways in which they are told; an entry that is taken out."""
+    ways = (
+        "raise InputError(f'{flag}: some new text')",
+        "class New(RunError):\n    pass\nclass RunError(Exception):\n    pass\nraise New('x: some new text')",
+        "def f():\n    told = 'this is ' + 'some new text'\n    raise RunError(told)",
+        "def why():\n    return f'some new text of {name}'\nraise InputError(f'{flag}: {why()}')",
+        "with all_mistakes() as mistakes:\n    mistakes.append(f'--{flag}: some new text')",
+        "def _reason(error):\n    return 2, 'it has some new text'",
+    )
+    base = "class InputError(Exception):\n    pass\nclass RunError(Exception):\n    pass\n"
+    for way in ways:
+        assert any("some new text" in text for text in without_entry(Finder([base + way]).messages(), PAGE.read_text())), way
+    page = PAGE.read_text()
+    row = next(row for row in page.splitlines() if "NCCL takes a GPU once" in row)
+    assert any("NCCL takes" in text for text in without_entry(of_the_program().messages(), page.replace(row, "")))
