@@ -18,7 +18,7 @@ LISTS = {"mistakes", "wrong", "found", "faults"}  # of mistakes
 TAKERS = {*"error_at error note wrong Fault Translation __init__".split()}
 ELSEWHERE = (
     "_reason describe _end culprit _search _run warning metadata_faults missing_files file_faults _fault_of _lacking "
-    "check_statistics CLEARER EXPECTED"
+    "check_statistics waiting_for why_not CLEARER EXPECTED"
 ).split()
 # Parts of messages, and what is no error.
 PART = re.compile(
