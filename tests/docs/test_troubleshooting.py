@@ -24,7 +24,7 @@ ELSEWHERE = (
 PART = re.compile(
     r"[\s,.;:(]|(…*and |As in|Fewer|Leave|not looked|is not known here$|cannot be read$|none of them|true or false|trained in|"
     r"first in|… frames of|… rows are given|require_package|--help lists|`pip|(did you|learning rate|stream: every|…… after)|"
-    r"other shapes|for … steps|before the first|a smaller|hf download|accept the|python -m|the address)"
+    r"other shapes|for … steps|before the first|a smaller|hf download|accept the|python -m|the address|… workers with … each$)"
 )
 WORDS = 3  # of a message itself; what has fewer passes on the text of another error
 FEW = 14  # letters of an entry that must be the message itself, or it would pass for others
