@@ -177,7 +177,7 @@ def test_each_entry_is_of_a_message():
     listed = entries(PAGE.read_text())
     dead = [entry for entry in listed if not any(is_of(entry, message) for message in of_the_program().found)]
     assert dead == []
-    assert len(listed) == len(set(listed)) > 300
+    assert len(listed) == len(set(listed)) > 400
 
 
 def test_what_is_new_is_found():
