@@ -116,6 +116,7 @@ def mistake(name: str, value: str | None, known: dict[str, Flag]) -> str | None:
     if (
         not value
         or BUILT in value
+        or "…" in value
         or "..." in value
         or value.startswith("\\")
         or value.strip("[],/").isupper()
