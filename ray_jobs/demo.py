@@ -16,11 +16,13 @@ from ray_jobs.cli.flags import check_flags
 from ray_jobs.cli.terminal import OUTPUT_EVERY_S, doing, quiet
 from ray_jobs.cluster import connect
 from ray_jobs.cluster.job import run_job
-from ray_jobs.config.errors import InputError
+from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.flag_table import flags_of
+from ray_jobs.config.options import at_least
 from ray_jobs.config.units import duration
 
 IMAGE_SIZE = 64  # pixels
+LEAST = {"episodes": 2, "steps": 2, "trials": 1, "rollouts": 1}
 SPACE = Path(__file__).parent.parent / "search_spaces" / "act_demo.yaml"
 
 
@@ -76,10 +78,10 @@ def _parse(argv: list[str]) -> DemoOptions:
     flags, _ = read_flags(argv)
     check_flags(flags, flags_of(DemoOptions, ""), alone=True)
     options = build(DemoOptions, flags)
-    if mistakes := not_an_address("output_dir", options.output_dir):
-        raise InputError(mistakes[0])
-    if options.episodes < 2 or options.steps < 2 or min(options.trials, options.rollouts) < 1:
-        raise InputError("--episodes and --steps must be at least 2, --trials and --rollouts at least 1.")
+    with all_mistakes() as mistakes:
+        mistakes += not_an_address("output_dir", options.output_dir)
+        for name, least in LEAST.items():
+            mistakes += at_least(name, getattr(options, name), least)
     return options
 
 

@@ -143,8 +143,9 @@ def metadata_faults(root: Path, repo_id: str) -> list[str]:
     if version == old_format.VERSION:
         return old_format.faults(root, content, repo_id)
     if version.split(".")[0] != FORMAT.split(".")[0]:
-        convertible = f" and can convert {old_format.VERSION}"
-        return [f"a LeRobot {version} data set; this LeRobot reads {FORMAT}{convertible}."]
+        newer = version > FORMAT
+        more = "; a newer LeRobot has made it" if newer else f" and can convert {old_format.VERSION}"
+        return [f"a LeRobot {version} data set; this LeRobot reads {FORMAT}{more}."]
     faults = []
     try:
         check_info(content)

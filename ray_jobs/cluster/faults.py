@@ -202,11 +202,11 @@ def _for_good(error: Exception, recipe: "Recipe") -> RunError | None:
     gpu = isinstance(error, torch.OutOfMemoryError)
     if gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         memory = recipe.context.memory
-        need = f" The estimate was {memory}." if memory else ""
+        need = f"The estimate was {memory}. " if memory else ""
         less = memory.savings(recipe) if memory else "a smaller --batch_size"
         return RunError(
             f"out of {'GPU ' if gpu else ''}memory: {text.strip().splitlines()[0][:200] if text else 'MemoryError'}\n"
-            f"{need.strip()} What makes it less: {less}."
+            f"{need}What makes it less: {less}."
         )
     return None
 

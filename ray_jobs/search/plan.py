@@ -295,9 +295,7 @@ def _base(given: dict[str, str], options: SearchFlags) -> list[str]:
         defaults["dataset.eval_split"] = "0.1"
     if SUCCESS in options.tune.metrics:
         if "env.type" not in given:
-            raise InputError(
-                f"--tune.metric={options.tune.metric} needs a simulator: --env.type=pusht, say. --help of lerobot-eval tells more."
-            )
+            raise InputError(f"--tune.metric={options.tune.metric} needs a simulator: --env.type=pusht, say.")
         defaults |= {"env_eval_freq": defaults["eval_steps"], "eval.n_episodes": str(EPISODES)}
     if "val/inference_ms" in options.tune.metrics:
         defaults["data.eval_timing"] = "true"
