@@ -1,7 +1,6 @@
 """What the published recipes name: their flags, and models and tokenizers fetched ahead into a folder."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ray_jobs.cli.command_line import read_flags
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.config.errors import InputError
 from ray_jobs.config.events import Log
@@ -31,27 +29,6 @@ def tiny_tokenizer(folder) -> None:
         folder
     )
     (folder / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
-
-
-@pytest.mark.parametrize(
-    ("typed", "today", "notice"),
-    [
-        ("policy.image_resolution=[224,224]", {"policy.resize_imgs_with_padding": "[224,224]"}, "is called"),
-        ("policy.dtype=float32", {"policy.use_amp": "false"}, "understood as that"),
-        ("policy.gradient_checkpointing=false", {}, "does in any case"),
-    ],
-)
-def test_smolvla_flags_are_translated(typed, today, notice):
-    flags, notices = read_flags(["--policy.type=smolvla", f"--{typed}"])
-    assert flags == {"policy.type": "smolvla", **today}
-    assert len(notices) == 1 and notice in notices[0]
-
-
-@pytest.mark.parametrize("typed", ["policy.dtype=bfloat16", "policy.gradient_checkpointing=true"])
-def test_smolvla_flags_that_cannot_be_honoured(typed):
-    with pytest.raises(InputError, match=re.escape(f"--{typed}: SmolVLA")):
-        read_flags(["--policy.type=smolvla", f"--{typed}"])
-    assert read_flags(["--policy.type=pi0", f"--{typed}"])[1] == []  # the others have these switches
 
 
 def test_smolvla_flags_beside_a_checkpoint(no_network, parts, models, tmp_path):
