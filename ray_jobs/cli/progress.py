@@ -42,6 +42,7 @@ class Progress:
         self.said: set[str] = set()
         self.running: dict[str, dict] = {}
         self.started, self.ended_here = time.monotonic(), 0
+        self.steps_ended = 0  # of the trials that have ended here
         self.slots = slots
         self.stepped = False  # a trial has taken a step
         self.waiting, self.waits_since = "", self.started  # what for
@@ -61,7 +62,7 @@ class Progress:
         row = self.running.get(event.trial)
         match event:
             case Begun():
-                fresh = {"step": 0, "at_work": False, "value": None, "since": time.monotonic()}
+                fresh = {"step": 0, "from": 0, "at_work": False, "value": None, "since": time.monotonic()}
                 self.running[event.trial] = fresh
             case Notice() if event.text not in self.said:  # every trial says much the same
                 self.said.add(event.text)
@@ -73,7 +74,7 @@ class Progress:
             case Step() | Log() if row:
                 row["step"], self.stepped = event.step, True
             case Start() if row:
-                row["step"], row["at_work"] = event.start_step, True
+                row |= {"step": event.start_step, "from": event.start_step, "at_work": True}
             case Validated() if row:
                 row |= {"step": event.step, "value": event.values.get(self.metric)}
 
@@ -123,6 +124,7 @@ class Progress:
             text += f" ({event.reason})"
         if not event.repeat and status != "interrupted":
             self.done, self.ended_here = self.done + 1, self.ended_here + 1
+            self.steps_ended += event.step or 0
             if status not in ("failed", "pruned") and value is not None:
                 if self.best is None or self.sign * value < self.sign * self.best[0]:
                     self.best, text = (value, name), text + ", the best so far"
@@ -134,10 +136,19 @@ class Progress:
         parts += [f"{n} {status}" for status, n in self.counts.items() if status in ("pruned", "failed")]
         if self.best:
             parts.append(f"best {self.metric} {self.best[0]:.4g} (trial {self.best[1]})")
-        left = self.num_samples - self.done
-        if self.ended_here and left > 0:
-            parts.append(f"left {duration((time.monotonic() - self.started) / self.ended_here * left)}")
+        if left := self._left():
+            parts.append(f"left {duration(left)}")
         return ", ".join(parts)
+
+    def _left(self) -> float:
+        """Seconds until all trials have ended, by the steps that were taken: a trial is expected to take as many as those that
+        have ended here, or all of them once it has taken more. 0 as long as none has ended."""
+        usual = self.steps_ended / max(1, self.ended_here)
+        steps = [row["step"] for row in self.running.values()]
+        not_begun = max(0, self.num_samples - self.done - len(steps))
+        left = not_begun * usual + sum((usual if step < usual else self.steps) - step for step in steps)
+        taken = self.steps_ended + sum(row["step"] - row["from"] for row in self.running.values())
+        return (time.monotonic() - self.started) / taken * left if self.steps_ended else 0
 
     def _table(self, waiting: str) -> Table:
         table = Table(title=waiting or self._head(), title_justify="left", box=None, pad_edge=False)

@@ -1,5 +1,7 @@
 """What a search says while it runs, in a log file: something, and nothing twice."""
 
+import re
+
 from ray_jobs.cli import progress
 from ray_jobs.cli.progress import Progress
 from ray_jobs.config.events import Begun, Ended, Start, Step
@@ -61,3 +63,21 @@ def test_nothing_is_said_twice(monkeypatch, capsys):
     assert lines[:2] == ["0/6 trials, 1 running; steps 1 of 100", "0/6 trials, 1 running; steps 2 of 100"]
     assert lines[2].startswith("trial 0000 pruned: val/action_error 0.5 at step 2")
     assert all("waiting for a slot, " in line for line in lines[3:]) and len(lines) == 5
+
+
+def test_the_time_that_is_left_goes_down(monkeypatch, capsys):
+    """Five trials were given up after 8 steps; the last one takes a step every two seconds, to its end."""
+    events = {0: [begun("0000"), Start(0, {}, trial="0000")]}
+    events |= {second: [Step(second // 2, trial="0000")] for second in range(2, 200, 2)}
+    for name in map(str, range(5)):
+        events[40] += [begun(name), Ended("pruned", None, 0.5, 8, None, trial=name)]
+    lines = [line for line in lines_of(monkeypatch, capsys, events, 195) if "left" in line]
+    left = [duration_of(line) for line in lines]
+    assert len(left) >= 4 and left == sorted(set(left), reverse=True), lines
+    assert left[-1] < 15  # of 30 steps and more that are left when it is first told
+
+
+def duration_of(line: str) -> int:
+    """Seconds."""
+    minutes, seconds = re.search(r"left (?:(\d+) min )?(\d+) s", line).groups()
+    return 60 * int(minutes or 0) + int(seconds)
