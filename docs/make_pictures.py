@@ -44,9 +44,14 @@ def report(search: Path) -> str:
             style = f"font-size:{size}px;fill:{colours[ink]}"
             parts.append(f'<text x="{x}" y="{y + (10, 32, 47)[line]}" style="{style}">{text}</text>')
     y += 64
-    keys = [("best", "best"), ("baseline", "published recipe"), ("pruned", "given up")]
+    keys = [
+        ("best", "best"),
+        ("baseline", "published recipe"),
+        ("other", "trained in full"),
+        ("pruned", "given up"),
+    ]
     for number, (kind, text) in enumerate(keys):
-        x = MARGIN + number * 130
+        x = MARGIN + (0, 78, 212, 340)[number]
         parts.append(
             f'<path class="line {kind}" d="M{x} {y}h22"/><text x="{x + 28}" y="{y + 4}">{text}</text>'
         )
