@@ -59,8 +59,8 @@ class Found:
             raise Damaged(folder / SEARCH_FILE, f"its steps are {self.flags.get('steps')!r}")
         self.steps = int(self.flags["steps"])
         finished = sorted(
-            (r for r in self.rows if r["state"] == "COMPLETE"),
-            key=lambda r: self.value(r),
+            (r for r in self.rows if r["state"] == "COMPLETE" and r[self.metric]),
+            key=lambda r: float(r[self.metric]),
             reverse=self.higher,
         )
         chosen = (self.summary.get("best") or {}).get("trial")
