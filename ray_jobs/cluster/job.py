@@ -82,7 +82,7 @@ def check_submitted(job: str, words: list[str]) -> None:
     """
     if SUBMITTED not in os.environ:
         return
-    flags = {}
+    flags: dict[str, str] = {}
     with contextlib.suppress(InputError):  # the job says it
         flags, _ = read_flags(words[1:] if job == "cache" else words)
     if {"help", "h", "dry-run", "dry_run", "tune.dry_run"} & set(flags) or "-h" in words:
