@@ -10,6 +10,7 @@ reads only. Exit status 1 if something would stop or spoil a training.
 import math
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray_jobs.checks.dataset_files import metadata_faults, missing_files
 from ray_jobs.cli.command_line import is_on, read_flags
@@ -21,6 +22,11 @@ from ray_jobs.config.units import duration
 from ray_jobs.policies.facts import facts_of
 from ray_jobs.policies.lean_imports import unneeded, without
 from ray_jobs.storage.records import json_text
+
+if TYPE_CHECKING:
+    from lerobot.configs.policies import PreTrainedConfig
+
+    from ray_jobs.checks.diagnosis import Diagnosis
 
 DEFAULT_POLICY = "act"  # that is measured if none is named
 OF_THE_DATA = ("dataset.", "data.", "tolerance_s")
@@ -125,7 +131,7 @@ def _recipe(flags: dict[str, str]) -> list[str]:
     return [f"--{name}={value}" for name, value in given.items()]
 
 
-def _advice(facts: dict, size: list[int] | None, policy) -> list[str]:
+def _advice(facts: dict, size: list[int] | None, policy: "PreTrainedConfig") -> list[str]:
     """What to change, as far as the figures tell."""
     advice, costs = [], facts.get("costs", {})
     need, free = costs.get("to_decode_bytes", 0), costs.get("free_disk_bytes", 0)
@@ -167,7 +173,7 @@ def _advice(facts: dict, size: list[int] | None, policy) -> list[str]:
     return advice
 
 
-def _own_size(policy, height: int, width: int) -> list[int] | None:
+def _own_size(policy: "PreTrainedConfig", height: int, width: int) -> list[int] | None:
     """Height and width that a policy's own code resizes an image to, without the border it adds; None if it leaves
     images as they are."""
     facts = facts_of(policy.type)
@@ -186,7 +192,7 @@ def _faults(faults: list[str]) -> list[str]:
     return [f"FAULT       {text}" for text in faults]
 
 
-def _diagnosis(found, told: list[str]) -> list[str]:
+def _diagnosis(found: "Diagnosis", told: list[str]) -> list[str]:
     """What the data set is, and what is wrong with it beside what has been told."""
     facts = found.facts
     lines = []
@@ -214,7 +220,7 @@ def _diagnosis(found, told: list[str]) -> list[str]:
     return lines + [f"warning     {text}" for text in found.warnings]
 
 
-def _verdict(found) -> list[str]:
+def _verdict(found: "Diagnosis") -> list[str]:
     lines = [f"change      {text}" for text in found.advice]
     if not found.faults:
         lines.append("nothing would stop a training." if found.warnings else "healthy.")

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
         and parse_options({k: v for k, v in flags.items() if k.startswith("ray.")}).ray.num_workers
     ):
         connect.start(flags.get("ray.address"))
+    assert checkpoint is not None  # else `_check` has raised
     doing("importing LeRobot")
     with no_garbage_collection():
         from ray_jobs.evaluation.run import evaluate

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ INTERRUPTED = 130  # a job's exit status
 class Job(ModuleType):
     """A job's module that can be called: `ray_jobs.train` is one, and so `train(...)` what `python -m ray_jobs.train` is."""
 
-    def __call__(self, *words: str, **flags: Any) -> Any:
+    def __call__(self, *words: Any, **flags: Any) -> Any:
         """Run the job to its end.
 
         Args:
@@ -46,15 +46,15 @@ class Job(ModuleType):
             RunError: It failed.
             KeyboardInterrupt: It was interrupted.
         """
-        if len(words) == 1 and not isinstance(words[0], str):
-            words = tuple(words[0])
-        words = [*words, *as_words(flags)]
-        places = [word.partition("=")[2] for word in words if word.startswith("--output_dir=")]
+        given: Iterable[str] = words[0] if len(words) == 1 and not isinstance(words[0], str) else words
+        line = [*given, *as_words(flags)]
+        places = [word.partition("=")[2] for word in line if word.startswith("--output_dir=")]
         if not places or "://" in places[-1]:
             raise InputError(
                 "output_dir: a folder is wanted, out of which the summary is read when the job has ended."
             )
-        status, said = _run(self.__spec__.name, words)
+        assert self.__spec__ is not None
+        status, said = _run(self.__spec__.name, line)
         if status == INTERRUPTED:
             raise KeyboardInterrupt
         if status:
@@ -69,7 +69,7 @@ def callable_as_job(name: str, result: str) -> None:
         name: Of the module, as it is in `sys.modules`.
         result: The file in its output folder that a call returns the content of.
     """
-    module = sys.modules[name]
+    module: Any = sys.modules[name]
     module.__class__, module.RESULT = Job, result
 
 
@@ -104,6 +104,7 @@ def _run(module: str, words: list[str]) -> tuple[int, str]:
         errors="replace",
         start_new_session=True,  # a terminal's Ctrl-C comes here alone, and is handed on once
     )
+    assert job.stdout is not None
     refusal: list[str] = []
     while True:
         try:

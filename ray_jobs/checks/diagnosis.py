@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_policy_config
@@ -250,7 +251,9 @@ def _numbers(meta: LeRobotDatasetMetadata, columns: dict[str, np.ndarray], found
             found.warnings.append(f"{key}: dimension(s) {some(named)} never move.")
 
 
-def _statistics(meta: LeRobotDatasetMetadata, columns: dict, policy, found: Diagnosis) -> None:
+def _statistics(
+    meta: LeRobotDatasetMetadata, columns: dict, policy: PreTrainedConfig, found: Diagnosis
+) -> None:
     """meta/stats.json has what policies normalize by, and it fits the data."""
     if meta.stats is None:
         found.faults.append("meta/stats.json is missing: nothing would be normalized.")
@@ -286,7 +289,7 @@ def _statistics(meta: LeRobotDatasetMetadata, columns: dict, policy, found: Diag
                 )
 
 
-def _chunks(episodes: np.ndarray, lengths: np.ndarray, policy, found: Diagnosis) -> None:
+def _chunks(episodes: np.ndarray, lengths: np.ndarray, policy: PreTrainedConfig, found: Diagnosis) -> None:
     chunk = len(policy.action_delta_indices or ())
     short = episodes[lengths < chunk]
     if len(short):

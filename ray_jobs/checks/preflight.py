@@ -17,6 +17,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.optim import AdamConfig, AdamWConfig, SGDConfig
+from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import (
     ACTION,
     OBS_IMAGES,
@@ -131,7 +132,9 @@ def _agree_on_size(recipe: Recipe, meta: LeRobotDatasetMetadata) -> None:
     size, policy = recipe.options.data.resize, recipe.lerobot.policy
     check_resize(size, meta, recipe.lerobot.rename_map)
     set_frame_size(meta, size)
-    for key, feature in (policy.input_features or {}).items() if size else ():
+    if not size:
+        return
+    for key, feature in (policy.input_features or {}).items():
         if feature.type is FeatureType.VISUAL:
             policy.input_features[key] = PolicyFeature(feature.type, (feature.shape[0], *size))
 
@@ -258,7 +261,7 @@ def _network(recipe: Recipe, features: dict[str, PolicyFeature]) -> torch.nn.Mod
             raise InputError(f"{policy.type} cannot be built like this: {first_line(error)}.") from None
 
 
-def _adapters(recipe: Recipe, network: torch.nn.Module | None) -> torch.nn.Module | None:
+def _adapters(recipe: Recipe, network: PreTrainedPolicy | None) -> torch.nn.Module | None:
     """The network with the adapters of `--peft.*`, as far as one can be put together."""
     cfg = recipe.lerobot
     if cfg.policy.use_peft and not cfg.resume:

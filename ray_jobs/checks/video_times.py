@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 from lerobot.datasets import LeRobotDatasetMetadata
+from numpy.typing import ArrayLike
 
 from ray_jobs.data.frames import frame_shape
 
@@ -103,15 +104,15 @@ def _judge(key: str, rows: list[_Rows], fps: int, tolerance_s: float, found: "Di
             f"{key}: {where} are not in the video within --tolerance_s={tolerance_s:g}: it is cut short, or its times are others."
         )
         return
-    others = f"{others} rows are given another row's image"
+    exchanged = f"{others} rows are given another row's image"
     if off:
         furthest = float(max(row.away.max() for row in rows))
         found.faults.append(
             f"{key}: {where} are up to {furthest:.4g} s away from their timestamps, --tolerance_s={tolerance_s:g} is all that is allowed. "
-            f"With --tolerance_s={above(furthest)} it trains, but {others}."
+            f"With --tolerance_s={above(furthest)} it trains, but {exchanged}."
         )
-    elif sum(row.others for row in rows):
-        found.warnings.append(f"{key}: by their timestamps {others}.")
+    elif others:
+        found.warnings.append(f"{key}: by their timestamps {exchanged}.")
     else:
         return
     found.advise(
@@ -138,16 +139,17 @@ def _packets(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, int, int]]:
         except av.FFmpegError:
             packets = []
         packets.sort()
+        assert stream.time_base is not None  # every stream of a file has one
         times = np.array([float(pts * stream.time_base) for pts, _ in packets])
         about = (
             stream.codec_context.codec.canonical_name,
             stream.codec_context.height,
             stream.codec_context.width,
         )
-        return times, np.array([key for _, key in packets], bool), about
+    return times, np.array([key for _, key in packets], bool), about
 
 
-def some(values) -> str:
+def some(values: ArrayLike) -> str:
     """The first few of them."""
-    values = list(dict.fromkeys(np.asarray(values).tolist()))
-    return ", ".join(map(str, values[:5])) + (f" ... ({len(values)} in all)" if len(values) > 5 else "")
+    found = list(dict.fromkeys(np.asarray(values).tolist()))
+    return ", ".join(map(str, found[:5])) + (f" ... ({len(found)} in all)" if len(found) > 5 else "")

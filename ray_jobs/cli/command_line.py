@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from draccus.wrappers.docstring import get_attribute_docstring
 
@@ -17,6 +18,9 @@ from ray_jobs.cli.translations import translate
 from ray_jobs.config.errors import InputError, all_mistakes
 from ray_jobs.config.flag_table import PATHS, Flag, flags_of
 from ray_jobs.config.options import Options
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Flags that name files or folders here, some of them several with commas.
 OUR_PATHS = ("output_dir", "data.cache", "assets.dir", "checkpoint", "space")
@@ -134,7 +138,9 @@ def parse_options(flags: dict[str, str], saved: dict | None = None) -> Options:
     return build(Options, ours, before)
 
 
-def build[T](config: type[T], typed: dict[str, str], saved: dict | None = None, prefix: str = "") -> T:
+def build[T: DataclassInstance](
+    config: type[T], typed: dict[str, str], saved: dict | None = None, prefix: str = ""
+) -> T:
     """One of our dataclasses, of values as they were typed.
 
     Args:
@@ -163,15 +169,15 @@ def build[T](config: type[T], typed: dict[str, str], saved: dict | None = None, 
     return _made(config, values, prefix)
 
 
-def _made[T](config: type[T], values: dict, prefix: str) -> T:
-    given = {}
+def _made[T: DataclassInstance](config: type[T], values: dict, prefix: str) -> T:
+    given: dict[str, Any] = {}
     with all_mistakes() as mistakes:
         for part in dataclasses.fields(config):
-            name = f"{prefix}{part.name}"
-            if dataclasses.is_dataclass(part.type):
-                mistakes.of(lambda: given.update({part.name: _made(part.type, values, f"{name}.")}))  # noqa: B023
+            name, kind = f"{prefix}{part.name}", part.type
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                mistakes.of(lambda: given.update({part.name: _made(kind, values, f"{name}.")}))  # noqa: B023
             elif name in values:
-                given[part.name] = Path(values[name]) if part.type is Path else values[name]
+                given[part.name] = Path(values[name]) if kind is Path else values[name]
     return config(**given)
 
 
@@ -203,7 +209,8 @@ def help_text() -> str:
     """Our options with their defaults, and where LeRobot's are shown."""
     lines = ["Every flag of lerobot-train, and:", ""]
     for group in dataclasses.fields(Options):
-        lines += [*help_for(group.name, group.default_factory), ""]
+        options: Any = group.default_factory  # the dataclass itself
+        lines += [*help_for(group.name, options), ""]
     lines.append("LeRobot's flags for one policy:  python -m ray_jobs.train --policy.type=act --help")
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ import secrets
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # All that LeRobot, and what it stands on, take for a file or a folder.
 PATHS = (
@@ -172,7 +173,7 @@ class _Unheard(io.FileIO):
     """Output that nobody may be there to read any more: `| head`, a terminal that was closed, a log on a full disk. What
     takes hours does not end for it."""
 
-    def write(self, data) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError:
@@ -191,8 +192,10 @@ def be_heard() -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         was = getattr(sys, name)
         raw = _Unheard(number, "w", closefd=False)
-        at_once = was is not None and was.write_through
-        how = {"line_buffering": was is not None and was.line_buffering, "write_through": at_once}
+        by_line, at_once = was is not None and was.line_buffering, was is not None and was.write_through
         encoding = "utf-8" if was is None else was.encoding
         buffer = raw if at_once else io.BufferedWriter(raw)
-        setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", **how))
+        text = io.TextIOWrapper(
+            buffer, encoding, "backslashreplace", line_buffering=by_line, write_through=at_once
+        )
+        setattr(sys, name, text)

@@ -155,8 +155,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     before = r"(^|\.)" if group else r"(^|[._])"
     elsewhere = [k for k in known if re.search(f"{before}{re.escape(leaf)}$", k)]
     longer = [k for k in siblings.values() if group and k.endswith(f"_{leaf}")]
-    typo, close = (closest(name, known, cutoff) for cutoff in (0.9, 0.8))
-    return typo or next(iter(sorted(longer or elsewhere, key=len)), None) or close
+    typo, near = (closest(name, known, cutoff) for cutoff in (0.9, 0.8))
+    return typo or next(iter(sorted(longer or elsewhere, key=len)), None) or near
 
 
 def _plain(name: str) -> str:
@@ -203,9 +203,9 @@ def check_sources(flags: Mapping[str, str], *, needs_policy: bool = True) -> Non
                 "--policy.path=FOLDER goes on from a trained one."
             )
         for group in ("env", "optimizer", "scheduler"):
-            flag = next((name for name in flags if name.startswith(f"{group}.")), None)
-            if flag and f"{group}.type" not in flags:
-                mistakes.append(f"--{group}.type is missing: --{flag} alone does not say of which {group}.")
+            other = next((name for name in flags if name.startswith(f"{group}.")), None)
+            if other and f"{group}.type" not in flags:
+                mistakes.append(f"--{group}.type is missing: --{other} alone does not say of which {group}.")
 
 
 def _source(flag: str, value: str, file_name: str) -> list[str]:

@@ -14,7 +14,7 @@ from ray_jobs.storage.hub import HUB_ERRORS, hub_answer
 
 # draccus 0.11 reads a config class's source again for the help text of each of its flags, in every parse: two thirds of
 # its time, in a search's every trial. There is no option that leaves it out.
-docstring.get_attribute_docstring = functools.cache(docstring.get_attribute_docstring)
+docstring.get_attribute_docstring = functools.cache(docstring.get_attribute_docstring)  # type: ignore[assignment]  # a cached function is one
 
 
 def parse[T](parser: Callable[[], T], flags: dict[str, str], from_hub: str | None = None) -> T:

@@ -46,7 +46,8 @@ class Progress:
         self.slots = slots
         self.stepped = False  # a trial has taken a step
         self.waiting, self.waits_since = "", self.started  # what for
-        self.last_line, self.last_told = time.monotonic(), None
+        self.last_line = time.monotonic()
+        self.last_told: tuple[int, str] | None = None
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         if self.console.is_terminal:
             self.live.start()
@@ -59,9 +60,9 @@ class Progress:
         self.live.stop()
 
     def show(self, event: Event) -> None:
-        row = self.running.get(event.trial)
+        row = self.running.get(event.trial or "")
         match event:
-            case Begun():
+            case Begun() if event.trial:
                 fresh = {"step": 0, "from": 0, "at_work": False, "value": None, "since": time.monotonic()}
                 self.running[event.trial] = fresh
             case Notice() if event.text not in self.said:  # every trial says much the same
@@ -111,7 +112,7 @@ class Progress:
         )
 
     def _ended(self, event: Ended) -> None:
-        name = event.trial
+        name = event.trial or ""
         self.running.pop(name, None)
         status, value = event.status, event.value
         self.counts[status] = self.counts.get(status, 0) + 1

@@ -63,7 +63,8 @@ def resolve(argv: Sequence[str]) -> Recipe:
 
     options = parse_options(flags, saved)
     options.assets.dir = options.assets.dir.absolute()  # workers run in folders of their own
-    start = {flag: theirs[flag] for flag in ("policy.path", "policy.pretrained_path") if flag in theirs}
+    names = ("policy.path", "policy.pretrained_path")
+    start: dict[str, str] = {flag: theirs[flag] for flag in names if flag in theirs}
     start |= assets.read_at_once(flags)
     start = {flag: name for flag, name in start.items() if name != "null" and not Path(name).exists()}
     if not asked_resume and not {"policy.repo_id", "policy.push_to_hub", "config_path"} & set(flags):
@@ -208,7 +209,8 @@ def _type_of_start(theirs: dict[str, str]) -> str | None:
         AttributeError, TypeError, OSError, ValueError, RecursionError
     ):  # what is wrong with it, LeRobot's parser will find
         file = folder / CONFIG_NAME if folder.is_dir() else try_to_load_from_cache(name, CONFIG_NAME)
-        return json.loads(Path(file).read_text()).get("type")
+        if isinstance(file, str | Path):
+            return json.loads(Path(file).read_text()).get("type")
     return None
 
 

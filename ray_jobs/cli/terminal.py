@@ -199,6 +199,7 @@ class Display:
 
     def _progress(self) -> str:
         left = ""
+        assert self.rate_from is not None  # a step has been told
         begin, first = self.rate_from
         if self.step > first:
             rate = (time.monotonic() - begin) / (self.step - first)

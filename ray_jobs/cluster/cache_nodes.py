@@ -4,7 +4,7 @@ import ray
 from ray.exceptions import RayError
 
 from ray_jobs.cli.terminal import doing, quiet
-from ray_jobs.cluster.channel import open_channel
+from ray_jobs.cluster.channel import ChannelHandle, open_channel
 from ray_jobs.cluster.faults import if_helper_dies, why
 from ray_jobs.config.errors import InputError, RunError
 from ray_jobs.config.events import Notice
@@ -32,16 +32,16 @@ def build_on_nodes(words: list[str]) -> None:
                 doing("")
                 print(event.text, flush=True)
     failed = []
-    for task, name in names.items():
+    for built, name in names.items():
         try:
-            failed.append(ray.get(task))
+            failed.append(ray.get(built))
         except RayError as error:
             failed.append(f"{name}: {why(error)}")
     if failed := [text for text in failed if text]:
         raise RunError("\n".join(failed))
 
 
-def _build_on_node(words: list[str], name: str, channel) -> str | None:
+def _build_on_node(words: list[str], name: str, channel: ChannelHandle) -> str | None:
     """Returns what went wrong."""
     quiet()
     from ray_jobs.cluster.cache_build import build_here  # LeRobot, whose noise is kept away by now

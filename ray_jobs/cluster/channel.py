@@ -5,11 +5,15 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from ray_jobs.config.errors import GO_ON, PREEMPTED, PRUNED, InputError, RunError
 from ray_jobs.config.events import Event, Fault, Saved, Step
+
+if TYPE_CHECKING:
+    from ray_jobs.cluster.watchdog import Heartbeat
 
 ANSWERED_AFTER_S = 60
 TELL_EVERY_S = 0.5  # how often the driver hears of steps
@@ -76,15 +80,17 @@ class Channel:
             self.leaving.add(node)
             self.asked.notify_all()
 
-    async def heartbeat(self, heartbeat) -> None:
+    async def heartbeat(self, heartbeat: "Heartbeat") -> None:
         """What a worker tells of itself (see `watchdog`)."""
         now, before = time.monotonic(), self.told.get(heartbeat.rank)
-        same = before and (before[0].pid, before[0].step, before[0].slow) == (
+        since = now
+        if before and (before[0].pid, before[0].step, before[0].slow) == (
             heartbeat.pid,
             heartbeat.step,
             heartbeat.slow,
-        )
-        self.told[heartbeat.rank] = heartbeat, now, before[2] if same else now
+        ):
+            since = before[2]
+        self.told[heartbeat.rank] = heartbeat, now, since
 
     async def heartbeats(self) -> dict[int | str, tuple]:
         """By rank or trial, the last heartbeat, the seconds since, and the seconds since its step has changed."""
@@ -120,13 +126,17 @@ class Channel:
             return self.stop_reason or (PREEMPTED if node in self.leaving else GO_ON)
 
 
-def open_channel():
+ChannelHandle = Any  # Ray's own type knows of no methods
+
+
+def open_channel() -> ChannelHandle:
     """A handle of a new `Channel`, on the driver's node."""
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(num_cpus=0, max_concurrency=1000, label_selector=here)(Channel).remote()
+    remote = ray.remote(num_cpus=0, max_concurrency=1000, label_selector=here)  # type: ignore[call-overload]  # Ray's own types have options of functions only
+    return remote(Channel).remote()
 
 
-def teller(channel) -> Callable[[Event], None]:
+def teller(channel: ChannelHandle) -> Callable[[Event], None]:
     """Sends a run's events over the channel; of the steps, only one now and then."""
     told_at = 0.0
 
@@ -142,7 +152,7 @@ def teller(channel) -> Callable[[Event], None]:
 _asked_to_stop: dict = {}  # channel -> the reason it has told; one listening thread for each, however many trials
 
 
-def listen_for_stop(channel, node: str | None = None) -> Callable[[], str]:
+def listen_for_stop(channel: ChannelHandle, node: str | None = None) -> Callable[[], str]:
     """The loop's `should_stop`: what the run was asked to stop for, as far as the channel has told.
 
     Args:

@@ -12,6 +12,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from ray_jobs.cli import environment
 from ray_jobs.cluster import ray_internals
@@ -89,7 +90,7 @@ def start(address: str | None) -> Future:
 
     def connect(again: bool = False) -> None:
         debug = bool(os.environ.get("RAY_JOBS_DEBUG"))
-        how = {
+        how: dict[str, Any] = {
             "logging_level": "CRITICAL",
             "log_to_driver": debug,
             "include_dashboard": False,  # of a cluster that is started; those that are joined have theirs

@@ -7,16 +7,17 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.cli import environment
 from ray_jobs.cli.terminal import Display
 from ray_jobs.cluster import ray_internals, ray_train_internals
-from ray_jobs.cluster.channel import open_channel
+from ray_jobs.cluster.channel import ChannelHandle, open_channel
 from ray_jobs.cluster.faults import FailureCallback, describe, if_helper_dies, keep_error, of_a_loss, why
 from ray_jobs.cluster.resources import Resources, per_worker
 from ray_jobs.cluster.run_folder import mark_of
@@ -28,6 +29,9 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.storage.mirror import read_file
 from ray_jobs.storage.records import SUMMARY_FILE, parse_json, read_summary
 from ray_jobs.storage.retry import patiently, storage_may_return
+
+if TYPE_CHECKING:
+    from ray.tune import Tuner
 
 # Of workers for one that validates or waits for storage; who hangs is found by the `watchdog`.
 LONGEST_WAIT_S = 6 * 3600
@@ -116,7 +120,7 @@ class Training:
     process that does so; when a worker was lost while they started (see `ray_train_internals.end_at_lost_start`); or when it has given up a run
     that had got on: `--ray.max_failures` is for one that does not, and not for a week on spot nodes."""
 
-    def __init__(self, recipe: Recipe, each: Resources, channel):
+    def __init__(self, recipe: Recipe, each: Resources, channel: ChannelHandle):
         self.recipe, self.each, self.channel = recipe, each, channel
 
     def fit(self) -> None:
@@ -153,7 +157,7 @@ def _give_back_later() -> None:
             ray_internals.give_back_orphaned_room()
 
 
-def make_trainer(recipe: Recipe, each: Resources, channel, max_failures: int):
+def make_trainer(recipe: Recipe, each: Resources, channel: ChannelHandle, max_failures: int) -> TorchTrainer:
     """A `TorchTrainer` that runs the recipe on `--ray.num_workers` workers.
 
     Args:
@@ -169,6 +173,11 @@ def make_trainer(recipe: Recipe, each: Resources, channel, max_failures: int):
         from ray_jobs.cluster import stream_reader  # Ray Data, 2 s
 
         datasets["train"] = stream_reader.source_of(recipe)
+    callbacks: list[Any] = [
+        FailureCallback(channel),
+        ray_train_internals.end_at_lost_start(),
+        ray_train_internals.exit_quickly(),
+    ]
     return ray_train_internals.torch_trainer(
         train_loop_per_worker=start,
         datasets=datasets,
@@ -181,23 +190,19 @@ def make_trainer(recipe: Recipe, each: Resources, channel, max_failures: int):
         },
         torch_config=TorchConfig(timeout_s=LONGEST_WAIT_S),
         scaling_config=ScalingConfig(
-            num_workers=(options.min_workers, options.num_workers)
+            num_workers=(options.min_workers, options.num_workers)  # type: ignore[arg-type]  # mypy sees Ray Train's first version
             if options.min_workers
             else options.num_workers,
             use_gpu=each.gpus > 0,
             resources_per_worker=each.resources,
             placement_strategy=options.placement.upper(),
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees Ray Train's first version
             name=".ray",
             storage_path=str(recipe.output_dir),
             # A node that is taken away is no failure: Ray Train counts those apart, and takes up the run for ever.
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[
-                FailureCallback(channel),
-                ray_train_internals.end_at_lost_start(),
-                ray_train_internals.exit_quickly(),
-            ],
+            callbacks=callbacks,
             worker_runtime_env={
                 "env_vars": each.env | {k: os.environ[k] for k in HANDED_ON if k in os.environ}
             },
@@ -205,7 +210,7 @@ def make_trainer(recipe: Recipe, each: Resources, channel, max_failures: int):
     )
 
 
-def start_fit(trainer) -> tuple[threading.Thread, dict]:
+def start_fit(trainer: "Training | Tuner") -> tuple[threading.Thread, dict]:
     """Run `trainer.fit()` in a thread, so that Ctrl-C comes to us and not to Ray Train, which would kill the
     workers. The dict will hold the `error`, if there is one."""
     outcome: dict = {}
@@ -221,7 +226,7 @@ def start_fit(trainer) -> tuple[threading.Thread, dict]:
     return thread, outcome
 
 
-def summary_of(recipe: Recipe, channel, outcome: dict, should_stop: Callable[[], str]) -> dict:
+def summary_of(recipe: Recipe, channel: ChannelHandle, outcome: dict, should_stop: Callable[[], str]) -> dict:
     """The summary of a run whose `fit` is over (see `start_fit`).
 
     Raises:
@@ -238,8 +243,10 @@ def summary_of(recipe: Recipe, channel, outcome: dict, should_stop: Callable[[],
     if recipe.remote:
         read = partial(read_file, recipe.remote, SUMMARY_FILE)
         quietly = lambda text: None  # noqa: E731
-        how = {"doing": "read", "passing": storage_may_return, "stop": should_stop}
-        return parse_json(patiently(read, recipe.remote, quietly, **how))
+        text = patiently(
+            read, recipe.remote, quietly, doing="read", passing=storage_may_return, stop=should_stop
+        )
+        return parse_json(text)
     return read_summary(recipe.output_dir)
 
 

@@ -23,6 +23,7 @@ from ray_jobs.config.errors import InputError, RunError, StorageLost, no_room
 from ray_jobs.config.events import Fault
 
 if TYPE_CHECKING:
+    from ray_jobs.cluster.channel import ChannelHandle
     from ray_jobs.config.recipe import Recipe
 
 OUT_OF_MEMORY = ("memory pressure", "low on memory", "(OOM)", "memory usage threshold")  # as Ray has it
@@ -63,10 +64,10 @@ class Preempted(RayActorError):
 class FailureCallback(UserCallback):
     """Tells a run's driver, over its channel, why workers are about to be started again."""
 
-    def __init__(self, channel):
+    def __init__(self, channel: "ChannelHandle"):
         self.channel = channel
 
-    def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         announced = any(getattr(error, "preempted", False) for error in worker_exceptions.values())
         text = describe(worker_exceptions)
         self.channel.tell.remote(Fault(text, announced=announced))
@@ -92,7 +93,9 @@ def ordinary(error: Exception) -> str | None:
     return ADDRESS.sub("0x", text) if kind == ORDINARY else None
 
 
-def comes_again(error: Exception, step: int | None, who: int | str, channel) -> RunError | None:
+def comes_again(
+    error: Exception, step: int | None, who: int | str, channel: "ChannelHandle"
+) -> RunError | None:
     """What to give the run up with, if the same exception has come at the same step before: another try would end there,
     too. What came once may have been the node's fault.
 
@@ -108,7 +111,7 @@ def comes_again(error: Exception, step: int | None, who: int | str, channel) -> 
     return RunError(f"{text}, twice {when}: it would come again.")
 
 
-def of_a_loss(error: Exception) -> bool:
+def of_a_loss(error: Exception | None) -> bool:
     """Whether it ended Ray Train's controller (2.60) though only a worker was lost, which it takes for a loss of its own
     until the training begins: one that was killed or that Ray has ended for want of memory, or one without which the
     others could not start."""
@@ -146,7 +149,8 @@ def why(error: Exception) -> str:
 
 def _reason(error: Exception) -> tuple[int, str]:
     """How telling an error is, the lowest first, and what it says."""
-    error = ray_train_internals.health_check_failure(error) or getattr(error, "controller_failure", error)
+    inside: Exception = getattr(error, "controller_failure", error)
+    error = ray_train_internals.health_check_failure(error) or inside
     text = str(error)
     if getattr(error, "preempted", False):
         return 0, "its node is being taken away, as was announced"

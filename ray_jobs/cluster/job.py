@@ -48,8 +48,8 @@ def run_job(main: Callable[[list[str]], int], at_end: Callable[[], None]) -> Non
             raise
         if status != 130 and (page := page_of(error)):
             told += f"\nmore: {page}"
-        if status == 2 and not sys.argv[1:]:
-            told += f"\nshortest: {shortest(sys.modules['__main__'].__doc__)}"
+        if status == 2 and not sys.argv[1:] and (about := sys.modules["__main__"].__doc__):
+            told += f"\nshortest: {shortest(about)}"
         print(told, file=sys.stderr)
     doing("")
     sys.stdout.flush()
@@ -82,7 +82,7 @@ def check_submitted(job: str, words: list[str]) -> None:
     """
     if SUBMITTED not in os.environ:
         return
-    flags = {}
+    flags: dict[str, str] = {}
     with contextlib.suppress(InputError):  # the job says it
         flags, _ = read_flags(words[1:] if job == "cache" else words)
     if {"help", "h", "dry-run", "dry_run", "tune.dry_run"} & set(flags) or "-h" in words:

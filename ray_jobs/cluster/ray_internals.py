@@ -23,7 +23,7 @@ def address_to_join(address: str | None) -> str | None:
     """
     from ray._private.services import canonicalize_bootstrap_address
 
-    return canonicalize_bootstrap_address(address)
+    return canonicalize_bootstrap_address(address)  # type: ignore[arg-type]  # `ray.init` gives it None, too
 
 
 def ask_whether_alive(address: str, timeout_s: float) -> None:

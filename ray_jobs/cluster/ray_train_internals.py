@@ -2,13 +2,17 @@
 
 import atexit
 import os
+from typing import TYPE_CHECKING, Any
 
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
-def torch_trainer(**arguments):
+
+def torch_trainer(**arguments: Any) -> "TorchTrainer":
     """A `TorchTrainer` with fewer actors: each is a process that takes 2 s of a processor while the workers start. Without data
     sets of Ray Data's nothing of Ray Data is started or imported, and nobody but `give_back_orphaned_room` looks after the
     room of a dead controller.
@@ -26,7 +30,8 @@ def torch_trainer(**arguments):
                 if self.datasets
                 else (PlacementGroupCleanerCallback, DatasetsCallback)
             )
-            return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
+            usual = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees Ray Train's first version
+            return [each for each in usual if not isinstance(each, unused)]
 
     return Trainer(**arguments)
 
@@ -48,7 +53,7 @@ def health_check_failure(error: Exception) -> Exception | None:
     return getattr(error, "health_check_failure", None)
 
 
-def end_at_lost_start():
+def end_at_lost_start() -> ControllerCallback:
     """A callback for Ray Train's trainer that ends a run's controller when a worker is lost while they start: the driver tells
     and counts it, and begins with another.
 
@@ -62,16 +67,17 @@ def end_at_lost_start():
     """
 
     class Starting(ControllerCallback):
-        def after_controller_state_update(self, previous_state, current_state) -> None:
+        def after_controller_state_update(self, previous_state: object, current_state: object) -> None:
             error = getattr(current_state, "training_failed_error", None)
             failure = getattr(error, "controller_failure", None)
             if isinstance(failure, WorkerGroupStartupFailedError):
+                assert failure.__cause__ is not None  # the worker's own error
                 raise failure.__cause__
 
     return Starting()
 
 
-def exit_quickly():
+def exit_quickly() -> ControllerCallback:
     """A callback for Ray Train's trainer that has the process of a run's controller end when the run has.
 
     Ray clears up its C++ objects on the way out, after it has taken leave of its raylet, and may wait for a lock of its own
@@ -82,7 +88,7 @@ def exit_quickly():
     """
 
     class QuickExit(ControllerCallback):
-        def after_controller_start(self, train_run_context) -> None:
+        def after_controller_start(self, train_run_context: object) -> None:
             atexit.register(os._exit, 0)
 
     return QuickExit()

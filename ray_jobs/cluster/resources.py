@@ -38,7 +38,7 @@ class Resources:
 
 def per_worker(
     num_workers: int,
-    cpus: int | None,
+    cpus: float | None,
     gpus: float | None,
     device: str | None,
     *,
@@ -67,7 +67,7 @@ def per_worker(
     node_gpus = [node.get("GPU", 0) for node in have]
     if gpus is None:
         allowed = device is None or device.startswith("cuda")
-        gpus = 1.0 if allowed and sum(node_gpus) else 0.0
+        gpus = 1.0 if allowed and any(node_gpus) else 0.0
     if gpus % 1 and num_workers > 1 and not alone and device != "cpu":
         raise InputError(
             f"{asked}={num_workers} with {gpus:g} GPUs each: NCCL takes a GPU once, so workers that train together "

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -37,12 +38,12 @@ OF_THE_READER = ("dataset_index", "stats")  # columns that LeRobot's samples hav
 class ShuffledEpisodes(LeRobotDatasource):
     """Ray's LeRobot reader with a new order of the episodes whenever the data set is read, that is for every epoch."""
 
-    def __init__(self, root: str, **how):
+    def __init__(self, root: str, **how: Any):
         super().__init__(root, read_granularity="episode", **how)
         self.original_metas = []  # files of the node it was made on; what is read needs none of it
         self.order = np.random.default_rng()
 
-    def get_read_tasks(self, *args, **kwargs) -> list[ReadTask]:
+    def get_read_tasks(self, *args: Any, **kwargs: Any) -> list[ReadTask]:
         tasks = super().get_read_tasks(*args, **kwargs)
         return [tasks[n] for n in self.order.permutation(len(tasks))]
 

@@ -14,12 +14,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
 
 from ray_jobs.config.busy import busy_with
 from ray_jobs.config.events import Event, Log, Saved, Step, Validated
+
+if TYPE_CHECKING:
+    from ray_jobs.cluster.channel import ChannelHandle
 
 HEARTBEAT_S = 2.0
 CUT_OFF_S = 120  # Ray itself takes up to eight minutes to notice, on the side that is cut off
@@ -53,14 +57,14 @@ class Heartbeat:
     """It waits for other workers."""
 
 
-def heartbeat(channel, rank: int | str) -> Callable[[Event], None]:
+def heartbeat(channel: "ChannelHandle", rank: int | str) -> Callable[[Event], None]:
     """Begin to tell, of the thread that calls this. Returns what must hear of the run's events."""
     context = ray.get_runtime_context()
     node, address, pid = context.get_node_id(), ray.util.get_node_ip_address(), os.getpid()
     training, step, begun = threading.current_thread(), None, threading.Event()
 
     def tell() -> None:
-        while training.is_alive() and (frame := sys._current_frames().get(training.ident)) is not None:  # noqa: SLF001  (documented)
+        while training.is_alive() and (frame := sys._current_frames().get(training.ident or 0)) is not None:  # noqa: SLF001  (documented)
             files, names = [], []
             while frame is not None:
                 files.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
@@ -99,7 +103,7 @@ class Watchdog:
         patience_s: How long a worker may be silent, or the run without a step; 0 for ever.
     """
 
-    def __init__(self, channel, patience_s: float):
+    def __init__(self, channel: "ChannelHandle", patience_s: float):
         self.channel, self.patience_s = channel, patience_s
         self.looked = time.monotonic()
         self.out_of_reach: set[int] = set()  # processes that could not be ended yet
@@ -182,7 +186,7 @@ def culprit(
         for heartbeat, _, unchanged in heartbeats.values()
     ):
         return None
-    behind = min(heartbeat.step for heartbeat, _, _ in heartbeats.values())
+    behind = min(heartbeat.step for heartbeat, _, _ in heartbeats.values() if heartbeat.step is not None)
     suspects = [heartbeat for heartbeat, _, _ in heartbeats.values() if heartbeat.step == behind]
     heartbeat = next((heartbeat for heartbeat in suspects if not heartbeat.waits), suspects[0])
     return (

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import ray
 import ray.train.collective
@@ -87,7 +88,7 @@ def work(config: dict) -> None:
         raise Preempted()
 
 
-def run_loop(recipe: Recipe, *, main: bool, **how) -> dict:
+def run_loop(recipe: Recipe, *, main: bool, **how: Any) -> dict:
     """The training loop; on the main rank with the run's folder locked, and copied to its bucket if it has one."""
     report = how["report"]
 
@@ -122,6 +123,7 @@ def _copied(
     should_stop: Callable[[], str],
 ) -> Iterator[Callable[[Event], None]]:
     """Keep a copy of the run in its bucket; yields what to report to instead."""
+    assert recipe.remote is not None
     with mirrored(recipe.remote, recipe.output_dir, tell, recipe.context.run, stop=should_stop) as mirror:
 
         def report_and_send(event: Event) -> None:

@@ -22,4 +22,4 @@ def busy(what: str) -> Iterator[None]:
 
 def busy_with(thread: threading.Thread) -> str:
     """What a thread is busy with; nothing if it just goes on."""
-    return next(reversed(_doing.get(thread.ident, [])), "")
+    return next(reversed(_doing.get(thread.ident or 0, [])), "")

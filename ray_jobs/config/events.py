@@ -89,5 +89,5 @@ class Ended(Event):
     """Of the search's first metric."""
     step: int | None
     """Of the validation that it is judged by."""
-    repeat: int | None
-    """Which repetition with another seed it was, if it was one."""
+    repeat: str | None
+    """The other seed, if it was a repetition with one."""

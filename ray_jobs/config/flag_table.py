@@ -83,12 +83,11 @@ class Flag:
         if typed == "null" and self.optional:
             return None
         if self.is_text:
-            value = _unquoted(typed)
-        else:
-            try:
-                value = parse_string(typed)
-            except Exception:  # of the YAML library's own kinds
-                raise ValueError(typed) from None
+            return self.convert(_unquoted(typed))
+        try:
+            value = parse_string(typed)
+        except Exception:  # of the YAML library's own kinds
+            raise ValueError(typed) from None
         return self.convert(value)
 
     def convert(self, value: Any) -> Any:
@@ -155,7 +154,7 @@ def _unquoted(typed: str) -> str:
     """A text as typed; in quotes of its own, as LeRobot's YAML wants a text with ` #` in it, without them."""
     if len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\"":
         try:
-            value = parse_string(typed)
+            value: Any = parse_string(typed)  # which draccus thinks is always a mapping
         except Exception:
             return typed
         return value if isinstance(value, str) else typed
@@ -248,6 +247,7 @@ def _content() -> dict:
 def _entries(config: type, prefix: str, kinds: dict[str, dict]) -> dict[str, list]:
     """The flags of a dataclass and of those inside it; of classes with several types, those of each go into `kinds`."""
     hints, found = typing.get_type_hints(config), {}
+    inner: Any
     for field in dataclasses.fields(config):
         if not field.init:
             continue
@@ -315,7 +315,9 @@ def _plain(value: Any) -> Any:
             return [_plain(item) for item in value]
         case None | bool() | int() | float() | str():
             return value
-    return _plain(dataclasses.asdict(value)) if dataclasses.is_dataclass(value) else str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    return str(value)
 
 
 def write() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lerobot
 import numpy as np
@@ -19,6 +20,9 @@ from ray_jobs.config.errors import RunError
 from ray_jobs.data.frame_store import COLUMNS_FILE
 from ray_jobs.storage.fingerprint import FORMAT, file_hashes, fingerprint_of, hash_file
 from ray_jobs.storage.records import read_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COUNTERS = ("timestamp", "episode_index", "index", "task_index")
 
@@ -71,7 +75,7 @@ def _is_sound(place: Path) -> bool:
     return False
 
 
-def _contiguous(column) -> torch.Tensor:
+def _contiguous(column: "pa.ChunkedArray") -> torch.Tensor:
     """An Arrow column as one array, in the dtypes LeRobot gives: float32, int64, bool."""
     column = column.combine_chunks()
     width = None

@@ -9,9 +9,10 @@ import copy
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -126,7 +127,7 @@ def training_batches(
     frames: FrameCache | FrameSource | None = None,
     batches_per_step: int = 1,
     begin: Position = START,
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """Endless training batches of this rank, in the order `lerobot-train` has under accelerate.
 
     Args:
@@ -142,7 +143,7 @@ def training_batches(
     samplers = [_sampler(cfg, dataset) for _ in shards.mine]
     samples, taken = len(samplers[0]), cfg.batch_size * shards.count
     start = begin.within(samples)
-    orders = []
+    orders: list[Iterator[list[int]]] = []
     for shard, sampler in zip(shards.mine, samplers, strict=True):
         # A resumed epoch is generated from where its batches were first cut as they are now, which is from its beginning
         # if nothing has changed, and what was read is skipped: accelerate pads the last batches of an epoch with its first
@@ -219,7 +220,7 @@ def _read(
         ours, with_workers = FrameReader.can_read(dataset), cfg.num_workers > 0
         lerobots = lerobot_collate_fn if dataset.meta.has_language_columns else None
         yield from DataLoader(
-            FrameReader(dataset, 0, frames) if ours else dataset,
+            FrameReader(dataset, 0, frames) if ours else dataset,  # type: ignore[arg-type]  # needs only __getitems__
             batch_sampler=rows,
             num_workers=cfg.num_workers,
             prefetch_factor=cfg.prefetch_factor if with_workers else None,
@@ -261,7 +262,7 @@ def reads_in_a_thread(dataset: LeRobotDataset) -> bool:
     return FrameReader.can_read(dataset) and dataset.image_transforms is None
 
 
-def _as_read(batch: dict) -> dict:
+def _as_read(batch: Any) -> Any:
     return batch
 
 

@@ -6,6 +6,7 @@ Trials share its tables; statistics, image sizes and time steps are each trial's
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import draccus
 from lerobot.configs.default import DatasetConfig
@@ -19,7 +20,7 @@ from ray_jobs.storage.fingerprint import fingerprint_of
 
 PARTS = ("meta", "data", "videos")
 _identity = ""
-_opened: dict[str, object] = {}  # of the data set with that identity
+_opened: dict[str, Any] = {}  # of the data set with that identity
 
 
 def once[T](dataset: DatasetConfig, what: str, make: Callable[[], T]) -> T:

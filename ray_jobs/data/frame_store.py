@@ -24,6 +24,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ class Entry:
         self.folder, self.about = folder, about
         self.shape, self.total = tuple(about["shape"]), about["frames"]
         self.frame_bytes = int(np.prod(self.shape))
-        self.file = None
+        self.file: FileIO | None = None
         self.checksums = np.zeros(self.total, np.uint64)
         self.seen = np.zeros(self.total, bool)  # frames that this process found to be good
         if self._is_sound():
@@ -128,6 +129,7 @@ class Entry:
 
     def read(self, rows: list[int], out: np.ndarray) -> list[int]:
         """Read frames into `out`, uint8 (len(rows), C, H, W); returns those rows that are missing or damaged."""
+        assert self.file is not None  # it was opened when it was found sound, or begun
         buffer, size, file, bad = memoryview(out).cast("B"), self.frame_bytes, self.file.fileno(), []
         for n, row in enumerate(rows):
             frame = buffer[n * size : (n + 1) * size]
@@ -167,6 +169,7 @@ class Entry:
 
     def verify(self) -> list[int]:
         """Read everything that is there; returns the rows that are damaged, which then count as missing."""
+        assert self.file is not None
         frame, bad = memoryview(bytearray(self.frame_bytes)), []
         for row in np.flatnonzero(self.checksums).tolist():
             if os.preadv(self.file.fileno(), [frame], row * self.frame_bytes) < self.frame_bytes or (

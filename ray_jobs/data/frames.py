@@ -9,6 +9,7 @@ import io
 import shlex
 import threading
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -36,7 +37,9 @@ def frame_shape(meta: LeRobotDatasetMetadata, key: str) -> tuple[int, int, int]:
 
 def set_frame_size(meta: LeRobotDatasetMetadata, size: list[int] | None) -> None:
     """Let a data set's metadata tell of frames of `size` (height, width), which is what a policy will be given."""
-    for key in meta.camera_keys if size else ():
+    if not size:
+        return
+    for key in meta.camera_keys:
         channels = frame_shape(meta, key)[0]
         meta.features[key] |= {"shape": (*size, channels), "names": ["height", "width", "channels"]}
 
@@ -78,7 +81,8 @@ class FrameSource:
         said = frame_shape(self.meta, key)
         with contextlib.suppress(Exception):  # it cannot be read: who decodes it will say so
             if key in self.meta.image_keys:
-                return tuple(self._stored(key, 0).shape)
+                channels, height, width = self._stored(key, 0).shape
+                return channels, height, width
             with av.open(str(self._file(0, key))) as container:
                 stream = container.streams.video[0]
                 return said[0], stream.height, stream.width
@@ -109,8 +113,8 @@ class FrameSource:
         stored = self.dataset.hf_dataset.data.column(key)[row].as_py()
         data = io.BytesIO(stored["bytes"]) if stored["bytes"] else self.dataset.root / stored["path"]
         pixels = np.array(Image.open(data))
-        pixels = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
-        return pixels.contiguous()
+        pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def episode(self, key: str, episode: int, rows: range, timestamps: np.ndarray) -> Iterator[torch.Tensor]:
         """All frames of an episode in order, at a fraction of the price of single ones.
@@ -139,23 +143,26 @@ def _decode_in_order(path: Path, wanted: list[float], tolerance_s: float) -> Ite
     the last one before and the first one not before, compared in float32."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        container.seek(round(wanted[0] / stream.time_base) - 1, backward=True, stream=stream)
+        unit = stream.time_base
+        assert unit is not None  # every stream of a file has one
+        container.seek(round(wanted[0] / unit) - 1, backward=True, stream=stream)
         decoded = (frame for frame in container.decode(stream) if frame.pts is not None)
         before = at = next(decoded)
         for second in wanted:
-            while _seconds(at, stream) < second and (following := next(decoded, None)) is not None:
+            while _seconds(at, unit) < second and (following := next(decoded, None)) is not None:
                 before, at = at, following
             away = {
-                frame: abs(np.float32(_seconds(frame, stream)) - np.float32(second)) for frame in (before, at)
+                frame: abs(np.float32(_seconds(frame, unit)) - np.float32(second)) for frame in (before, at)
             }
-            nearest = min(away, key=away.get)
+            nearest = min(away, key=away.__getitem__)
             if not away[nearest] < tolerance_s:
                 raise NoFrame(f"no frame at {second:.4f} s, the nearest is {away[nearest]:.4f} s away")
             yield torch.from_numpy(nearest.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
 
 
-def _seconds(frame: av.VideoFrame, stream) -> float:
-    return float(frame.pts * stream.time_base)
+def _seconds(frame: av.VideoFrame, unit: Fraction) -> float:
+    assert frame.pts is not None  # others were left out
+    return float(frame.pts * unit)
 
 
 class NoFrame(RunError):

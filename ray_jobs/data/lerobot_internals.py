@@ -3,9 +3,14 @@
 Seen in LeRobot 0.6.1. At the next version `test_lerobot_internals.py` tells which name has gone, and what is no longer needed.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from lerobot.datasets import LeRobotDataset
 from lerobot.processor import ProcessorStep
+
+if TYPE_CHECKING:
+    from lerobot.policies import PreTrainedPolicy
 
 
 def video_backend(dataset: LeRobotDataset) -> str:
@@ -24,7 +29,7 @@ def registered_name(step: type[ProcessorStep]) -> str:
     return step._registry_name
 
 
-def renamed_as_today(network: torch.nn.Module, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def renamed_as_today(network: "PreTrainedPolicy", saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors under the names that pi0's and pi0.5's `from_pretrained` gives those of older checkpoints.
 
     Missing: that alone; `from_pretrained` builds and loads the whole policy.

@@ -4,7 +4,7 @@ out of the frame cache, or are decoded in threads of this process (PyAV releases
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -44,7 +44,7 @@ class FrameReader:
         self.meta = dataset.meta
         # One torch thread each: the training's own threads would wait for theirs (OpenMP's count is per thread).
         self.pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,)) if threads else None
-        columns = frames.columns if self.cached else columns_of(dataset)
+        columns = frames.columns if isinstance(frames, FrameCache) else columns_of(dataset)
         self.columns = {key: column.numpy() for key, column in columns.items()}  # numpy gathers twice as fast
         self.tasks = self.meta.tasks.index.to_numpy()
         self.deltas = {
@@ -128,7 +128,7 @@ class FrameReader:
 
     def bytes_read(self, batch_size: int) -> int:
         """Of the camera images of a batch, if they are but read; decoding takes so long that it counts as very many."""
-        if not self.cached:
+        if not isinstance(self.frames, FrameCache):
             return sys.maxsize
         sizes = (e.frame_bytes * len(self.deltas.get(key, (0,))) for key, e in self.frames.entries.items())
         return max(1, batch_size * sum(sizes))
@@ -139,6 +139,7 @@ class FrameReader:
 
     def _cached(self, key: str, absolute: np.ndarray) -> torch.Tensor:
         """uint8 frames (B, T, C, H, W) of absolute rows (B, T)."""
+        assert isinstance(self.frames, FrameCache)
         shape = (absolute.size, *self.frames.entries[key].shape)
         frames = (
             torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self.pinned else self._buffer(shape)
@@ -157,12 +158,14 @@ class FrameReader:
 
     def _decoded(self, images: dict[str, np.ndarray], episodes: np.ndarray) -> dict[str, torch.Tensor]:
         """uint8 frames (B, T, C, H, W) by camera, of rows (B, T)."""
+        source = self.frames
+        assert isinstance(source, FrameSource)
 
         def frames(job: tuple[str, int, np.ndarray]) -> torch.Tensor:
             key, episode, rows = job
             if key in self.meta.image_keys:
-                return torch.stack([self.frames.image(key, row) for row in rows.tolist()])
-            found = self.frames.video(key, episode, self.columns["timestamp"][rows].tolist())
+                return torch.stack([source.image(key, row) for row in rows.tolist()])
+            found = source.video(key, episode, self.columns["timestamp"][rows].tolist())
             return found if found.ndim == 4 else found[None]
 
         jobs = [
@@ -174,11 +177,11 @@ class FrameReader:
         each = len(episodes)
         return {key: torch.stack(found[n * each : (n + 1) * each]) for n, key in enumerate(images)}
 
-    def _map(self, function, jobs) -> Iterator:
+    def _map[Job, Done](self, function: Callable[[Job], Done], jobs: list[Job]) -> Iterator[Done]:
         return self.pool.map(function, jobs) if self.pool else map(function, jobs)
 
 
-def _references_of_a_free_array() -> int:
+def _references_of_a_free_array() -> int:  # type: ignore[return]  # its loop has one turn
     for array in [np.empty(1)]:
         return sys.getrefcount(array)
 

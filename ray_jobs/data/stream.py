@@ -5,7 +5,7 @@ the stream comes from is `stream_reader`'s business; no Ray here.
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +98,8 @@ def split_episodes(
     tasks = list(meta.episodes["tasks"])
     for episode in chosen:
         by_task.setdefault(tasks[episode][0] if tasks[episode] else "", []).append(episode)
-    train, held_out = [], []
+    train: list[int] = []
+    held_out: list[int] = []
     for episodes in by_task.values():
         left = len(episodes) - math.ceil(len(episodes) * cfg.dataset.eval_split)
         train, held_out = train + episodes[:left], held_out + episodes[left:]
@@ -124,7 +125,7 @@ def streamed_batches(
     *,
     epoch: int = 0,
     step: int = 0,
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """Endless training batches of this rank out of a stream. A resumed run begins the epoch it was in again, in
     another order.
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION
 
 from ray_jobs.data.dataset import to_device
@@ -48,7 +49,12 @@ def joint_names(meta: LeRobotDatasetMetadata) -> list[str]:
 
 
 def replay(
-    validation: Validation, policy: PreTrainedPolicy, before, after, device: torch.device, position: int = 0
+    validation: Validation,
+    policy: PreTrainedPolicy,
+    before: PolicyProcessorPipeline,
+    after: PolicyProcessorPipeline,
+    device: torch.device,
+    position: int = 0,
 ) -> Replay:
     """Let the policy predict all of a held-out episode; call without gradients.
 
@@ -68,7 +74,7 @@ def replay(
         chunk = after(policy.predict_action_chunk(batch))[0].float().cpu().numpy()
         chunks.append((frame, chunk[: len(rows) - frame]))
         frame += len(chunk)
-    strips = {key: [] for key in meta.camera_keys if key not in meta.depth_keys}
+    strips: dict[str, list[np.ndarray]] = {key: [] for key in meta.camera_keys if key not in meta.depth_keys}
     for row in np.linspace(0, len(rows) - 1, STRIP).round().astype(int) if strips else ():
         batch = to_device(validation.reader([rows[row]]), meta.camera_keys, torch.device("cpu"))
         for key, frames in strips.items():
@@ -129,7 +135,7 @@ def errors(results: dict[str, dict], file: Path) -> Path:
     return _saved(figure, file)
 
 
-def _saved(figure, file: Path) -> Path:
+def _saved(figure: plt.Figure, file: Path) -> Path:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -8,24 +8,23 @@ import torch
 
 from ray_jobs.config.errors import InputError, RunError, first_line
 from ray_jobs.evaluation.start_rollouts import start_rollouts
-from ray_jobs.evaluation.trained import load
+from ray_jobs.evaluation.trained import Trained, load
 from ray_jobs.training import parallel
-from ray_jobs.training.simulator import Simulator
+from ray_jobs.training.simulator import Simulator, SimulatorOptions
 
 
 def run(
-    trained,
-    options,
+    trained: Trained,
+    options: SimulatorOptions,
     *,
     num_workers: int | None,
     plugins: list[str],
     videos: int,
     show: Callable[[list[dict]], None],
 ) -> list[dict]:
-    """Run all episodes of `options` (`SimulatorOptions`); returns them in the order of their seeds.
+    """Run all episodes of `options`; returns them in the order of their seeds.
 
     Args:
-        trained: The `Trained` policy.
         num_workers: How many workers; 0 runs all in this process, None uses what the cluster holds.
         plugins: Packages to import first, of `--*.discover_packages_path`.
         videos: Of how many episodes to keep a video: the first ones.
@@ -49,7 +48,9 @@ def run(
     return sorted(done, key=lambda episode: (episode["task"], episode["seed"]))
 
 
-def _in_this_process(trained, options, batches: list, videos: int) -> Iterator[list[dict]]:
+def _in_this_process(
+    trained: Trained, options: SimulatorOptions, batches: list, videos: int
+) -> Iterator[list[dict]]:
     policy, before, after = load(trained, env=options.env)
     accelerator = parallel.make_accelerator(trained.recipe.lerobot, trained.recipe.options.ray)
     simulator = Simulator(options)
@@ -60,7 +61,12 @@ def _in_this_process(trained, options, batches: list, videos: int) -> Iterator[l
 
 
 def _on_workers(
-    trained, options, batches: list, num_workers: int | None, plugins: list[str], videos: int
+    trained: Trained,
+    options: SimulatorOptions,
+    batches: list,
+    num_workers: int | None,
+    plugins: list[str],
+    videos: int,
 ) -> Iterator[list[dict]]:
     # Not where Ray starts: two threads that import its parts trip each other.
     import ray
@@ -84,7 +90,7 @@ def _on_workers(
     while running:
         ready, _ = ray.wait(running, num_returns=1)
         try:
-            yield ray.get(next(ready[0]))
+            yield ray.get(next(ready[0]))  # type: ignore[arg-type]  # a generator, as num_returns="streaming" makes it
         except StopIteration:
             running.remove(ready[0])
         except ray.exceptions.RayError as error:

@@ -1,7 +1,6 @@
 """An evaluation: policies found and opened, scored on recorded episodes and in a simulator, one after the other."""
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -92,15 +91,17 @@ def _simulator(flags: dict[str, str]) -> SimulatorOptions:
 def _new_folder(parent: Path) -> Path:
     """The next folder that is not there. It is made at once: another evaluation may look for one at the same time."""
     parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
+    number = 1
+    while True:
         with contextlib.suppress(FileExistsError):
             (parent / f"evaluation-{number}").mkdir()
             return parent / f"evaluation-{number}"
+        number += 1
 
 
 def _find(checkpoint: str) -> dict[str, tuple[Path, Callable[[], Path] | None]]:
     """`pretrained_model` folders by a short name, each with what has brought it here, if it lies in a bucket."""
-    found = {}
+    found: dict[str, tuple[Path, Callable[[], Path] | None]] = {}
     words = listed(checkpoint)
     for word in words:
         fetch = partial(bring, word) if is_uri(word) else None

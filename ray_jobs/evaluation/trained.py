@@ -14,7 +14,8 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.envs import EnvConfig
-from lerobot.policies import make_policy
+from lerobot.policies import PreTrainedPolicy, make_policy
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 
 from ray_jobs.checks import preflight
@@ -93,7 +94,7 @@ def open_trained(name: str, folder: Path, flags: dict[str, str]) -> Trained:
         policy = PreTrainedConfig.from_pretrained(folder)
     except Exception as error:
         raise InputError(f"--checkpoint={name}: its configs cannot be read: {error}") from None
-    if not all(isinstance(group, dict) for group in saved.values()):
+    if saved_options and not all(isinstance(group, dict) for group in saved.values()):
         raise Damaged(saved_options, "it has no groups of options")
     threads = saved.pop(ASKED, {}).get("threads")
     saved.pop("ray", None)  # what its training reserved
@@ -129,7 +130,9 @@ def use_device(trained: Trained) -> torch.device:
     return device
 
 
-def load(trained: Trained, *, meta: LeRobotDatasetMetadata | None = None, env: EnvConfig | None = None):
+def load(
+    trained: Trained, *, meta: LeRobotDatasetMetadata | None = None, env: EnvConfig | None = None
+) -> tuple[PreTrainedPolicy, PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """The policy with its weights, its preprocessor and its postprocessor.
 
     Args:
@@ -198,6 +201,7 @@ def score(
     preflight.check_features(recipe, meta)
 
     _, eval_dataset = make_datasets(cfg, held_out, options.data.resize)
+    assert eval_dataset is not None  # some episodes are held out
     quantiles.complete(cfg.policy, eval_dataset.meta)
     policy, before, after = load(trained, meta=eval_dataset.meta)
     accelerator = parallel.make_accelerator(cfg, options.ray)

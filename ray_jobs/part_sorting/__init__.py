@@ -30,7 +30,7 @@ class PartSortingConfig(EnvConfig):
     n_cameras: int = 1
     n_parts: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.episode_length = self.episode_length or EPISODE_SECONDS * self.fps
         image = PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3))
         cameras = [f"{OBS_IMAGES}.{camera}" for camera in CAMERAS[: self.n_cameras]]
@@ -64,7 +64,9 @@ class PartSortingConfig(EnvConfig):
         )
         mode = gym.vector.AutoresetMode.SAME_STEP
         if use_async_envs and n_envs > 1:
-            vector = gym.vector.AsyncVectorEnv([make_env] * n_envs, context="forkserver", autoreset_mode=mode)
+            vector: gym.vector.VectorEnv = gym.vector.AsyncVectorEnv(
+                [make_env] * n_envs, context="forkserver", autoreset_mode=mode
+            )
         else:
             vector = gym.vector.SyncVectorEnv([make_env] * n_envs, autoreset_mode=mode)
         return {self.type: {0: vector}}

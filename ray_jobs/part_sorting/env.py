@@ -3,7 +3,7 @@
 Lengths are in table units: the table spans [-1, 1] in x (right) and y (up). Needs only NumPy and Gymnasium.
 """
 
-from typing import ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -28,6 +28,8 @@ _PART_COLOURS = ((214, 40, 40), (24, 90, 220))
 _BIN_WALLS = ((150, 70, 70), (70, 90, 150))
 _BIN_FLOORS = ((244, 200, 196), (196, 212, 246))
 
+_Pair = np.ndarray | tuple[float, float]  # x and y
+
 
 class PartSortingEnv(gym.Env):
     """One gripper, one to three parts, two bins.
@@ -39,7 +41,7 @@ class PartSortingEnv(gym.Env):
     change in the fraction of parts that lie in their bins. Terminates once all do (`info["is_success"]`).
     """
 
-    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata: dict = {"render_modes": ["rgb_array"], "render_fps": 10}
     task = TASK
     task_description = TASK
 
@@ -74,25 +76,26 @@ class PartSortingEnv(gym.Env):
         )
         self.action_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict[str, Any]]:
         super().reset(seed=seed)
         rng = self.np_random
         n_parts = self.n_parts or int(rng.integers(1, 3))
         self.colours = rng.integers(2, size=n_parts)  # 0 red, 1 blue
-        self.parts = rng.uniform(*PART_AREA, size=(n_parts, 2))  # centres, (n_parts, 2)
+        low, high = PART_AREA
+        self.parts = rng.uniform(low, high, size=(n_parts, 2))  # centres, (n_parts, 2)
         while _smallest_gap(self.parts) < MIN_PART_GAP:
-            self.parts = rng.uniform(*PART_AREA, size=(n_parts, 2))
+            self.parts = rng.uniform(low, high, size=(n_parts, 2))
         self.gripper = rng.uniform([-0.2, 0.75], [0.2, 0.95])
         self.held: int | None = None  # index of the part in the gripper
         return self._observation(), {"is_success": False}
 
-    def step(self, action: np.ndarray):
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict[str, Any]]:
         action = np.asarray(action, np.float64)
         if not np.isfinite(action).all():
             raise ValueError(f"action must be finite, got {action}")
         sorted_before = self.sorted().mean()
         move = np.clip(action[:2], -1, 1) - self.gripper
-        self.gripper = self.gripper + move * min(1.0, self.max_step / max(np.linalg.norm(move), 1e-9))
+        self.gripper = self.gripper + move * min(1.0, self.max_step / max(float(np.linalg.norm(move)), 1e-9))
         if action[2] <= 0:
             self.held = None
         elif self.held is None:
@@ -135,12 +138,12 @@ class PartSortingEnv(gym.Env):
 class _Canvas:
     """A square image of the table around `middle`, painted with anti-aliased axis-aligned rectangles."""
 
-    def __init__(self, size: int, middle, half_width: float):
+    def __init__(self, size: int, middle: _Pair, half_width: float):
         self.image = np.full((size, size, 3), _TABLE, np.uint8)
         self.left, self.top = middle[0] - half_width, middle[1] + half_width
         self.pixels_per_unit = size / (2 * half_width)
 
-    def rectangle(self, centre, half, colour) -> None:
+    def rectangle(self, centre: _Pair, half: _Pair, colour: tuple[int, int, int]) -> None:
         columns, x = self._coverage(centre[0] - half[0] - self.left, 2 * half[0])
         rows, y = self._coverage(self.top - centre[1] - half[1], 2 * half[1])
         patch = self.image[rows, columns]

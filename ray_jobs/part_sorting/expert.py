@@ -37,7 +37,7 @@ class Expert:
                 self.target = self._choose_part()
             goal = env.parts[self.target]
         to_goal = goal - env.gripper
-        distance = np.linalg.norm(to_goal)
+        distance = float(np.linalg.norm(to_goal))
         if distance < _ARRIVED:
             return np.array([*goal, -1.0 if holding else 1.0], np.float32)
         # Slow down before the goal, and let the arc fade there: the step always ends nearer than it began.

@@ -71,7 +71,7 @@ def mounted(folder: Path, policy: PreTrainedConfig, *, weights: bool) -> Iterato
 def configs_mounted(folder: Path, names: dict[str, str]) -> Iterator[None]:
     """`mounted` for policies whose configs are yet to be read: `names` are the values of `--policy.path` and its
     like, by flag."""
-    places = {}
+    places: dict[str, Path] = {}
     for flag, name in names.items():
         places |= _fetch(folder, _hub_names({name: WORDS}), weights=False, flag=f"--{flag}=")
     with _laid_out(folder, places):
@@ -129,21 +129,17 @@ def _fetch(folder: Path, repos: dict[str, list[str]], *, weights: bool, flag: st
         repos: By name, the files that are read of each.
         flag: The flag that names them, for messages, as `--policy.path=`.
     """
-    places = {name: find(folder, name) for name in repos}
+    places = {name: place for name in repos if (place := find(folder, name)) is not None}
     for name, place in places.items():
         # Some hold several models, each in a folder.
-        if (
-            place is not None
-            and not any(place.rglob("config.json"))
-            and not (place / ADAPTER_CONFIG).is_file()
-        ):
+        if not any(place.rglob("config.json")) and not (place / ADAPTER_CONFIG).is_file():
             raise InputError(
                 f"{place} has no config.json, so it cannot be told what it holds. Fetch all of it:\n"
                 f"{_command(folder, name)}"
             )
-        if place is not None and (notes := git_lfs.pointers(sorted(place.iterdir()))):
+        if notes := git_lfs.pointers(sorted(place.iterdir())):
             raise InputError(f"{flag}{name}: {git_lfs.fault(notes)}")
-    for name in (name for name, place in places.items() if place is None):
+    for name in [name for name in repos if name not in places]:
         files = repos[name] if weights else [file for file in repos[name] if file not in NUMBERS]
         try:
             with hub_or_cache():

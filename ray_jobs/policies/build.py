@@ -13,8 +13,8 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
-from lerobot.policies import get_policy_class, make_policy, make_pre_post_processors
-from lerobot.processor import TokenizerProcessorStep
+from lerobot.policies import PreTrainedPolicy, get_policy_class, make_policy, make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline, TokenizerProcessorStep
 from lerobot.utils.constants import (
     ACTION,
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
@@ -135,7 +135,9 @@ def _check_steps(start: str, name: str, revision: str | None) -> None:
         raise InputError(f"cannot start from {start}: {name} is damaged ({error}).") from None
 
 
-def make_processors(cfg: TrainPipelineConfig, policy, stats: dict, device: torch.device):
+def make_processors(
+    cfg: TrainPipelineConfig, policy: PreTrainedPolicy, stats: dict | None, device: torch.device
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """Pre- and postprocessor: new ones for a new policy, a checkpoint's own with the data set's statistics
     for a pretrained one, a checkpoint's own untouched on resume.
 

@@ -22,7 +22,7 @@ def speed_up(policy: nn.Module) -> None:
     Parameters stay the objects they were and keep their names: optimizers and checkpoints see no difference.
     Not for FSDP, which shards rows of weights.
     """
-    policy.to(memory_format=torch.channels_last)
+    policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's overloads
     for block in policy.modules():
         children = list(block.named_children())
         for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
@@ -54,7 +54,7 @@ class ConvWithNorm(nn.Conv2d):
 
     def __init__(self, conv: nn.Conv2d, norm: AbsorbedNorm):
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        super().__init__(*shape, conv.dilation, conv.groups, False, conv.padding_mode, device="meta")
+        super().__init__(*shape, conv.dilation, conv.groups, False, conv.padding_mode, device="meta")  # type: ignore[arg-type]  # torch says tuple[int, ...] of pairs
         self.weight = conv.weight
         self._norm = (norm,)  # in a tuple: its buffers are saved under the name they have always had
         if self.weight.device.type == "cpu":
@@ -141,7 +141,7 @@ def launch_as_one(policy: nn.Module, need: int, room: float) -> None:
     network, eager = policy.model, policy.model.forward
     replay, recorded = None, []
 
-    def forward(batch: dict):
+    def forward(batch: dict) -> tuple:
         nonlocal replay, recorded
         names = (OBS_IMAGES, OBS_STATE, OBS_ENV_STATE, ACTION, "action_is_pad")
         read = {name: batch[name] for name in names if name in batch}

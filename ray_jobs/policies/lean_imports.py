@@ -35,7 +35,7 @@ def unneeded(policies: Iterable[str], flags: Mapping[str, str]) -> tuple[str, ..
 def without(packages: Iterable[str]) -> Iterator[None]:
     """Within, these packages are not there to be imported, unless they are already."""
     hidden = [name for name in packages if name not in sys.modules and "lerobot" not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None, in the place of a module, hides it
     try:
         yield
     finally:

@@ -3,8 +3,10 @@
 Plotly would do more, but its script alone is 4.5 MB for every report.
 """
 
+from collections.abc import Sequence
 from html import escape
 from math import log10
+from typing import Any
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -19,12 +21,12 @@ class Axis:
         low, high: Its ends in pixels.
     """
 
-    def __init__(self, values: list, low: float, high: float, *, log: bool | None = None, ticks: int = 5):
+    def __init__(self, values: Sequence, low: float, high: float, *, log: bool | None = None, ticks: int = 5):
         self.low, self.high = low, high
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         self.words = [] if len(numbers) == len(values) else list(dict.fromkeys(map(str, values)))
+        self.ticks: list = list(self.words)
         if self.words:
-            self.ticks = list(self.words)
             return
         least, most = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
         self.log = least > 0 and most > 10 * least if log is None else log and least > 0
@@ -45,7 +47,7 @@ class Axis:
     def _inside(self, value: float) -> bool:
         return self.begin <= (log10(value) if self.log else value) <= self.end
 
-    def __call__(self, value) -> float:
+    def __call__(self, value: Any) -> float:
         if self.words:
             share = (self.words.index(str(value)) + 0.5) / len(self.words)
         else:
@@ -53,7 +55,7 @@ class Axis:
         return round(self.low + share * (self.high - self.low), 1)
 
 
-def short(value) -> str:
+def short(value: Any) -> str:
     """A number as it is read, not as it is stored."""
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -69,8 +71,8 @@ class Chart:
 
     def __init__(
         self,
-        xs: list,
-        ys: list,
+        xs: Sequence,
+        ys: Sequence,
         *,
         title: str = "",
         x_label: str = "",
@@ -100,16 +102,16 @@ class Chart:
             self.parts.append(f'<path class="grid" d="M{x} {TOP}V{height - BOTTOM}"/>')
             self.parts.append(f'<text class="tick mid" x="{x}" y="{height - BOTTOM + 14}">{words}</text>')
 
-    def line(self, xs, ys, kind: str, tip: str = "") -> None:
+    def line(self, xs: Sequence, ys: Sequence, kind: str, tip: str = "") -> None:
         points = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in zip(xs, ys, strict=True))
         self.parts.append(f'<polyline class="line {kind}" points="{points}">{_tip(tip)}</polyline>')
 
-    def dot(self, x, y, kind: str, tip: str = "", size: float = 4) -> None:
+    def dot(self, x: Any, y: Any, kind: str, tip: str = "", size: float = 4) -> None:
         self.parts.append(
             f'<circle class="dot {kind}" cx="{self.x(x)}" cy="{self.y(y)}" r="{size}">{_tip(tip)}</circle>'
         )
 
-    def cross(self, x, y, kind: str, tip: str = "") -> None:
+    def cross(self, x: Any, y: Any, kind: str, tip: str = "") -> None:
         """Where something was given up."""
         at = f"M{self.x(x) - 4} {self.y(y) - 4}l8 8m0 -8l-8 8"
         self.parts.append(f'<path class="cross {kind}" d="{at}">{_tip(tip)}</path>')

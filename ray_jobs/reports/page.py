@@ -5,10 +5,11 @@ import contextlib
 import io
 import platform
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -56,7 +57,7 @@ class Section:
 
 
 def write(
-    folder: Path, title: str, subtitle: str, warnings: list, tiles: list, sections: list[Section]
+    folder: Path, title: str, subtitle: str, warnings: list, tiles: list, sections: Sequence[Section | None]
 ) -> Path:
     """Write a folder's report in one step; returns the file."""
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
@@ -172,7 +173,7 @@ def _within(folder: Path, name: str) -> str:
     return str(path.relative_to(folder.absolute())) if path.is_relative_to(folder.absolute()) else name
 
 
-def reproduce(commands: list[str], more: list[list[str]] = ()) -> Section:
+def reproduce(commands: list[str], more: Sequence[list[str]] = ()) -> Section:
     """The commands, and the versions that they ran under."""
     rows = [["Python", platform.python_version()]]
     for name in ("ray-jobs", "lerobot", "torch", "ray", "optuna"):
@@ -196,7 +197,8 @@ def _typed(folder: Path) -> dict[str, str]:
     """The flags that a run was begun with."""
     if not (folder / OPTIONS_FILE).is_file():
         return {}
-    asked = read_json(folder / OPTIONS_FILE, **{ASKED: dict | None}).get(ASKED) or {}
+    members: dict[str, Any] = {ASKED: dict | None}
+    asked = read_json(folder / OPTIONS_FILE, **members).get(ASKED) or {}
     typed = asked.get("typed") or {}
     if not isinstance(typed, dict):
         raise Damaged(folder / OPTIONS_FILE, "it does not say what was typed")

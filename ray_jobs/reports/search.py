@@ -59,8 +59,8 @@ class Found:
             raise Damaged(folder / SEARCH_FILE, f"its steps are {self.flags.get('steps')!r}")
         self.steps = int(self.flags["steps"])
         finished = sorted(
-            (r for r in self.rows if r["state"] == "COMPLETE"),
-            key=lambda r: self.value(r),
+            (r for r in self.rows if r["state"] == "COMPLETE" and r[self.metric]),
+            key=lambda r: float(r[self.metric]),
             reverse=self.higher,
         )
         chosen = (self.summary.get("best") or {}).get("trial")
@@ -160,7 +160,7 @@ def write_search(folder: Path, say: Callable[[str], None] = lambda text: None) -
         reasons = sorted({r["reason"] for r in found.rows if r["reason"]})
         warnings.append("No trial was trained to its end, so there is no best one yet.")
         warnings += [f"Failed: {reason}" for reason in reasons[:5]]
-    sections = [_against_baseline(found)] if found.best else []
+    sections: list[Section | None] = [_against_baseline(found, found.best)] if found.best else []
     sections += in_simulator(folder)
     sections += [_curves(found), _importances(found), _slices(found), _parallel(found), _front(found)]
     if found.best:
@@ -223,8 +223,8 @@ def _saved_steps(found: Found) -> int:
 # ---------------------------------------------------------------------- sections
 
 
-def _against_baseline(found: Found) -> Section:
-    best, baseline = found.best, found.baseline
+def _against_baseline(found: Found, best: dict[str, str]) -> Section:
+    baseline = found.baseline
     both = [("best", best)] + ([("baseline", baseline)] if baseline and baseline is not best else [])
     values = [v for _, row in both for v in found.seeds(row)]
     names = [name for name, _ in both]
@@ -269,11 +269,13 @@ def _curves(found: Found) -> Section | None:
         return None
 
     def draw(width: int) -> str:
-        chart = Chart(*zip(*points, strict=True), title=f"{found.metric} of all trials",
+        steps, values = zip(*points, strict=True)
+        chart = Chart(steps, values, title=f"{found.metric} of all trials",
                       x_label="step", y_label=found.metric, width=width, height=400)  # fmt: skip
         for row in found.back_to_front():
             if curve := curves[row["trial"]]:
-                chart.line(*zip(*curve, strict=True), found.kind(row), found.tip(row))
+                steps, values = zip(*curve, strict=True)
+                chart.line(steps, values, found.kind(row), found.tip(row))
         for row in found.back_to_front():  # on top of all lines
             if curve := curves[row["trial"]]:
                 mark = chart.cross if row["state"] == "PRUNED" else chart.dot
@@ -337,7 +339,8 @@ def _front(found: Found) -> Section | None:
     )
     on_it = sorted((float(r[x]), float(r[y])) for r in rows if int(r["trial"]) in front)
     if on_it:
-        chart.line(*zip(*on_it, strict=True), "best")
+        xs, ys = zip(*on_it, strict=True)
+        chart.line(xs, ys, "best")
     for row in rows:
         kind = "best" if int(row["trial"]) in front else found.kind(row)
         chart.dot(
@@ -406,7 +409,7 @@ def _reproduce(found: Found) -> Section:
     return reproduce(commands)
 
 
-def _number(text: str):
+def _number(text: str) -> int | float | str:
     """A cell of trials.csv: a number if it is one."""
     for read in (int, float):
         try:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from fsspec import AbstractFileSystem
 from optuna.study import Study
 
 from ray_jobs.config.errors import InputError, RunError
@@ -105,7 +107,9 @@ def bring(address: str) -> Path:
     return here
 
 
-def _bring_trials(system, place: str, address: str, here: Path, links: tuple[str, ...] = ()) -> None:
+def _bring_trials(
+    system: AbstractFileSystem, place: str, address: str, here: Path, links: tuple[str, ...] = ()
+) -> None:
     """The trials' small files, and of each the checkpoint that the first of `links` leads to."""
     trials = [name for path in _listed(system, place) if A_TRIAL.fullmatch(name := Path(path).name)]
 
@@ -116,14 +120,14 @@ def _bring_trials(system, place: str, address: str, here: Path, links: tuple[str
         list(pool.map(bring_one, trials))
 
 
-def _listed(system, place: str) -> list[str]:
+def _listed(system: AbstractFileSystem, place: str) -> list[str]:
     """Trials of the search at a place."""
     with contextlib.suppress(FileNotFoundError):
         return system.ls(f"{place}/{TRIALS_DIR}", detail=False)
     return []
 
 
-def _session_in(system, place: str) -> bytes:
+def _session_in(system: AbstractFileSystem, place: str) -> bytes:
     with contextlib.suppress(FileNotFoundError):
         return system.cat_file(f"{place}/{SESSION}")
     return b""
@@ -154,6 +158,7 @@ def kept(
             )
 
     with mirror.mirrored(plan.remote, plan.output_dir, tell, session, BucketCopy, as_it_was, stop) as copy:
+        assert isinstance(copy, BucketCopy)
         (plan.output_dir / SESSION).write_text(session)
         copy.flush()
         copy.forget_unknown(plan, study)
@@ -163,7 +168,7 @@ def kept(
 class BucketCopy(mirror.Mirror):
     """Copies what the driver writes; trials' own files are not its business, but for those that nobody needs any more."""
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         self.hopeless: set[str] = set()
         self.dropped: set[str] = set()
         super().__init__(*args)
@@ -198,10 +203,9 @@ class BucketCopy(mirror.Mirror):
         def fetch(number: int) -> None:
             name = trial_name(number)
             links = ranked_links(plan.options.tune.metrics) if number in best else ()
-            place, here = trial_place(plan.remote, name), trial_dir(plan.output_dir, name)
+            place, here = trial_place(self.address, name), trial_dir(plan.output_dir, name)
             pull_result = partial(mirror.pull_result, place, here, links)
-            how = {"doing": "read", "passing": storage_may_return, "stop": self.stop}
-            patiently(pull_result, place, self.tell, **how)
+            patiently(pull_result, place, self.tell, doing="read", passing=storage_may_return, stop=self.stop)
 
         if not self.failure:
             with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -35,7 +35,7 @@ def check_search(flags: Mapping[str, str]) -> tuple[str, ...]:
             mistakes.of(lambda: spaces.extend(read_spaces(dict(flags), []).spaces))
         mistakes += [f"{space.file}: {why}" for space in spaces if (why := why_unscored(space.policy))]
     named = {flag: "" for space in spaces for flag in space.lines}
-    return unneeded([space.policy for space in spaces] or [""], named | flags)
+    return unneeded([space.policy for space in spaces] or [""], {**named, **flags})
 
 
 def check_steps(flags: Mapping[str, str]) -> None:

@@ -28,10 +28,10 @@ FIRST = 3  # drawn configurations that are shown
 def intro(plan: Plan, slot: Slot) -> str:
     """Data, objective, and how many trials of what size, in two lines."""
     recipe, tune = plan.recipe.lerobot, plan.options.tune
-    held_out = plan.recipe.options.data.eval_episodes
+    episodes = plan.recipe.options.data.eval_episodes
     held_out = (
-        f"episodes {held_out}"
-        if held_out
+        f"episodes {episodes}"
+        if episodes
         else f"{len(plan.recipe.context.held_out)} episode(s), the last of each task,"
     )
     each = slot.each if tune.workers_per_trial == 1 else f"{tune.workers_per_trial} workers with {slot.each}"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 from urllib.parse import parse_qs, urlsplit
 
 from ray_jobs.cli.command_line import build
@@ -67,7 +68,7 @@ class TuneOptions:
         return [name.strip() for name in self.metric.split(",")]
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Literal["maximize", "minimize"]]:
         return ["maximize" if name in MORE_IS_BETTER else "minimize" for name in self.metrics]
 
     def __post_init__(self) -> None:

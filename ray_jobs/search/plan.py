@@ -235,6 +235,7 @@ def make_plan(
                 shortest = min(shortest, chunk_length(resolve(arguments(config)).lerobot.policy))
     if wrong:
         raise InputError("\n".join(map(str, wrong.values())))
+    assert recipe is not None  # there is at least one space
     horizon = recipe.options.data.eval_horizon or int(shortest)
     base.append(f"--data.eval_horizon={horizon}")
     if remote:

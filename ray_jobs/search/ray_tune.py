@@ -9,15 +9,18 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ray
 from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 from ray.tune import Callback
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from ray_jobs.cluster.channel import ChannelHandle
 from ray_jobs.cluster.faults import why
 from ray_jobs.config.errors import INTERRUPTED
 from ray_jobs.config.events import Ended, Event, Fault, Notice
@@ -96,10 +99,10 @@ class StudySearch(Searcher):
         except Exception as error:
             self.failure, self.stopping = self.failure or error, True
 
-    def suggest(self, trial_id: str) -> dict | str | None:
+    def suggest(self, trial_id: str) -> dict | str | None:  # type: ignore[override]  # Ray forgets its own FINISHED
         with self._or_end():
             return self._suggest(trial_id)
-        return self.FINISHED
+        return self.FINISHED  # type: ignore[unreachable]  # after an error, which `_or_end` keeps
 
     def _suggest(self, trial_id: str) -> dict | str | None:
         if self.stopping:
@@ -109,8 +112,8 @@ class StudySearch(Searcher):
         found = self._left_behind() or self._new()
         if found is not None:
             trial, repeat = found, None
-        elif (found := self._repeat()) is not None:
-            trial, repeat = found
+        elif (again := self._repeat()) is not None:
+            trial, repeat = again
         else:
             return None if self.live else self.FINISHED
         self.live[trial_id] = trial, repeat
@@ -184,7 +187,7 @@ class StudySearch(Searcher):
         gained over them is said at the same number of steps."""
         with self._or_end():
             return self._judge(trial_id, result)
-        return False
+        return False  # type: ignore[unreachable]  # after an error, which `_or_end` keeps
 
     def _judge(self, trial_id: str, result: dict) -> bool:
         trial, repeat = self.live[trial_id]
@@ -215,7 +218,7 @@ class StudySearch(Searcher):
         self.deaths_in_a_row = self.deaths_in_a_row + 1 if error else 0
         self.given_up = self.given_up or self.deaths_in_a_row >= DEATHS
         self.stopping = self.stopping or self.given_up
-        values = [result.get(name) for name in self.options.metrics]
+        values: list[Any] = [result.get(name) for name in self.options.metrics]
         if status in ENDED and None in values:
             status, reason = "failed", f"it has no {self.options.metric}"
         ended = Ended(
@@ -258,13 +261,13 @@ class TrialFailureCallback(Callback):
         channel: Handle of the search's `channel.Channel`.
     """
 
-    def __init__(self, tell: Callable[[Event], None], channel):
+    def __init__(self, tell: Callable[[Event], None], channel: ChannelHandle):
         self.tell, self.channel = tell, channel
 
     def __getstate__(self) -> dict:
         return {}  # as in `StudySearch`
 
-    def on_trial_recover(self, iteration: int, trials: list, trial, **info) -> None:
+    def on_trial_recover(self, iteration: int, trials: list, trial: TuneTrial, **info: Any) -> None:
         name, text = trial.config["trial"], "its process has ended"
         with contextlib.suppress(Exception):
             text = why(ray_tune_internals.error_of(trial))
@@ -280,25 +283,25 @@ class StudyScheduler(FIFOScheduler):
         channel: Handle of the search's `channel.Channel`.
     """
 
-    def __init__(self, search: StudySearch, channel):
+    def __init__(self, search: StudySearch, channel: ChannelHandle):
         super().__init__()
         self.search, self.channel = search, channel
         self.reached: dict[str, int] = {}  # the last step of each trial
 
-    def on_trial_error(self, tune_controller, trial) -> None:
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         if trial.status == trial.PENDING:
             self.search.slot_was_dead.add(trial.trial_id)
         self.channel.forget_heartbeat.remote(trial.config["trial"])
         super().on_trial_error(tune_controller, trial)
 
-    def choose_trial_to_run(self, tune_controller):
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
         trial = super().choose_trial_to_run(tune_controller)
         if trial and self.search.stopping:  # there may never be a slot for it again
             ray_tune_internals.drop(tune_controller, trial, {"status": INTERRUPTED})
             return None
         return trial
 
-    def on_trial_result(self, tune_controller, trial, result: dict) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict) -> str:
         if result.get("step", 0) > self.reached.get(trial.trial_id, 0):
             # What gets further between two deaths is not to blame: spot nodes may take many of its slots away.
             self.reached[trial.trial_id] = result["step"]

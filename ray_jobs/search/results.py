@@ -215,10 +215,14 @@ def importances(study: Study) -> dict[str, float]:
     if len(study.directions) > 1:
         return {}
     sign = -1 if maximizes(study) else 1
-    pruned = sorted(
-        (t for t in trials_of(study) if t.state == TrialState.PRUNED),
-        key=lambda t: (-t.last_step, sign * t.intermediate_values[t.last_step]),
-    )
+
+    def furthest_first(trial: FrozenTrial) -> tuple[float, float]:
+        step, value = max(trial.intermediate_values.items())
+        return -step, sign * value
+
+    # One that the study has out of its folder has no values if its metrics.jsonl is gone.
+    told = (t for t in trials_of(study) if t.state == TrialState.PRUNED and t.intermediate_values)
+    pruned = sorted(told, key=furthest_first)
     drawn = [t for t in (*finished(study), *pruned) if t.params and BASELINE not in t.user_attrs]
     ranked = optuna.create_study()
     for rank, trial in enumerate(drawn):

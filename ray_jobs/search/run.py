@@ -248,13 +248,13 @@ def _search(
         ray.kill(channel)  # Tune's registry would keep it as long as this process lives
     shutil.rmtree(scratch, ignore_errors=True)
     if failure:
-        told = str(failure)
+        why = str(failure)
         if not isinstance(failure, RunError | InputError):
-            told = (
+            why = (
                 f"the search's own files: {first_line(failure)}\n"
                 "The last checkpoints are intact; --resume=true goes on from them."
             )
-        return "failed", told
+        return "failed", why
     if "error" in outcome:
         return "failed", f"the search was given up: {outcome['error']}"
     if search.given_up:

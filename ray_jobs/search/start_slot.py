@@ -2,7 +2,7 @@
 Light itself."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.cli import environment
 from ray_jobs.cli.terminal import no_garbage_collection, quiet
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def start_trial(
-    config: dict, *, group: str, paths: dict[str, str], unneeded: tuple[str, ...], **how: object
+    config: dict, *, group: str, paths: dict[str, str], unneeded: tuple[str, ...], **how: Any
 ) -> None:
     """Ray Tune's trainable (see `trial.run_trial`, which takes the rest).
 

@@ -131,7 +131,8 @@ def _on_a_few_episodes(recipe: Recipe, folder: Path) -> tuple[float, Callable[[d
 
 def _longest(of_set: LeRobotDataset, frames: int | None) -> list[int]:
     """Episodes that have so many frames together: the longest, for of the shortest nothing may be left."""
-    lengths, chosen = list(of_set.meta.episodes["length"]), []
+    lengths = list(of_set.meta.episodes["length"])
+    chosen: list[int] = []
     for episode in sorted(of_set.episodes or range(len(lengths)), key=lambda e: -lengths[e]):
         if chosen and sum(lengths[e] for e in chosen) >= (frames or 0):
             break

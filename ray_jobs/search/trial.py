@@ -22,7 +22,7 @@ from ray import tune
 from ray_jobs.checks import preflight
 from ray_jobs.cli.resolve import resolve
 from ray_jobs.cluster import watchdog
-from ray_jobs.cluster.channel import listen_for_stop, teller
+from ray_jobs.cluster.channel import ChannelHandle, listen_for_stop, teller
 from ray_jobs.cluster.driver import train_on_workers
 from ray_jobs.cluster.faults import ERROR_LOG, Preempted, comes_again, keep_error
 from ray_jobs.cluster.resources import Resources
@@ -79,7 +79,7 @@ def run_trial(
     each: Resources,
     trials: int,
     unneeded: tuple[str, ...],
-    channel,
+    channel: ChannelHandle,
 ) -> None:
     """Train one configuration; reports to Ray Tune at every validation, and how it ended.
 
@@ -134,7 +134,7 @@ def run_trial(
         for record in validations(folder, metrics):  # of a copy, the study may know less than this
             tell_tune({key: record[key] for key in ("step", *metrics)})
         if recipe is None:  # its slot died before it could tell
-            return tell_tune({**_ended(folder), **best_values(folder, metrics)})
+            return tell_tune({**(_ended(folder) or {}), **best_values(folder, metrics)})
         if reason := ray.get(channel.why_stopped.remote(config["trial"])):  # by what it has just told, say
             return tell_tune({"status": reason, **best_values(folder, metrics)})
         found = {"trainings": trials, "gpu_share": min(1.0, each.gpus), "unneeded": unneeded}

@@ -7,8 +7,10 @@ import fcntl
 import functools
 import shutil
 import socket
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from lerobot.datasets import LeRobotDatasetMetadata
@@ -75,7 +77,7 @@ def open_root(
     Raises:
         InputError: Nothing here opens such an address.
     """
-    options = {} if patient else IMPATIENT.get(root.partition("://")[0], {})
+    options: dict[str, Any] = {} if patient else IMPATIENT.get(root.partition("://")[0], {})
     options = options | ({"anon": True} if ANONYMOUS in root else {})
     try:
         system, place = fsspec.core.url_to_fs(plain(root), **options)
@@ -179,7 +181,7 @@ def listing(root: str, *folders: str) -> dict[str, str]:
     return found
 
 
-def files_of(meta: LeRobotDatasetMetadata, episodes: tuple[int, ...]) -> list[str]:
+def files_of(meta: LeRobotDatasetMetadata, episodes: Sequence[int]) -> list[str]:
     """Names of the parquet and video files that `episodes` lie in."""
     names = {str(meta.get_data_file_path(episode)) for episode in episodes}
     names |= {str(meta.get_video_file_path(e, key)) for e in episodes for key in meta.video_keys}

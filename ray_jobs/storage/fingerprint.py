@@ -5,6 +5,7 @@ import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -37,7 +38,7 @@ def file_hashes(root: Path, patterns: tuple[str | None, ...], folder: Path) -> l
     return [(str(path.relative_to(root)), known[str(path)][2]) for path in files]
 
 
-def fingerprint_of(*facts) -> str:
+def fingerprint_of(*facts: Any) -> str:
     """16 hex digits of anything that JSON can say."""
     return xxhash.xxh3_64_hexdigest(json.dumps(facts).encode())
 

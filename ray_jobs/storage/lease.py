@@ -11,8 +11,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeGuard
 
 from ray_jobs.config.errors import RunError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 NOTE = ".writer"
 RENEWED_EVERY_S = 15
@@ -31,7 +35,7 @@ class BucketLock:
         run: Tells this run from others; its restarted workers have the same. On one node a file lock keeps them apart.
     """
 
-    def __init__(self, system, place: str, address: str, run: str):
+    def __init__(self, system: "AbstractFileSystem", place: str, address: str, run: str):
         self.system, self.place, self.address, self.run = system, place, address, run
         self.note, self.host = f"{place}/{NOTE}", socket.gethostname()[:100]
         self.lost: str | None = None
@@ -95,7 +99,7 @@ class BucketLock:
     def _taken_by(self, other: dict) -> str:
         return f"another run is writing into {self.address}, on {other['host']}."
 
-    def _others(self, note: dict | None) -> bool:
+    def _others(self, note: dict | None) -> TypeGuard[dict]:
         return note is not None and (note["run"], note["host"]) != (self.run, self.host)
 
     def _read(self) -> dict | None:

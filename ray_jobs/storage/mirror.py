@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fsspec import AbstractFileSystem
+
 from ray_jobs.config.busy import busy
 from ray_jobs.config.errors import InputError, RunError, StorageError, StorageFull, first_line, no_room
 from ray_jobs.config.options import ASKED, OPTIONS_FILE
@@ -133,7 +135,7 @@ def take_up(address: str, here: Path) -> bool:
     return begun
 
 
-def _set_aside(system, place: str, here: Path) -> None:
+def _set_aside(system: AbstractFileSystem, place: str, here: Path) -> None:
     """Move away what another run has left on this node: it had the same address, and is no longer there."""
     there = system.cat_file(f"{place}/{OPTIONS_FILE}") if system.exists(f"{place}/{OPTIONS_FILE}") else b"{}"
     file = here / OPTIONS_FILE
@@ -161,7 +163,7 @@ def send(address: str, name: str, file: Path) -> None:
         system.put_file(str(file), f"{place}/{name}")
 
 
-def remove(system, place: str) -> None:
+def remove(system: AbstractFileSystem, place: str) -> None:
     """Remove all there is at a place. fsspec would take one that is called `run[12]` for a pattern, and remove `run1`."""
     with contextlib.suppress(FileNotFoundError):
         if place == glob.escape(place):
@@ -171,13 +173,13 @@ def remove(system, place: str) -> None:
             system.rm_file(path)
 
 
-def _fetch_files(system, place: str, here: Path, again: bool = False) -> None:
+def _fetch_files(system: AbstractFileSystem, place: str, here: Path, again: bool = False) -> None:
     for name in FILES:
         if (again or not (here / name).exists()) and system.exists(f"{place}/{name}"):
             system.get_file(f"{place}/{name}", str(here / name))
 
 
-def _fetch_link(system, place: str, link: str, here: Path) -> bool:
+def _fetch_link(system: AbstractFileSystem, place: str, link: str, here: Path) -> bool:
     """Fetch the whole checkpoint that a link of the run leads to; False if there is none."""
     with contextlib.suppress(FileNotFoundError):
         name = check_name(system.cat_file(f"{place}/{CHECKPOINTS}/{link}").decode())
@@ -188,7 +190,7 @@ def _fetch_link(system, place: str, link: str, here: Path) -> bool:
     return False
 
 
-def _fetch_checkpoint(system, place: str, name: str, target: Path) -> None:
+def _fetch_checkpoint(system: AbstractFileSystem, place: str, name: str, target: Path) -> None:
     if target.is_dir():
         return
     scratch = target.with_name(f".{target.name}.pulled")
@@ -206,7 +208,7 @@ def _checkpoints_in(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("[0-9]*") if path.is_dir()} if folder.is_dir() else set()
 
 
-def whole_checkpoints(system, place: str) -> dict[int, str]:
+def whole_checkpoints(system: AbstractFileSystem, place: str) -> dict[int, str]:
     """Names of the whole checkpoints in a bucket, by step."""
     with contextlib.suppress(FileNotFoundError):
         names = [Path(path).name for path in system.ls(f"{place}/{CHECKPOINTS}", detail=False)]

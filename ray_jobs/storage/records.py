@@ -39,7 +39,7 @@ def write_json(path: Path, content: Any) -> None:
     scratch.replace(path)
 
 
-def parse_json(text: str | bytes, kind: type = dict, **members: Any) -> Any:
+def parse_json(text: str | bytes, kind: type[Any] = dict, **members: Any) -> Any:
     """A JSON text's content.
 
     Args:

@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.common.train_utils import get_step_checkpoint_dir, load_training_state, save_checkpoint
-from lerobot.configs.train import TRAIN_CONFIG_NAME
+from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import (
     CHECKPOINTS_DIR,
     LAST_CHECKPOINT_LINK,
@@ -34,6 +35,10 @@ from ray_jobs.data.position import Position
 from ray_jobs.storage import git_lfs
 from ray_jobs.storage.hub import offline
 from ray_jobs.storage.trust import check_processor, read_json
+
+if TYPE_CHECKING:
+    from lerobot.processor import PolicyProcessorPipeline
+    from torch.optim.lr_scheduler import LRScheduler
 
 BEST_CHECKPOINT_LINK = "best"
 RAW_WEIGHTS = "raw_model.safetensors"  # in training_state: the trained weights behind a saved average
@@ -119,15 +124,15 @@ def fault(checkpoint_dir: Path, policy_type: str | None = None) -> str | None:
 def save(
     step: int,
     *,
-    cfg,
+    cfg: TrainPipelineConfig,
     policy: torch.nn.Module,
     weights: dict[str, torch.Tensor] | None,
     averaged: Callable[[], AbstractContextManager] | None,
     optimizer: torch.optim.Optimizer,
     moments: dict,
-    scheduler,
-    preprocessor,
-    postprocessor,
+    scheduler: "LRScheduler | None",
+    preprocessor: "PolicyProcessorPipeline",
+    postprocessor: "PolicyProcessorPipeline",
     shards: int,
     position: Position,
     samples: int,
@@ -135,7 +140,7 @@ def save(
     """Write the checkpoint of `step`; call on the main process only.
 
     Args:
-        cfg: LeRobot's `TrainPipelineConfig`, saved as `train_config.json`.
+        cfg: Saved as `train_config.json`.
         policy: The unwrapped policy.
         weights, moments: Its weights, if it holds but a share of them, and the optimizer's state, as
             `parallel.whole_state` gives them.
@@ -184,7 +189,10 @@ def save(
 
 
 def load(
-    checkpoint_dir: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer | None, scheduler
+    checkpoint_dir: Path,
+    policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: "LRScheduler | None",
 ) -> int:
     """Bring optimizer, schedule, RNG and raw weights back to a checkpoint; returns its training step.
 

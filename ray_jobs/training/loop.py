@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import draccus
 from lerobot.common.train_utils import should_save_checkpoint
@@ -153,11 +154,13 @@ class _Training:
             return False, False
         self.meter.check_finite(setup.accelerator)
         how = setup.model, setup.preprocessor, setup.postprocessor, setup.accelerator
-        values = {}
+        values: dict[str, Any] = {}
         with setup.averaged():
             if evaluated:
+                assert setup.validation is not None
                 values |= setup.validation(*how)
             if acted:
+                assert setup.closed_loop is not None
                 values |= setup.closed_loop(*how)
         if self.tracker:
             self.tracker.log(self.step, values)
@@ -202,7 +205,7 @@ class _Training:
         accelerator.wait_for_everyone()
         self.report(Saved(step))
 
-    def summary(self, status: str, **more) -> dict:
+    def summary(self, status: str, **more: Any) -> dict:
         """What stands in summary.json."""
         recipe, wall_s = self.setup.recipe, time.time() - self.started
         newest = checkpoint.last_checkpoint(recipe.output_dir)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import PolicyFeature
 from lerobot.optim import AdamConfig, AdamWConfig
-from lerobot.policies import get_policy_class
+from lerobot.policies import PreTrainedPolicy, get_policy_class
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -79,11 +80,8 @@ class Memory:
         """The same as a refusal, if it is so much more than the main memory of this machine, on which so many workers are,
         that the estimate need not be exact: such a training would swap for hours before its first step."""
         room = main_memory() / workers
-        return (
-            self.warning(recipe, room, MAIN).removeprefix("warning: ")
-            if self.total > HOPELESS * room
-            else None
-        )
+        warning = self.warning(recipe, room, MAIN) if self.total > HOPELESS * room else None
+        return warning and warning.removeprefix("warning: ")
 
     def savings(self, recipe: "Recipe", available: float | None = None) -> str:
         """The flags that make it less, which the recipe's others allow; the batch so much less that it fits, if that can be."""
@@ -175,7 +173,7 @@ def _storage_of(tensor: torch.Tensor) -> int:
     return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
-def _activations(network: torch.nn.Module, features: dict[str, PolicyFeature]) -> int | None:
+def _activations(network: PreTrainedPolicy, features: dict[str, PolicyFeature]) -> int | None:
     """Bytes that a forward pass on MEASURED_FRAMES frames keeps for the backward pass.
 
     The pass runs without data, on the meta device; what autograd saves is counted. It ends where the policy asks
@@ -214,7 +212,7 @@ def _activations(network: torch.nn.Module, features: dict[str, PolicyFeature]) -
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def _batch(config, features: dict[str, PolicyFeature]) -> dict[str, torch.Tensor]:
+def _batch(config: PreTrainedConfig, features: dict[str, PolicyFeature]) -> dict[str, torch.Tensor]:
     """A batch without data, as a policy's preprocessor would hand it on."""
     batch = {}
     for key, feature in features.items():

@@ -28,7 +28,9 @@ class Meter:
         self._clear()
 
     def _clear(self) -> None:
-        self.losses, self.norms, self.outputs = [], [], []
+        self.losses: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
+        self.outputs: list[dict[str, float]] = []
         self.loss_steps: list[int] = []
         self.step_s = self.data_s = 0.0
         self.count = 0
@@ -125,12 +127,13 @@ class Scores:
     def best(self) -> dict | None:
         if not self.values:
             return None
-        step = min(self.values, key=self.values.get)
+        step = min(self.values, key=self.values.__getitem__)
         return {"step": step, METRIC: self.values[step]}
 
     @property
     def evaluations_since_best(self) -> int:
-        return sum(step > self.best["step"] for step in self.values)
+        best = self.best
+        return sum(step > best["step"] for step in self.values) if best else 0
 
     def keep(self, output_dir: Path, step: int, options: CheckpointOptions, *, only_best: bool) -> None:
         """After the checkpoint of `step`: set the `best` link, remove the checkpoints nobody asked to keep.
@@ -141,7 +144,8 @@ class Scores:
         if only_best:
             self.only_best.add(step)
         saved = checkpoint.checkpoint_steps(output_dir)
-        best = sorted((s for s in saved if s in self.values), key=self.values.get)[: options.keep_best]
+        scored = sorted((s for s in saved if s in self.values), key=self.values.__getitem__)
+        best = scored[: options.keep_best]
         if best:
             checkpoint.link(saved[best[0]], checkpoint.BEST_CHECKPOINT_LINK)
         newest = sorted(s for s in saved if s not in self.only_best or s == step)

@@ -9,10 +9,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -83,7 +86,12 @@ def divide(accelerator: Accelerator, options: RayOptions) -> Shards:
     return Shards(count, mine, weight=workers * len(mine) / count)
 
 
-def prepare(accelerator: Accelerator, policy: torch.nn.Module, optimizer, scheduler):
+def prepare(
+    accelerator: Accelerator,
+    policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> tuple[torch.nn.Module, AcceleratedOptimizer, AcceleratedScheduler | None]:
     """`Accelerator.prepare`, with a policy that is sharded layer by layer where its code allows that."""
     if accelerator.is_fsdp2 and (kinds := gathered_kinds(policy)):
         plugin = accelerator.state.fsdp_plugin
@@ -119,7 +127,7 @@ def whole_state(
     """
     gathered: dict[int, torch.Tensor] = {}
 
-    def whole(value):
+    def whole(value: Any) -> Any:
         if isinstance(value, DTensor):
             if id(value) not in gathered:  # tied weights stay tied
                 full = value.full_tensor()
@@ -204,8 +212,8 @@ def in_turns(need: int, free: int | None = None) -> Iterator[None]:
             raise (RunError if for_good else RuntimeError)(f"worker {number}: {reason}")
 
 
-def _gather(value) -> list:
+def _gather(value: Any) -> list:
     """The values of all ranks, on every rank."""
-    values = [None] * torch.distributed.get_world_size()
+    values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

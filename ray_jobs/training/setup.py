@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import LeRobotDataset
 from lerobot.optim.factory import make_optimizer_and_scheduler
+from lerobot.policies import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR, TRAINING_STEP
 from lerobot.utils.random_utils import set_seed
@@ -66,8 +67,8 @@ class Setup:
     eval_dataset: LeRobotDataset | None
     policy: torch.nn.Module
     """As accelerate has wrapped it."""
-    model: torch.nn.Module
-    """The bare policy."""
+    model: PreTrainedPolicy
+    """The bare policy, perhaps with adapters around it."""
     optimizer: AcceleratedOptimizer
     scheduler: AcceleratedScheduler | None
     average: "EMAModel | None"
@@ -85,16 +86,16 @@ class Setup:
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within, the model holds the averaged weights, if they are averaged."""
-        return contextlib.nullcontext() if self.average is None else self._averaged()
+        return contextlib.nullcontext() if self.average is None else self._with(self.average)
 
     @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        self.average.store(self.model.parameters())
-        self.average.copy_to(self.model.parameters())
+    def _with(self, average: "EMAModel") -> Iterator[None]:
+        average.store(self.model.parameters())
+        average.copy_to(self.model.parameters())
         try:
             yield
         finally:
-            self.average.restore(self.model.parameters())
+            average.restore(self.model.parameters())
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -171,8 +172,9 @@ def set_up(
     if stream is None and bucket.is_uri(cfg.dataset.root):
         tell(f"fetching {cfg.dataset.root}, once per node")
         fetch = partial(bucket.fetch_whole, cfg.dataset.root)
-        how = {"doing": "read", "passing": storage_may_return, "stop": should_stop}
-        folder = patiently(fetch, cfg.dataset.root, tell, **how)
+        folder = patiently(
+            fetch, cfg.dataset.root, tell, doing="read", passing=storage_may_return, stop=should_stop
+        )
         cfg.dataset.root = str(folder)
     make = make_datasets if stream is None else make_streamed_datasets
     dataset, eval_dataset = make(cfg, options.data.eval_episodes, options.data.resize)
@@ -233,8 +235,15 @@ def set_up(
         begin = Position.of(resumed, *each_time)
     if stream is None:
         accumulated = options.ray.grad_accumulation
-        how = {"shards": shards, "frames": frames, "batches_per_step": accumulated, "begin": begin}
-        batches = training_batches(cfg, dataset, accelerator, **how)
+        batches = training_batches(
+            cfg,
+            dataset,
+            accelerator,
+            shards=shards,
+            frames=frames,
+            batches_per_step=accumulated,
+            begin=begin,
+        )
     else:
         begin = Position(begin.epoch)  # which is begun again
         batches = streamed_batches(cfg, dataset, accelerator, stream, epoch=begin.epoch, step=step)
@@ -268,7 +277,7 @@ def set_up(
     )
 
 
-def make_average(policy: torch.nn.Module, resume_dir: Path | None, step: int):
+def make_average(policy: torch.nn.Module, resume_dir: Path | None, step: int) -> "EMAModel":
     """Exponential moving average of the weights with Diffusion Policy's warm-up (power 3/4, at most 0.9999).
 
     A checkpoint's `pretrained_model` is the average; its raw weights lie in `training_state`.

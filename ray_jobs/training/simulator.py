@@ -23,7 +23,7 @@ from lerobot.configs.types import FeatureType
 from lerobot.envs import EnvConfig, close_envs, make_env, make_env_pre_post_processors
 from lerobot.envs.utils import env_to_policy_features
 from lerobot.policies import PreTrainedPolicy
-from lerobot.processor import ImageCropResizeProcessorStep
+from lerobot.processor import ImageCropResizeProcessorStep, PolicyProcessorPipeline
 from lerobot.scripts.lerobot_eval import eval_policy
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.random_utils import seeded_context
@@ -95,7 +95,7 @@ def check(options: SimulatorOptions, policy: PreTrainedConfig, rename_map: dict[
     takes = {**(policy.input_features or {}), **(policy.output_features or {})}
     for key, feature in takes.items():
         if key not in gives:
-            if feature.type is FeatureType.VISUAL and getattr(policy, "empty_cameras", 0):
+            if feature.type is FeatureType.VISUAL and getattr(policy, "empty_cameras", False):
                 continue
             hint = " If names differ only, --rename_map helps." if policy.pretrained_path else ""
             raise InputError(
@@ -130,7 +130,12 @@ class Simulator:
         self.envs: dict = {}
 
     def run(
-        self, policy: PreTrainedPolicy, before, after, batch: tuple[int, int], videos: int = 0
+        self,
+        policy: PreTrainedPolicy,
+        before: PolicyProcessorPipeline,
+        after: PolicyProcessorPipeline,
+        batch: tuple[int, int],
+        videos: int = 0,
     ) -> Iterator[dict]:
         """Run a batch of episodes in every task of the environment; leaves the random state as it was.
 
@@ -194,7 +199,13 @@ class ClosedLoop:
         self.simulator = Simulator(self.options)
 
     @busy("validating")
-    def __call__(self, policy: PreTrainedPolicy, before, after, accelerator: Accelerator) -> dict:
+    def __call__(
+        self,
+        policy: PreTrainedPolicy,
+        before: PolicyProcessorPipeline,
+        after: PolicyProcessorPipeline,
+        accelerator: Accelerator,
+    ) -> dict:
         """Run all episodes with the unwrapped `policy`; call on every rank.
 
         Returns:

@@ -20,7 +20,7 @@ class StopFlag:
         self.group = None
         if accelerator.num_processes > 1:
             self.group = torch.distributed.new_group(backend="gloo")
-        self.pending = None
+        self.pending: tuple[torch.Tensor, torch.distributed.Work] | None = None
 
     def reason(self) -> str:
         """One of STOP_REASONS, the same on all ranks."""
@@ -30,7 +30,7 @@ class StopFlag:
         if self.pending is not None:
             flag, work = self.pending
             work.wait()
-            answer = flag.item()
+            answer = int(flag.item())
         flag = torch.tensor(STOP_REASONS.index(self.should_stop()))
         largest = torch.distributed.ReduceOp.MAX
         self.pending = flag, torch.distributed.all_reduce(flag, largest, group=self.group, async_op=True)

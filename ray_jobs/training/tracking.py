@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import draccus
 import torch
@@ -31,6 +31,9 @@ from ray_jobs.config.options import ASKED, OPTIONS_FILE
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.storage.records import METRICS_FILE, SUMMARY_FILE, json_text, read_metrics, write_json
 from ray_jobs.storage.retry import patiently
+
+if TYPE_CHECKING:
+    import wandb
 
 PROGRESS_FILE = ".progress"
 
@@ -191,10 +194,11 @@ class Tracker:
         name = get_safe_wandb_artifact_name(f"{cfg_to_group(self.cfg)}-{checkpoint_dir.name}")
         artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", name)[-128:], type="model")
         artifact.add_dir(str(checkpoint_dir / PRETRAINED_MODEL_DIR))
+        assert self.wandb is not None
         self.wandb.log_artifact(artifact)
 
 
-def _init_wandb(cfg: TrainPipelineConfig, used: dict[str, Any]):
+def _init_wandb(cfg: TrainPipelineConfig, used: dict[str, Any]) -> "wandb.Run":
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 

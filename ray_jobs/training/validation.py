@@ -13,13 +13,16 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION
 
 from ray_jobs.config.busy import busy
@@ -37,14 +40,14 @@ GROUP = 16
 TIMED = 5  # predictions that are timed, after one to warm up
 
 
-def chunk_length(policy_cfg) -> int:
+def chunk_length(policy_cfg: PreTrainedConfig) -> int:
     """Actions a policy predicts from now on: all of the chunk, whatever `n_action_steps` executes of it."""
     if facts_of(policy_cfg.type).predicts_past:
         return policy_cfg.horizon - policy_cfg.n_obs_steps + 1
     return getattr(policy_cfg, "chunk_size", None) or len(policy_cfg.action_delta_indices or [0])
 
 
-def check_scored(policy_cfg) -> None:
+def check_scored(policy_cfg: PreTrainedConfig) -> None:
     """Refuse a policy whose predictions cannot be compared with the recorded actions.
 
     Raises:
@@ -88,7 +91,7 @@ class Validation:
     def __init__(
         self,
         dataset: LeRobotDataset,
-        policy_cfg,
+        policy_cfg: PreTrainedConfig,
         *,
         horizon: int | None,
         max_frames: int = 0,
@@ -123,7 +126,12 @@ class Validation:
 
     @classmethod
     def of(
-        cls, cfg: TrainPipelineConfig, options: DataOptions, dataset: LeRobotDataset, frames, **how
+        cls,
+        cfg: TrainPipelineConfig,
+        options: DataOptions,
+        dataset: LeRobotDataset,
+        frames: FrameCache | FrameSource | None,
+        **how: Any,
     ) -> "Validation":
         """As a command line wants it; `how` is what else the constructor takes."""
         return cls(
@@ -138,7 +146,11 @@ class Validation:
 
     @busy("validating")
     def __call__(
-        self, policy: PreTrainedPolicy, preprocessor, postprocessor, accelerator: Accelerator
+        self,
+        policy: PreTrainedPolicy,
+        preprocessor: PolicyProcessorPipeline,
+        postprocessor: PolicyProcessorPipeline,
+        accelerator: Accelerator,
     ) -> dict:
         """Score the unwrapped `policy`; call on every rank. Leaves the random state as it was.
 
@@ -207,7 +219,12 @@ class Validation:
         return values
 
     def inference_ms(
-        self, policy, preprocessor, postprocessor, device: torch.device, predictions: int
+        self,
+        policy: PreTrainedPolicy,
+        preprocessor: PolicyProcessorPipeline,
+        postprocessor: PolicyProcessorPipeline,
+        device: torch.device,
+        predictions: int,
     ) -> list[float]:
         """How long each of some predictions takes at batch size 1, after one to warm up."""
         frame = self.groups[0][1][:1]

@@ -70,6 +70,12 @@ def test_report_of_a_search_whose_files_are_of_another_shape(searched, name, tex
     assert f"{searched / name} is damaged" in told(report.main, [f"--output_dir={searched}"])
 
 
+def test_report_of_a_search_with_a_trial_whose_value_is_no_number(searched):
+    """Older versions let a trial end with NaN."""
+    (searched / "trials.csv").write_text(TABLE + ROW + ROW.replace("0,COMPLETE,0.5", "1,COMPLETE,nan"))
+    assert report.main([f"--output_dir={searched}"]) == 0
+
+
 @pytest.mark.parametrize("text", [*WRONG, '{"flags": [1], "policies": []}', '{"flags": {}}'])
 def test_resuming_and_evaluating_a_search(searched, text):
     (searched / "search.json").write_text(text, encoding="latin-1")

@@ -642,6 +642,12 @@ def test_importances_of_pruned_trials():
                 user_attrs={} if number else {BASELINE: True},
             )
         )
+    # One that was recovered from its folder, whose metrics.jsonl had gone, tells nothing.
+    study.add_trial(
+        optuna.create_trial(
+            params=study.trials[1].params, distributions=distributions, state=TrialState.PRUNED
+        )
+    )
     found = importances(study)
     assert list(found) == ["lr", "dropout"] and found["lr"] > 0.8
 

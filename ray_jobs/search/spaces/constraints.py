@@ -6,9 +6,10 @@ cannot run code.
 
 import ast
 import operator
+from collections.abc import Callable
 from typing import Any
 
-OPERATORS = {
+OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg,
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
@@ -27,8 +28,13 @@ def names(expression: str) -> set[str]:
         raise ValueError(expression)
     found: set[str] = set()
     for number in (1.0, 2.5):  # for any values: 1 / (a - 1) is no mistake in itself
+
+        def noted(name: str, number: float = number) -> float:
+            found.add(name)
+            return number
+
         try:
-            _value(tree, lambda name, number=number: found.add(name) or number)
+            _value(tree, noted)
             break
         except ArithmeticError:
             continue
@@ -42,7 +48,7 @@ def holds(expression: str, config: dict[str, Any]) -> bool:
     return bool(_value(ast.parse(expression, mode="eval").body, config.__getitem__))
 
 
-def _value(node: ast.AST, look_up) -> Any:
+def _value(node: ast.AST, look_up: Callable[[str], Any]) -> Any:
     def value(node: ast.AST) -> Any:
         match node:
             case ast.Constant(value=int() | float() | str()):

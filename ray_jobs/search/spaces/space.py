@@ -64,12 +64,16 @@ class Parameter:
     @property
     def ends(self) -> list:
         """The ends of its range, or all of its choices."""
-        return [self.drawn.low, self.drawn.high] if isinstance(self.drawn, Range) else list(self.drawn)
+        if isinstance(self.drawn, Range):
+            return [self.drawn.low, self.drawn.high]
+        assert self.drawn is not None
+        return list(self.drawn)
 
     def allows(self, value: Any) -> bool:
         """Whether it can be drawn."""
         if isinstance(self.drawn, Range):
             return value in self.drawn
+        assert self.drawn is not None
         return encoded(value) in [encoded(choice) for choice in self.drawn]
 
     @property
@@ -89,11 +93,12 @@ class Parameter:
     def suggest(self, trial: "BaseTrial", name: str) -> Any:
         """Draw a value through an Optuna trial."""
         if not isinstance(self.drawn, Range):
+            assert self.drawn is not None
             # Found by its place: a list goes in as JSON, but not all that looks like JSON is a list.
             choices = [encoded(choice) for choice in self.drawn]
             return self.drawn[choices.index(trial.suggest_categorical(name, choices))]
         d = self.drawn
-        suggest = trial.suggest_int if isinstance(d.low, int) else trial.suggest_float
+        suggest: Any = trial.suggest_int if isinstance(d.low, int) else trial.suggest_float
         return suggest(name, d.low, d.high, log=d.log, **({"step": d.step} if d.step else {}))
 
     def derived(self, value: Any) -> Any:
@@ -181,7 +186,8 @@ class Space:
                 changed |= {flag: allowed[0] for flag, allowed in parameter.when.items() if flag not in fixed}
                 yield parameter.flag, self.configure(_from(changed, ends), fixed)
         for end in (0, -1):
-            yield "search", self.configure(lambda p, end=end: ends[p.flag][end], fixed)
+            all_there = {flag: values[end] for flag, values in ends.items()}
+            yield "search", self.configure(_from(all_there, ends), fixed)
 
     def chunk_corners(self, fixed: Config) -> Iterator[Config]:
         """Configurations at all combinations of the ends of what the length of a policy's chunk depends on, the rest as
@@ -289,7 +295,8 @@ def words(parameter: Parameter) -> str:
     elif drawn is not None:
         text = " | ".join(flag_text(choice) for choice in drawn)
     else:
-        text = parameter.source if parameter.factor is None else f"{parameter.factor:g} x {parameter.source}"
+        text = "" if parameter.factor is None else f"{parameter.factor:g} x "
+        text += f"{parameter.source}"
     for flag, allowed in parameter.when.items():
         text += f", when {flag} is {' or '.join(flag_text(value) for value in allowed)}"
     return text

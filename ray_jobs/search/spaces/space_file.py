@@ -36,6 +36,7 @@ from ray_jobs.search.spaces.space import (
     PRETRAINED,
     Config,
     Parameter,
+    Range,
     Space,
     error_at,
     flag_text,
@@ -131,7 +132,8 @@ class _Reader:
         lines = dict(self.lines)
         for section in ("baseline.", "search."):
             lines |= {k.removeprefix(section): n for k, n in self.lines.items() if k.startswith(section)}
-        space = Space(self.file, policy, self.baseline, tuple(self.ordered(parameters)), tuple(rules), lines)
+        parts = tuple(self.ordered(parameters)), tuple(rules)
+        space = Space(self.file, str(policy), self.baseline, *parts, lines)
         if not self.wrong:
             self.check_baseline(space)
         if self.wrong:
@@ -233,7 +235,8 @@ class _Reader:
         for name in entry:
             if name not in KINDS[kind]:
                 wrong(f"unknown key '{name}'; {meant(name, KINDS[kind])}")
-        flag_type, drawn, source, factor = self.flags.get(flag), None, None, None
+        flag_type, source, factor = self.flags.get(flag), None, None
+        drawn: Range | tuple | None = None
         if kind == "low":
             drawn = read_range(flag_type, entry, wrong)
         elif kind == "choices":
@@ -403,7 +406,7 @@ def _load(file: Path, wrong: list[tuple[int, str]]) -> tuple[dict, dict, dict[st
         raise error_at(file, mark.line + 1 if mark else 1, f"not YAML: {problem}.") from None
     if not isinstance(content, dict):
         raise error_at(file, 1, "must be a mapping with 'policy', 'baseline' and 'search'.")
-    lines = {}
+    lines: dict[str, int] = {}
 
     def note(node: yaml.Node, *path: str) -> None:
         if isinstance(node, yaml.SequenceNode) and len(path) == 1:
@@ -420,6 +423,7 @@ def _load(file: Path, wrong: list[tuple[int, str]]) -> tuple[dict, dict, dict[st
                 lines.setdefault(".".join((*path, str(key.value))), line)
             note(value, *path, str(key.value))
 
+    assert node is not None  # it has content
     note(node)
     return content, texts, lines
 

@@ -88,7 +88,7 @@ def read_range(flag: Flag | None, entry: dict, wrong: Callable[[str], None]) -> 
     kind = int if (flag.type == "int" if flag else by_spelling) else float
     if step is not None and step > 0:  # the last that can be reached
         begin, end, each = (Decimal(str(value)) for value in (low, high, step))
-        high, step = begin + (end - begin) // each * each, kind(step)
+        high, step = kind(begin + (end - begin) // each * each), kind(step)
     return Range(kind(low), kind(high), bool(log), step)
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
@@ -33,7 +34,7 @@ def open_study(plan: Plan, seed: int, stop: Callable[[], object] = lambda: False
     url = address_of(plan)
     try:
         storage = open_storage(url)
-        how = {"storage": storage, "study_name": name, "directions": options.directions}
+        how: dict[str, Any] = {"storage": storage, "study_name": name, "directions": options.directions}
         study = optuna.create_study(**how, load_if_exists=True)
         if {
             OPTIMIZED,

@@ -48,9 +48,12 @@ def recover(plan: Plan, study: Study) -> int:
         trial.state == TrialState.WAITING for trial in known
     ):  # the first ones: nothing was begun after them
         return 0
-    trials, repeats = {}, {}
+    trials: dict[int, Path] = {}
+    repeats: dict[str, dict[str, Path]] = {}
     for path in trials_left(plan.output_dir):
-        number, seed = A_TRIAL.fullmatch(path.name).groups()
+        name = A_TRIAL.fullmatch(path.name)
+        assert name is not None
+        number, seed = name.groups()
         if seed:
             repeats.setdefault(number, {})[seed] = path
         elif int(number) >= len(known):
@@ -109,7 +112,8 @@ def _tell(study: Study, trial: Trial, status: str | None, values: list) -> None:
 
 
 def _take_over_repeats(plan: Plan, study: Study, repeats: dict[str, dict[str, Path]]) -> None:
-    found, cost = {}, {STEPS: 0, WALL_S: 0.0}
+    found: dict[str, dict[str, float]] = {}
+    cost = {STEPS: 0, WALL_S: 0.0}
     for number, folders in repeats.items():
         for seed, folder in folders.items():
             summary, best = read_summary(folder), best_values(folder, plan.options.tune.metrics)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -30,7 +31,8 @@ class StudyFile:
     """The file that a study lies in, if it is one; somebody may remove it while the search goes on."""
 
     def __init__(self, address: str):
-        self.path, self.size = None, 0
+        self.path: Path | None = None
+        self.size = 0
         if address.startswith(JOURNAL):
             self.path = Path(address.removeprefix(JOURNAL))
         elif address.startswith("sqlite") and (database := make_url(address).database):
@@ -49,6 +51,8 @@ class StudyFile:
         return is_less
 
     def loss(self) -> StorageLost:
+        """What to say of one that is gone."""
+        assert self.path is not None
         if not self.path.parent.is_dir():
             return StorageLost(f"the folder {self.path.parent} is gone, and the study with it.")
         return StorageLost(
@@ -93,22 +97,22 @@ def _patient(method: Callable) -> Callable:
     kept = "What is in it stays; --resume=true goes on."
 
     @functools.wraps(method)
-    def patient(self: PatientStorage, *args, **kwargs):
+    def patient(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
         if self.lost:
             raise self.lost
 
-        def use():
+        def use() -> Any:
             try:
                 return method(self, *args, **kwargs)
             except (StorageInternalError, OperationalError) as error:
-                if self.patient and self.file.is_gone():
+                if self.patient and self.file and self.file.is_gone():
                     raise self.file.loss() from error
                 self.engine.dispose()  # what is open may be a file that was replaced, or a server that has gone
                 raise (error.__cause__ or error) from error  # it says what is wrong
 
-        how = {"doing": "used", "passing": self.may_return, "kept": lambda: kept, "stop": self.stop}
+        how: dict[str, Any] = {"passing": self.may_return, "kept": lambda: kept, "stop": self.stop}
         try:
-            return patiently(use, "the study", print, **how)
+            return patiently(use, "the study", print, doing="used", **how)
         except StorageLost as lost:
             self.lost = lost
             raise
