@@ -18,7 +18,7 @@ from ray_jobs.search.plan import Plan
 from ray_jobs.search.slot import Slot
 from ray_jobs.search.spaces.space import flags
 from ray_jobs.search.start_slot import start_timing
-from ray_jobs.search.study.begin import make_sampler
+from ray_jobs.search.study.samplers import make_sampler
 
 MOST_TIMED = 8  # slots at once
 NUMBERS = ("step_s", "eval_s", "trial_s", "decode_s")

@@ -1,4 +1,5 @@
-"""The numbers of a run: what happened since the last log step, and which validation was the best."""
+"""The numbers of a run: what happened since the last log step, and which validation was the best. What a validation measures
+is in `validation`."""
 
 import math
 import time

@@ -41,7 +41,7 @@ from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import steps_between
 from ray_jobs.search.spaces.space import SearchSpace
 from ray_jobs.search.spaces.space_file import read_space
-from ray_jobs.search.study.begin import make_sampler
+from ray_jobs.search.study.samplers import make_sampler
 
 HERE = Path(__file__).parent
 TABLES = {name: HERE / f"act_trials_{name}.json" for name in ("demo", "real")}

@@ -20,7 +20,7 @@ from ray_jobs.search.ray_tune import DEATHS, StudyScheduler, StudySearch
 from ray_jobs.search.spaces import constraints
 from ray_jobs.search.spaces.space import SearchSpace, flags
 from ray_jobs.search.spaces.space_file import read_space
-from ray_jobs.search.study.begin import make_sampler
+from ray_jobs.search.study.samplers import make_sampler
 from support.commands import ROOT
 
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))

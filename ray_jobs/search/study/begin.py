@@ -5,15 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import Study
 from sqlalchemy import make_url
 
 from ray_jobs.config.errors import InputError, first_line
-from ray_jobs.search.options import TuneOptions
 from ray_jobs.search.plan import FRAMES, NOT_COMPARED, Plan
 from ray_jobs.search.study.recover import recover
+from ray_jobs.search.study.samplers import make_pruner, make_sampler
 from ray_jobs.search.study.storage import PatientStorage, address_of, open_storage
 from ray_jobs.search.study.study import BASELINE, OPTIMIZED, POLICY, SPACE, TERMS, damage
 
@@ -75,7 +73,7 @@ def open_study(plan: Plan, seed: int, stop: Callable[[], object] = lambda: False
         print(f"{url} did not know {taken} trial(s) of this search: taken over from their folders.")
     # A sampler that is made anew must not draw its first numbers again.
     study.sampler = make_sampler(options, seed + len(study.get_trials(deepcopy=False)))
-    study.pruner = _pruner(plan)
+    study.pruner = make_pruner(plan)
     if isinstance(storage, PatientStorage):
         storage.be_patient(stop)
     return study
@@ -98,34 +96,3 @@ def _differs(term: str, before: dict, now: dict) -> bool:
     """Whether a term has changed. Studies that were begun with an older version know nothing of frames."""
     new = term == FRAMES and term not in before
     return not new and not term.startswith(NOT_COMPARED) and before.get(term) != now.get(term)
-
-
-def make_sampler(options: TuneOptions, seed: int) -> BaseSampler:
-    first = min(10, max(4, options.num_samples // 4))  # random ones, before the model is asked
-    match options.sampler:
-        case "tpe":
-            # Parallel trials keep away from each other; conditional parameters are modelled in groups.
-            return TPESampler(
-                n_startup_trials=first, multivariate=True, group=True, constant_liar=True, seed=seed
-            )
-        case "random":
-            return RandomSampler(seed=seed)
-        case "cmaes":
-            return CmaEsSampler(n_startup_trials=first, seed=seed)
-        case "gp":
-            return GPSampler(n_startup_trials=first, seed=seed)
-        case _:
-            return NSGAIISampler(population_size=max(4, options.num_samples // 4), seed=seed)
-
-
-def _pruner(plan: Plan) -> BasePruner:
-    grace, factor = plan.grace_steps, plan.options.tune.reduction_factor
-    match plan.scheduler:
-        case "asha":
-            return SuccessiveHalvingPruner(grace, factor)
-        case "hyperband":
-            return HyperbandPruner(grace, plan.steps, factor)
-        case "median":
-            return MedianPruner(n_startup_trials=4, n_warmup_steps=grace - 1)
-        case _:
-            return NopPruner()
