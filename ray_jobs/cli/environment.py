@@ -62,10 +62,7 @@ LONGEST_FOR_RAY = 107 - len("/ray/session_2026-12-01_02-22-51_200122_1234567/soc
 
 
 def settle() -> None:
-    """Give this process a name, a home and folders that it may write, make paths in its environment absolute, and have torch
-    unpickle nothing."""
-    # torchvision's own loader of weights would unpickle whatever lies in `--assets.dir`.
-    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    """Give this process a name, a home and folders that it may write, and make paths in its environment absolute."""
     for name in PATHS:
         value = os.environ.get(name)
         if value == "":

@@ -27,8 +27,10 @@ OUTPUT_EVERY_S = 30  # how often a log file (no terminal) hears of the progress 
 
 def quiet() -> None:
     """Keep warnings and logs of dependencies away from the terminal (`RAY_JOBS_DEBUG=1` shows them), and see to what they
-    read from the environment."""
+    read from the environment. Nothing is unpickled from here on."""
     environment.settle()
+    # torchvision's own loader of weights would unpickle whatever lies in `--assets.dir`.
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     if os.environ.get("RAY_JOBS_DEBUG"):
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
