@@ -44,6 +44,8 @@ def page_of(error: BaseException) -> str | None:
     """The page on what an error is about, as `docs/data.md`; None where there is none."""
     files = [Path(frame.f_code.co_filename) for frame, _ in walk_tb(error.__traceback__)]
     ours = [file.relative_to(PACKAGE).with_suffix("") for file in files if file.is_relative_to(PACKAGE)]
+    if not files or not files[-1].is_relative_to(PACKAGE):
+        return None  # not raised here
     raised = next((module for module in reversed(ours) if str(module) not in COLLECT), Path())
     page = next((PAGES[str(place)] for place in (raised, *raised.parents) if str(place) in PAGES), None)
     return page and f"docs/{page}"
