@@ -11,7 +11,7 @@ from jupyter_client.manager import start_new_kernel
 
 from ray_jobs.config.errors import InputError
 from ray_jobs.interface import as_words
-from support.commands import PATIENCE, ROOT, tiny_act
+from support.commands import PATIENCE, ROOT, common, tiny_act
 
 MADE = ROOT / "tests" / "data" / "made_by_0.1.0"
 
@@ -116,13 +116,13 @@ def test_a_notebook_is_refused(kernel, tmp_path):
 
 @pytest.mark.slow
 def test_a_notebook_searches_and_evaluates(kernel, parts, tmp_path):
-    words = [word for word in tiny_act(parts, tmp_path / "search", "--steps=4") if "policy." not in word]
+    words = [*common(parts, tmp_path / "search"), "--steps=4", "--data.eval_episodes=[10,11]"]
     space = tmp_path / "space.yaml"
     space.write_text("policy: act\nbaseline: {policy.dim_model: 32, policy.n_heads: 2}\n"
                      "search: {policy.optimizer_lr: {low: 1.0e-5, high: 1.0e-3, log: true}}\n")  # fmt: skip
     cell = f"""
 from ray_jobs import evaluate, tune
-summary = tune({words!r} + ["--space={space}", "--tune.num_samples=2", "--policy.device=cpu"])
+summary = tune({words!r} + ["--space={space}", "--tune.num_samples=2"])
 print("trials", summary["trials"])
 scores = evaluate(checkpoint={str(tmp_path / "search")!r}, output_dir={str(tmp_path / "scores")!r})
 print("scores", len(scores))
